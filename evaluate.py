@@ -1,0 +1,68 @@
+"""How good is a policy on held-out problems, and how sure can one be of it."""
+
+import math
+
+import torch
+from tqdm import tqdm
+
+from policy import sample
+from rewards import correct, extract_answer
+
+
+def wilson(successes, n, z=1.959964):
+    """The 95% interval of a share, Wilson's score interval: (low, high). At n = 200 it is about +-7 points wide."""
+    p, zz = successes / n, z * z
+    centre = (p + zz / (2 * n)) / (1 + zz / n)
+    half = z / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def pass_at_k(n, c, k):
+    """The chance that one or more of k completions, drawn from n of which c are right, is right: 1 - C(n-c, k)/C(n, k).
+
+    The unbiased estimator of Chen et al., arXiv 2107.03374, Eq. 1; 1 - (1 - c/n)^k would be biased down. Needs k <= n.
+    """
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def decode(tokenizer, rollout):
+    """The text of each completion, without special tokens: what stands after EOS is not part of it."""
+    rows = zip(rollout.completions.tolist(), rollout.mask.sum(1).tolist(), strict=True)
+    return tokenizer.batch_decode([ids[:n] for ids, n in rows], skip_special_tokens=True)
+
+
+def evaluate(model, tokenizer, problems, *, k, samples, temperature, seed, rows_at_once=256, quiet=True, **limits):
+    """Greedy accuracy, strict and lenient, and `samples` draws a problem for avg@k and pass@k.
+
+    problems: with "prompt_ids" and "answer". limits: max_new_tokens, eos_ids, pad_id of policy.sample. Leaves torch's
+    random state as it was, so that how often one evaluates changes nothing of the training. Returns a dict:
+    accuracy, accuracy_lenient, ci95 (of accuracy), avg_at_k, pass_at_k, k, n (problems), length (tokens), truncated.
+    """
+    prompts, answers = [p["prompt_ids"] for p in problems], [p["answer"] for p in problems]
+    devices = [model.device] if model.device.type == "cuda" else []
+    bar = tqdm(total=len(problems) * (2 if k else 1), desc="evaluate", unit="problem", leave=False, disable=quiet)
+    with torch.random.fork_rng(devices), bar:
+        torch.manual_seed(seed)
+        common = dict(rows_at_once=rows_at_once, progress=bar, **limits)
+        greedy = sample(model, prompts, 1, temperature=0, **common)
+        drawn = sample(model, prompts, samples, temperature=temperature, **common) if k else None
+    texts = decode(tokenizer, greedy)
+    strict = sum(correct(text, answer) for text, answer in zip(texts, answers, strict=True))
+    lenient = sum(matches(text, answer) for text, answer in zip(texts, answers, strict=True))
+    n = len(problems)
+    low, high = wilson(strict, n)
+    result = {"accuracy": strict / n, "accuracy_lenient": lenient / n, "ci95": [low, high], "avg_at_k": None}
+    result |= {"pass_at_k": None, "k": k, "n": n, "length": greedy.mask.sum(1).float().mean().item()}
+    result["truncated"] = greedy.truncated.float().mean().item()
+    if k:
+        repeated = [answer for answer in answers for _ in range(samples)]
+        right = [correct(text, answer) for text, answer in zip(decode(tokenizer, drawn), repeated, strict=True)]
+        counts = [int(sum(right[i : i + samples])) for i in range(0, len(right), samples)]
+        result["avg_at_k"] = sum(counts) / len(right)
+        result["pass_at_k"] = sum(pass_at_k(samples, c, k) for c in counts) / n
+    return result
+
+
+def matches(text, answer):
+    """Whether the lenient answer, the last number if there is no marker, is the right one."""
+    return extract_answer(text, lenient=True) == extract_answer(answer, lenient=True)

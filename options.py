@@ -1,0 +1,214 @@
+"""Every option of train.py, its default in each preset, and the refusal of nonsense before any model is loaded."""
+
+import argparse
+import difflib
+import importlib
+import inspect
+import math
+
+import torch
+
+ALGORITHMS = ("tepo", "grpo", "dapo", "gspo", "gtpo", "grpo_s", "trgrpo")
+
+# Group of --help -> option, type, default in the presets tiny and gsm8k, meaning. The command line's - is a _ here.
+OPTIONS = {
+    "what is trained": [
+        ("algo", str, "tepo", "tepo", f"one of {', '.join(ALGORITHMS)}"),
+        ("model", str, "tiny", "Qwen/Qwen2.5-0.5B", "a local folder or a Hub name (Llama-, Qwen-, SmolLM-type models)"),
+        ("data", str, "tiny", "gsm8k", "tiny, gsm8k, a Hub name[:config], a folder with train/test.jsonl, or a .jsonl"),
+        (
+            "prompt", str, "{question}",
+            "{question}\nReason step by step, then end with the answer alone on a line: #### number",
+            "what the model is asked; {question} is filled in",
+        ),
+        ("steps", int, 100, 500, "training steps, each one rollout and its updates"),
+        ("seed", int, 0, 0, "of the data order and of sampling"),
+    ],
+    "rollout": [
+        ("prompts", int, 16, 8, "prompts a step"),
+        ("group_size", int, 8, 8, "G, completions a prompt"),
+        ("temperature", float, 1.0, 1.0, "divides the logits, in sampling and in training alike"),
+        ("max_new_tokens", int, 64, 512, "longest completion; what is cut has no answer and earns nothing"),
+        ("dynamic_sampling", int, 0, 0, "DAPO: replace all-equal groups by further prompts, in at most so many tries"),
+        ("overlong_cache", int, 0, 0, "DAPO: punish the last so many tokens before --max-new-tokens; 0 is off"),
+    ],
+    "update": [
+        ("updates", int, 4, 4, "optimizer steps a rollout, a mini-batch each; with 1 the methods hardly differ"),
+        ("epochs", int, 1, 1, "passes over the rollout"),
+        ("lr", float, 1e-4, 1e-6, "AdamW's learning rate after the warm-up, without weight decay"),
+        ("warmup", int, 5, 10, "steps over which the learning rate rises"),
+        ("max_grad_norm", float, 1.0, 1.0, "gradient clipping"),
+        ("beta", float, None, None, "short for --option beta=...: the KL to the start policy, if the algorithm has it"),
+    ],
+    "machine": [
+        ("device", str, "auto", "auto", "auto, cpu, cuda or cuda:N"),
+        ("dtype", str, "auto", "auto", "of the compute: fp32, bf16, or auto (bf16 on CUDA); weights are fp32 always"),
+        ("micro_batch", str, "auto", "auto", "rows of one forward pass, or auto; it does not change the gradient"),
+        ("sample_batch", str, "auto", "auto", "rows of one generate call: a number, or auto"),
+        ("gradient_checkpointing", bool, False, False, "less memory for a slower update"),
+    ],
+    "evaluation and output": [
+        ("eval_every", int, 20, 50, "steps between evaluations on held-out problems; 0: only before and after"),
+        ("eval_n", int, 500, 200, "how many held-out problems"),
+        ("k", int, 4, 4, "of avg@k and pass@k; 0 leaves both out"),
+        ("eval_samples", int, 0, 0, "completions a problem that avg@k and pass@k are estimated from; 0: k"),
+        ("samples_every", int, 10, 10, "steps between groups of completions in samples.jsonl; 0: none"),
+        ("save_every", int, 20, 50, "steps between checkpoints; 0: none, and no --resume"),
+        ("out", str, None, None, "the run's folder (default runs/<algo>-<preset>-s<seed>)"),
+    ],
+}  # fmt: skip
+DEFAULTS = {
+    preset: {name: row[column] for rows in OPTIONS.values() for name, *row in rows}
+    for preset, column in (("tiny", 1), ("gsm8k", 2))
+}
+TYPES = {name: kind for rows in OPTIONS.values() for name, kind, *_ in rows}
+
+EPILOG = """examples:
+  python train.py --algo tepo
+      on a GPU: Qwen2.5-0.5B on GSM8K; without one: the embedded tiny model, in minutes
+  python train.py --algo gspo --preset tiny --updates 16 --option eps_high=0.01
+      an option of the algorithm itself; an unknown one is answered with the list of those that exist
+  python train.py --model ./my-model --data problems.jsonl --max-new-tokens 256 --micro-batch 4
+      your own model folder and problems, {"question": ..., "answer": ...} a line
+"""
+
+
+ALLOWED_ON_RESUME = ("steps", "save_every")  # what a resumed run may change
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def build_parser():
+    parser = Parser(
+        prog="train.py", description="Train a language model by a method of the GRPO family, on one GPU or on none.",
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
+    parser.add_argument("--preset", help="auto, tiny or gsm8k: the defaults below (auto: gsm8k with CUDA, else tiny)")
+    for title, rows in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for name, kind, tiny, gsm8k, text in rows:
+            flag = "--" + name.replace("_", "-")
+            if kind is bool:
+                group.add_argument(flag, action="store_true", help=text)
+                continue
+            if tiny is not None and name != "prompt":
+                text += f" (default {tiny})" if tiny == gsm8k else f" (tiny {tiny}, gsm8k {gsm8k})"
+            group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
+        if title == "update":
+            text = "an option of the algorithm's advantages or loss, e.g. eps_high=0.3; repeatable"
+            group.add_argument("--option", action="append", metavar="NAME=VALUE", help=text)
+    group.add_argument("--overwrite", action="store_true", help="delete the run that --out holds")
+    group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; needs no other option")
+    group.add_argument("--eval-only", action="store_true", help="evaluate the model and write eval.json; no training")
+    return parser
+
+
+def parse(argv):
+    """(options given on the command line, by name). Raises ValueError on what argparse refuses."""
+    given = vars(build_parser().parse_args(argv))
+    pairs = [text.partition("=") for text in given.pop("option", [])]
+    if "beta" in given:
+        pairs.append(("beta", "=", str(given.pop("beta"))))
+    if pairs:
+        given["option"] = {name: value for name, _, value in pairs}
+    return given
+
+
+def fill(given):
+    """All options: the preset's defaults, and over them what was given. Raises ValueError on nonsense."""
+    options = dict(given)
+    cuda = torch.cuda.is_available()
+    if options.get("preset", "auto") == "auto":
+        options["preset"] = "gsm8k" if cuda else "tiny"
+    if options["preset"] not in DEFAULTS:
+        raise ValueError(f"--preset is auto, tiny or gsm8k, not {options['preset']!r}")
+    options = {"option": {}, "overwrite": False, "eval_only": False} | DEFAULTS[options["preset"]] | options
+    options.pop("beta", None)  # it became option["beta"]
+    if options["device"] == "auto":
+        options["device"] = "cuda" if cuda else "cpu"
+    if options["dtype"] == "auto":
+        options["dtype"] = "bf16" if options["device"].startswith("cuda") else "fp32"
+    options["eval_samples"] = options["eval_samples"] or options["k"]
+    validate(options)
+    options["option"] = algorithm_options(options["algo"], options["option"])
+    return options
+
+
+def validate(o):
+    """Raises ValueError, one line, for the first option that makes no sense."""
+    near = difflib.get_close_matches(o["algo"].lower().replace("-", "_"), ALGORITHMS, 1, 0.4)
+    batch = o["prompts"] * o["group_size"]
+    at_least = {"steps": 1, "prompts": 1, "updates": 1, "epochs": 1, "max_new_tokens": 1, "eval_n": 1, "group_size": 2}
+    at_least |= dict.fromkeys(("dynamic_sampling", "overlong_cache", "warmup", "eval_every", "k", "eval_samples"), 0)
+    at_least |= dict.fromkeys(("samples_every", "save_every", "seed"), 0)
+    low = [name for name, least in at_least.items() if o[name] < least]
+    positive = [name for name in ("temperature", "lr", "max_grad_norm") if not 0 < o[name] < math.inf]
+    sizes = [name for name in ("micro_batch", "sample_batch") if o[name] != "auto" and not _is_size(o[name])]
+    device = o["device"].partition(":")
+    for wrong, line in (
+        (o["algo"] not in ALGORITHMS, f"no algorithm {o['algo']!r}; "
+         + (f"did you mean {near[0]}? " if near else "") + f"There are {', '.join(ALGORITHMS)}"),
+        (low, low and f"--{low[0]} {o[low[0]]}: the least is {at_least[low[0]]}"
+         + (" (one completion has no group to be compared with)" if low[0] == "group_size" else "")),
+        (positive, positive and f"--{positive[0]} {o[positive[0]]}: it must be above 0 and finite"),
+        (batch % o["updates"], f"--updates {o['updates']} does not divide the {batch} completions of a step "
+         f"(--prompts {o['prompts']} x --group-size {o['group_size']}): no equal mini-batches"),
+        (sizes, sizes and f"--{sizes[0]} {o[sizes[0]]}: a number of rows, at least 1, or auto"),
+        (o["eval_samples"] < o["k"], f"--eval-samples {o['eval_samples']} is below --k {o['k']}"),
+        (o["overlong_cache"] > o["max_new_tokens"], "--overlong-cache is over --max-new-tokens"),
+        ("{question}" not in o["prompt"], "--prompt must hold {question}, where the problem goes"),
+        (device[0] not in ("cpu", "cuda"), f"--device {o['device']}: auto, cpu, cuda or cuda:N"),
+        (device[0] == "cuda" and not torch.cuda.is_available(), "--device cuda: torch sees no CUDA GPU here"),
+        (o["dtype"] not in ("fp32", "bf16"), f"--dtype {o['dtype']}: auto, fp32 or bf16"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(line.replace("_", "-") if line.startswith("--") else line)
+
+
+def _is_size(text):
+    return text.isdecimal() and int(text) > 0
+
+
+def algorithm_options(algo, given):
+    """{option: value} of the algorithm's two functions, from texts; each is tried once on a toy batch.
+
+    What may be set is every keyword whose default is a number, a bool or a text. Raises ValueError otherwise.
+    """
+    module = importlib.import_module(algo)
+    defaults = {}
+    for function in (module.advantages, module.loss):
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not None:
+                defaults[name] = parameter.default
+    values = {}
+    for name, text in given.items():
+        if name not in defaults:
+            known = ", ".join(f"{known}={default}" for known, default in defaults.items())
+            raise ValueError(f"{algo} has no option {name!r}; it has {known}")
+        kind = type(defaults[name])
+        try:
+            values[name] = {"true": True, "false": False}[str(text).lower()] if kind is bool else kind(text)
+            if kind is float and not (math.isfinite(values[name]) and (values[name] >= 0 or name in ("tau", "mu"))):
+                raise ValueError
+        except (ValueError, KeyError):
+            want = {bool: "true or false", float: "a finite number, not negative"}.get(kind, kind.__name__)
+            raise ValueError(f"--option {name}={text}: {want} is wanted") from None
+    ones = torch.ones(2, 1)
+    of_advantages, of_loss = split_options(module, values)
+    advantages = module.advantages(torch.tensor([1.0, 0.0]), 2, entropy=ones, mask=ones, **of_advantages)
+    extras = {name: ones for name in ("ref_logprobs", "entropy", "old_entropy") if name in parameters(module.loss)}
+    module.loss(-ones, -ones, advantages, ones, **of_loss, **extras)
+    return values
+
+
+def parameters(function):
+    return inspect.signature(function).parameters
+
+
+def split_options(module, values):
+    """The options of module.advantages and those of module.loss."""
+    return ({k: v for k, v in values.items() if k in parameters(f)} for f in (module.advantages, module.loss))

@@ -1,0 +1,270 @@
+"""The policy: load it, sample from it, and compute its log-probabilities without ever holding its logits.
+
+Two facts shape this file. Sampling and training must mean the same distribution: softmax(logits / temperature) over the
+whole vocabulary, nothing else. And the logits are the largest tensor of all: 64 completions of 512 tokens of Qwen2.5's
+151,936 words are 18.5 GiB in fp32, so they are made a few tokens at a time and never kept.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+LOGITS_AT_ONCE = 2**25  # entries of one chunk of logits: 128 MiB in fp32
+
+
+@dataclass
+class Rollout:
+    """B completions and what is known of them; a prompt's group_size rows are contiguous."""
+
+    prompts: list  # B lists of token ids, without padding
+    completions: torch.Tensor  # [B, T] token ids, right-padded
+    mask: torch.Tensor  # [B, T] bool, on through the first EOS
+    truncated: torch.Tensor  # [B] bool: no EOS within max_new_tokens
+    problems: list = None  # B problems
+    texts: list = None  # B completions, decoded
+    right: torch.Tensor = None  # [B] 1 where the answer is right
+    rewards: torch.Tensor = None  # [B] what is trained on
+    old_logprobs: torch.Tensor = None  # [B, T] of the policy that sampled
+    entropy: torch.Tensor = None  # [B, T] nats, of the policy that sampled
+    ref_logprobs: torch.Tensor = None  # [B, T] of the start policy, only where a loss asks for it
+    advantages: torch.Tensor = None  # [B] or [B, T]
+    logprobs: torch.Tensor = None  # [B, T] of the policy at its latest update on the row
+
+    @property
+    def lengths(self):
+        """Tokens of each row, prompt and completion together. [B], on the CPU"""
+        return self.mask.sum(1).cpu() + torch.tensor([len(p) for p in self.prompts])
+
+    def rows(self, start, stop):
+        """The rows start..stop of what sampling and rewarding filled in."""
+        return Rollout(*(getattr(self, name)[start:stop] for name in SAMPLED))
+
+    @staticmethod
+    def join(pieces):
+        """One Rollout of several, completions padded to the longest."""
+        width = max(piece.mask.shape[1] for piece in pieces)
+        columns = {name: [getattr(piece, name) for piece in pieces] for name in SAMPLED}
+        for name in ("completions", "mask"):
+            columns[name] = [pad(x, (0, width - x.shape[1])) for x in columns[name]]
+        return Rollout(*(sum(c, []) if isinstance(c[0], list) else torch.cat(c) for c in columns.values()))
+
+
+SAMPLED = ("prompts", "completions", "mask", "truncated", "problems", "texts", "right", "rewards")
+
+
+def load_policy(name, device="cpu"):
+    """A causal language model with fp32 weights in eval mode, its tokenizer, and the set of its EOS ids.
+
+    name: a local folder or a Hub name. Weights are read from safetensors alone and no code of the repository is run.
+    Raises ValueError with one line if there is no such model, no tokenizer or no EOS.
+    """
+    safe = {"trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **safe)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **safe)
+    except Exception as error:  # a dozen types, of transformers, safetensors and the Hub
+        why = str(error).strip().split("\n")[0]
+        where = "a local folder" if Path(name).is_dir() else "no local folder, nor found in the cache or on the Hub"
+        line = f"cannot load the model {name!r} ({where}): {why} Pass --model FOLDER, or --preset tiny"
+        raise ValueError(line) from None
+    for module in model.modules():  # a policy is one function: the ratio would not be 1 with dropout
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model.to(device).eval(), tokenizer, *special_tokens(model, tokenizer)
+
+
+def special_tokens(model, tokenizer):
+    """(sorted EOS ids, pad id): every EOS that the generation config, the config or the tokenizer names."""
+    eos = set()
+    for named in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+        eos |= set(named if isinstance(named, list) else [named]) - {None}
+    if not eos:
+        raise ValueError("the model names no EOS token (generation_config.eos_token_id): it could never learn to stop")
+    pad = tokenizer.pad_token_id
+    return sorted(eos), min(eos) if pad is None else pad  # the mask goes by position, so pad may be an EOS
+
+
+def completion_mask(completions, eos_ids):
+    """On through the first EOS inclusive, by position: the policy must learn to stop. [B, T] ids -> [B, T] bool"""
+    is_eos = torch.isin(completions, torch.tensor(eos_ids, device=completions.device)).long()
+    return is_eos.cumsum(1) - is_eos == 0
+
+
+@torch.no_grad()
+def sample(model, prompts, n, *, temperature, max_new_tokens, eos_ids, pad_id, rows_at_once=None, progress=None):
+    """n completions of each prompt by Hugging Face generate; temperature 0 is greedy.
+
+    prompts: P lists of token ids. Returns a Rollout of P * n rows, on the model's device. Prompts of like length go
+    together; rows_at_once bounds the rows of one generate call, None puts all in one.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    per_call = len(prompts) if rows_at_once is None else max(1, rows_at_once // n)
+    pieces = [None] * len(prompts)
+    for start in range(0, len(prompts), per_call):
+        chosen = order[start : start + per_call]
+        rows = [torch.tensor(prompts[i]) for i in chosen]
+        ids = pad_sequence(rows, True, pad_id, padding_side="left")
+        real = pad_sequence([torch.ones_like(row) for row in rows], True, 0, padding_side="left")
+        # A whole config of our own: a model's generation_config may hide a top_k, top_p or repetition_penalty, and
+        # then the sampler is not the policy whose gradient we take.
+        drawn = (
+            dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else {"do_sample": False}
+        )
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens, eos_token_id=eos_ids, pad_token_id=pad_id, num_return_sequences=n,
+            use_cache=True, repetition_penalty=1.0, **drawn,
+        )  # fmt: skip
+        with generation_config(model, config):
+            out = model.generate(ids.to(model.device), attention_mask=real.to(model.device), generation_config=config)
+        for i, rows in zip(chosen, out[:, ids.shape[1] :].split(n), strict=True):
+            pieces[i] = rows
+        if progress is not None:
+            progress.update(len(chosen))
+    completions = pad_sequence([row for rows in pieces for row in rows], True, pad_id)  # [P * n, T]
+    ended = torch.isin(completions, torch.tensor(eos_ids, device=completions.device)).any(1)
+    return Rollout([p for p in prompts for _ in range(n)], completions, completion_mask(completions, eos_ids), ~ended)
+
+
+@contextlib.contextmanager
+def generation_config(model, config):
+    """generate fills what a config leaves unset from the model's own: for the time of a call, that is ours too."""
+    before, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+class HeadLogprobs(torch.autograd.Function):
+    """log softmax(h W^T / temperature) at one word a row, and the entropy, a chunk of rows at a time.
+
+    Forward keeps only the log-sum-exp of each row. Backward makes a chunk's logits again, once, and turns them in
+    place into d(logp)/d(logits) = (onehot - softmax) / temperature. Entropy carries no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, with_entropy):
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        h, head = hidden.to(dtype), weight.to(dtype)
+        chunk = max(1, LOGITS_AT_ONCE // len(weight))
+        logprobs = torch.empty(len(h), dtype=torch.promote_types(dtype, torch.float32), device=h.device)
+        logsumexp, entropy = torch.empty_like(logprobs), torch.zeros_like(logprobs)
+        for start in range(0, len(h), chunk):
+            rows = slice(start, start + chunk)
+            z = chunk_logits(h[rows], head, bias, temperature)  # [chunk, V]
+            lse = logsumexp[rows] = z.logsumexp(1)
+            logprobs[rows] = z.gather(1, targets[rows, None])[:, 0] - lse
+            if with_entropy:  # H = - sum p log p = lse - sum p z
+                entropy[rows] = lse - (z - lse[:, None]).exp_().mul_(z).sum(1)
+        ctx.save_for_backward(h, head, bias, targets, logsumexp)
+        ctx.chunk, ctx.temperature, ctx.dtypes = chunk, temperature, (hidden.dtype, weight.dtype)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, push, _):
+        h, head, bias, targets, logsumexp = ctx.saved_tensors
+        grad_h = torch.empty_like(h, dtype=ctx.dtypes[0])
+        grad_weight = torch.zeros_like(head, dtype=ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        for start in range(0, len(h), ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            z = chunk_logits(h[rows], head, bias, ctx.temperature)
+            scale = push[rows, None] / ctx.temperature  # [chunk, 1]
+            z = z.sub_(logsumexp[rows, None]).exp_().mul_(-scale)  # - softmax push / temperature
+            z = z.scatter_add_(1, targets[rows, None], scale)  # + onehot push / temperature
+            if grad_bias is not None:
+                grad_bias += z.sum(0)
+            z = z.to(head.dtype)
+            grad_h[rows] = z @ head
+            if grad_weight is not None:
+                grad_weight += z.T @ h[rows]
+        return grad_h, grad_weight, grad_bias, None, None, None
+
+
+def chunk_logits(hidden, head, bias, temperature):
+    """[chunk, D] -> [chunk, V] logits / temperature, at least fp32."""
+    z = hidden @ head.T
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    if bias is not None:
+        z += bias
+    return z.div_(temperature) if temperature != 1 else z
+
+
+def token_logprobs(model, prompts, completions, mask, *, temperature=1.0, with_entropy=True, through_head=True):
+    """Log-probability of each completion token, and the entropy of the distribution it was drawn from.
+
+    prompts: B lists of token ids; completions [B, T] ids; mask [B, T] bool, on for a row's first tokens. Returns
+    logprobs and entropy (nats; zeros without with_entropy), both [B, T], 0 where mask is off; entropy has no graph.
+
+    Rows are laid out as prompt, completion, padding: causal attention never looks to the right, so the padding reaches
+    nothing. The hidden state before a token is what predicts it; only those go through the output head, in chunks.
+    through_head=False takes the model's own logits instead: the plain way, and right for any architecture.
+    """
+    lengths = mask.sum(1).tolist()
+    rows = [torch.tensor(p, device=mask.device) for p in prompts]
+    rows = [torch.cat([p, c[:n]]) for p, c, n in zip(rows, completions, lengths, strict=True)]
+    ids = pad_sequence(rows, True, 0)  # [B, L]
+    width = torch.tensor([len(row) for row in rows], device=mask.device)
+    attention = torch.arange(ids.shape[1], device=mask.device) < width[:, None]
+    starts = torch.tensor([len(p) - 1 for p in prompts], device=mask.device)
+    row, t = mask.nonzero(as_tuple=True)  # the N completion tokens
+    at = starts[row] + t  # the position whose output predicts token t
+    targets = completions[row, t]
+    if through_head:
+        hidden = model.base_model(input_ids=ids, attention_mask=attention.long(), use_cache=False).last_hidden_state
+        head = model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        logprobs, entropy = HeadLogprobs.apply(hidden[row, at], head.weight, bias, targets, temperature, with_entropy)
+    else:
+        logits = model(input_ids=ids, attention_mask=attention.long(), use_cache=False).logits[row, at]
+        logp = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(1)  # [N, V]
+        logprobs = logp.gather(1, targets[:, None])[:, 0]
+        entropy = -(logp.detach().exp() * logp.detach()).sum(1)
+    zeros = torch.zeros(mask.shape, dtype=logprobs.dtype, device=mask.device)
+    return zeros.index_put((row, t), logprobs), zeros.index_put((row, t), entropy)
+
+
+@torch.no_grad()
+def head_is_plain(model, tolerance=1e-3):
+    """Whether logits are just the output head on the last hidden states: held against the model's own on a few tokens.
+
+    Some architectures cap or scale them (Gemma, Granite, Cohere); for those token_logprobs must take the plain way.
+    """
+    if model.get_output_embeddings() is None:
+        return False
+    ids = torch.arange(8, device=model.device) % model.config.get_text_config().vocab_size
+    mask = torch.ones(1, 6, dtype=torch.bool, device=model.device)
+    ours, _ = token_logprobs(model, [ids[:2].tolist()], ids[None, 2:], mask)
+    theirs, _ = token_logprobs(model, [ids[:2].tolist()], ids[None, 2:], mask, through_head=False)
+    return bool((ours - theirs).abs().max() < tolerance)
+
+
+def rows_that_fit(model, tokens, budget=2**31, checkpointing=False):
+    """How many rows of so many tokens go into one forward and backward pass with `budget` bytes of activations.
+
+    A guess from the shapes, on the safe side; on CUDA an out-of-memory error corrects it by halving.
+    """
+    c = model.config.get_text_config()
+    inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+    layer = 4 * (16 * c.hidden_size + 6 * inner)  # bytes a token: norms, q, k, v, attention, MLP, in fp32
+    per_token = layer + c.num_hidden_layers * (4 * c.hidden_size if checkpointing else layer)
+    return max(1, int(budget // (per_token * max(1, tokens))))
+
+
+def micro_batches(lengths, rows, size):
+    """The indices `rows` in pieces of `size`, rows of like length together so that little is padded. lengths [B]"""
+    return list(rows[lengths[rows].argsort(stable=True)].split(size))
+
+
+def context_length(model):
+    """The most tokens, prompt and completion together, that the model was built for."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31

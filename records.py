@@ -1,0 +1,70 @@
+"""What a step writes down: its line of metrics.jsonl and, now and then, a group of completions for samples.jsonl."""
+
+import resource
+import sys
+
+import torch
+
+from policy import Rollout
+
+
+def metrics_line(rollout, sampled, updates, group_size):
+    """The step's numbers but for its times; the README's table says what each means.
+
+    rollout: what was trained on; sampled: list of all that was sampled for it; updates: what Updater.update returned.
+    """
+    r, every = rollout, Rollout.join(sampled)
+    groups = every.rewards.view(-1, group_size)
+    A = per_token(r.advantages, r.mask)
+    signal = max(1, sum(u["signal"] for u in updates))
+    norms = [u["grad_norm"] for u in updates if u["grad_norm"] is not None]
+    flipped = torch.where(r.right[:, None] > 0.5, A < 0, A > 0) & r.mask
+    return {
+        "reward": every.rewards.mean().item(),
+        "accuracy": every.right.mean().item(),
+        "entropy": r.entropy[r.mask].mean().item(),
+        "kl": sum(u["kl"] for u in updates) / signal,
+        "clip_frac": sum(u["clipped"] for u in updates) / signal,
+        "ratio_first": sum(updates[0]["ratio"]) / len(updates[0]["ratio"]) if updates[0]["ratio"] else None,
+        "grad_norm": sum(norms) / len(norms) if norms else None,
+        "length": every.mask.sum(1).float().mean().item(),
+        "truncated": every.truncated.float().mean().item(),
+        "zero_std": (groups.amax(1) == groups.amin(1)).float().mean().item(),
+        "sign_flip": (flipped.sum() / r.mask.sum()).item(),
+        "skipped": sum(bool(u["bad_rows"]) for u in updates),
+        "prompts": len(groups),
+    }
+
+
+def per_token(advantages, mask):
+    """[B] or [B, T] -> [B, T]"""
+    return (advantages[:, None] if advantages.ndim == 1 else advantages).expand(mask.shape)
+
+
+def sample_lines(step, rollout, rows, tokenizer, **more):
+    """One object for each of the rows: the completion, and what training made of each of its tokens."""
+    r, lines, A = rollout, [], per_token(rollout.advantages, rollout.mask)
+    for i in rows:
+        n = int(r.mask[i].sum())
+        line = {"step": step, "prompt": r.problems[i]["question"], "completion": r.texts[i]}
+        line |= {"answer": r.problems[i]["answer"], "reward": r.rewards[i].item()}
+        line["tokens"] = [tokenizer.decode([token]) for token in r.completions[i, :n].tolist()]
+        per = {"advantages": A, "logprobs": r.logprobs, "old_logprobs": r.old_logprobs, "entropy": r.entropy}
+        lines.append(
+            line | {name: [round(x, 6) for x in values[i, :n].tolist()] for name, values in per.items()} | more
+        )
+    return lines
+
+
+def group_to_show(rollout, group_size):
+    """Rows of the last group with right and wrong completions, else of the last: there the policy has moved most."""
+    groups = [range(i, i + group_size) for i in range(0, len(rollout.prompts), group_size)]
+    mixed = [g for g in groups if 0 < rollout.right[g.start : g.stop].sum() < group_size]
+    return (mixed or groups)[-1]
+
+
+def peak_mib(device):
+    """The most memory held so far, in MiB: of the GPU's allocator, or of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,340 @@
+"""Train a language model by a method of the GRPO family. `python train.py --algo tepo`; --help explains the rest.
+
+The loop is `Trainer.step`, in four numbered steps. The algorithms are the flat files beside this one; options.py has
+the options, policy.py the sampling and the log-probabilities, update.py the gradient, records.py what is written down.
+"""
+
+import copy
+import importlib
+import json
+import os
+import platform
+import shlex
+import signal
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import checkpoint
+from data import encode_problems, load_problems
+from evaluate import decode, evaluate
+from options import ALLOWED_ON_RESUME, fill, parse, split_options
+from plot import plot_runs
+from policy import Rollout, context_length, load_policy, sample
+from records import group_to_show, metrics_line, peak_mib, sample_lines
+from rewards import correct, overlong_penalty
+from update import Updater
+
+BAD_STEPS = 3  # so many optimizer steps in a row with a loss or gradient that is not finite end the run
+
+
+class BadReward(Exception):
+    """A reward function returned what is no reward; the line names the completion."""
+
+
+class Trainer:
+    """The state of one run, and what a step does with it."""
+
+    def __init__(self, options, model, tokenizer, limits, problems):
+        """limits: max_new_tokens, eos_ids, pad_id of policy.sample. problems: to train on, with "prompt_ids"."""
+        self.o, self.model, self.tokenizer, self.limits, self.problems = options, model, tokenizer, limits, problems
+        self.algo = importlib.import_module(options["algo"])
+        self.advantage_options, loss_options = split_options(self.algo, options["option"])
+        longest = max(len(p["prompt_ids"]) for p in problems) + options["max_new_tokens"]
+        self.updater = Updater(model, self.algo, loss_options, options, longest)
+        # generate reads every weight once a token, and a bf16 copy has half the bytes. What is trained stays fp32: at lr
+        # 1e-6 an update is below half a bf16 ulp.
+        self.sampler = copy.deepcopy(model).bfloat16() if options["dtype"] == "bf16" else model
+        self.cursor = 0  # prompts drawn so far
+
+    def step(self, step):
+        """One rollout and its updates. Returns (its line for metrics.jsonl, the rollout, rows to blame for a skip)."""
+        o, updater, started = self.o, self.updater, time.perf_counter()
+        lr = updater.optimizer.param_groups[0]["lr"] = o["lr"] * min(1.0, step / max(1, o["warmup"]))
+
+        # 1 Sample G completions of each prompt, and 2 reward them. (--dynamic-sampling repeats the two.)
+        rollout, sampled = self.sample_and_reward()
+        rollout_s = time.perf_counter() - started
+
+        # 3 Advantages. Old log-probabilities and entropies come from our own forward pass, not from generate: the ratio
+        # is 1 before the first update only if both of its sides come from the same code, rows and padding.
+        batch = o["prompts"] * o["group_size"]
+        mini_batches = torch.arange(batch).split(batch // o["updates"])
+        updater.measure(rollout, mini_batches)
+        rollout.advantages = self.algo.advantages(
+            rollout.rewards, o["group_size"], entropy=rollout.entropy, mask=rollout.mask, **self.advantage_options
+        )
+
+        # 4 Update: one optimizer step on each mini-batch.
+        updates = []
+        for i, rows in enumerate(mini_batches * o["epochs"]):
+            updates.append(updater.update(rollout, rows, first=i == 0))
+            if updater.bad_steps == BAD_STEPS:
+                break
+        seconds = time.perf_counter() - started
+        tokens = sum(batch.mask.sum().item() for batch in sampled)
+        line = {"phase": "train", "step": step} | metrics_line(rollout, sampled, updates, o["group_size"])
+        line |= {"lr": lr, "rollout_s": rollout_s, "update_s": seconds - rollout_s, "tokens_per_s": tokens / seconds}
+        bad_rows = sorted({row for update in updates for row in update["bad_rows"]})
+        return line | {"peak_mib": peak_mib(self.model.device)}, rollout, bad_rows
+
+    def sample_and_reward(self):
+        """(the step's Rollout, with rewards; the list of all that was sampled for it).
+
+        With --dynamic-sampling, groups of equal rewards make way for further prompts; after the last try they stay.
+        """
+        o, G, kept, dull, sampled = self.o, self.o["group_size"], [], [], []
+        for _ in range(1 + o["dynamic_sampling"]):
+            problems = self.next_problems(o["prompts"] - len(kept))
+            batch = self.sample([p["prompt_ids"] for p in problems], G)
+            batch.problems = [p for p in problems for _ in range(G)]
+            batch.texts = decode(self.tokenizer, batch)
+            graded = zip(batch.texts, batch.problems, batch.mask.sum(1).tolist(), strict=True)
+            right, rewards = zip(*(self.reward(*row) for row in graded), strict=True)
+            batch.right, batch.rewards = (torch.tensor(x, device=self.model.device) for x in (right, rewards))
+            sampled.append(batch)
+            for i in range(0, len(rewards), G):
+                equal = min(rewards[i : i + G]) == max(rewards[i : i + G])
+                (dull if equal and o["dynamic_sampling"] else kept).append(batch.rows(i, i + G))
+            if len(kept) == o["prompts"]:
+                break
+        return Rollout.join((kept + dull)[: o["prompts"]]), sampled
+
+    def next_problems(self, count):
+        """The next problems of an endless walk over the training set, each pass in a new order, from the seed alone."""
+        chosen, n = [], len(self.problems)
+        for at in range(self.cursor, self.cursor + count):
+            if not chosen or at % n == 0:
+                seed = self.o["seed"] * 1_000_003 + at // n
+                order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+            chosen.append(self.problems[order[at % n]])
+        self.cursor += count
+        return chosen
+
+    def sample(self, prompts, n):
+        """n completions of each prompt by the policy as it is now."""
+        return self.updater.halving("sample_batch", lambda rows_at_once: sample(
+            self.sampling_model(), prompts, n, temperature=self.o["temperature"], rows_at_once=rows_at_once,
+            **self.limits,
+        ))  # fmt: skip
+
+    def sampling_model(self):
+        """What generate runs: the policy itself, or its bf16 copy brought up to date."""
+        if self.sampler is not self.model:
+            with torch.no_grad():
+                for copied, weight in zip(self.sampler.parameters(), self.model.parameters(), strict=True):
+                    copied.copy_(weight)
+        return self.sampler
+
+    def reward(self, text, problem, length):
+        """(is it right, what is trained on): `correct`, and DAPO's overlong punishment where it is asked for."""
+        right = reward = correct(text, problem["answer"])
+        if self.o["overlong_cache"]:
+            reward += overlong_penalty(length, self.o["max_new_tokens"], self.o["overlong_cache"])
+        if not -1 <= reward <= 1:
+            raise BadReward(f"the reward {reward} is not a number in [-1, 1]; it was given to {text!r}")
+        return right, reward
+
+
+def loop(trainer, out, held_out, start):
+    """Evaluate, train, write, save, from the step after `start` to the last. Returns the exit status."""
+    o, metrics, samples = trainer.o, out / "metrics.jsonl", out / "samples.jsonl"
+    interrupted = []
+
+    def interrupt(*_):
+        if interrupted:
+            os._exit(130)
+        interrupted.append(True)
+        tqdm.write("interrupted: finishing this step, then saving; once more to stop at once", file=sys.stderr)
+
+    def evaluation(step):
+        result = evaluate(
+            trainer.sampling_model(), trainer.tokenizer, held_out, k=o["k"], samples=o["eval_samples"],
+            temperature=o["temperature"], seed=o["seed"] + 10_000, quiet=False, **trainer.limits,
+        )  # fmt: skip
+        checkpoint.append_lines(metrics, [{"phase": "eval", "step": step} | result])
+        plot_runs([out], out / "curves.png")
+
+    def save(step):
+        counters = {"cursor": trainer.cursor, "bad_steps": trainer.updater.bad_steps}
+        checkpoint.save(out, step, trainer.model, trainer.updater.optimizer, **counters)
+
+    signal.signal(signal.SIGINT, interrupt)
+    if not (metrics.exists() and metrics.stat().st_size):
+        evaluation(0)
+    bar = tqdm(range(start + 1, o["steps"] + 1), initial=start, total=o["steps"], desc=o["algo"], unit="step")
+    for step in bar:
+        line, rollout, bad_rows = trainer.step(step)
+        checkpoint.append_lines(metrics, [line])
+        speed = f"{line['tokens_per_s']:.0f} tokens/s"
+        bar.set_postfix_str(f"accuracy {line['accuracy']:.2f}, entropy {line['entropy']:.2f}, {speed}")
+        show = group_to_show(rollout, o["group_size"]) if _due(step, o["samples_every"]) else []
+        lines = sample_lines(step, rollout, show, trainer.tokenizer)
+        lines += sample_lines(step, rollout, bad_rows, trainer.tokenizer, skipped=True)
+        checkpoint.append_lines(samples, lines)
+        if trainer.updater.bad_steps == BAD_STEPS:
+            print(f"train.py: stopped at step {step}: {BAD_STEPS} updates in a row had a loss or gradient that is not "
+                  f"finite; the last lines of {samples} show where. The last good checkpoint is kept.",
+                  file=sys.stderr)  # fmt: skip
+            return 1
+        last = step == o["steps"]
+        if _due(step, o["eval_every"]) or last:
+            evaluation(step)
+        if _due(step, o["save_every"]) or ((interrupted or last) and o["save_every"]):
+            save(step)
+        if interrupted and not last:
+            bar.close()
+            again = f"python train.py --resume {shlex.quote(str(out))}"
+            print(
+                f"stopped after step {step}. " + (f"Go on with: {again}" if o["save_every"] else "Nothing was saved.")
+            )
+            return 130
+    return 0
+
+
+def _due(step, every):
+    return every > 0 and step % every == 0
+
+
+def summary(out, seconds):
+    """Before -> after, with the intervals, and where the files lie."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    evals = [row for row in rows if row["phase"] == "eval"]
+    told = [f"{e['accuracy']:.3f} (95%: {e['ci95'][0]:.3f}-{e['ci95'][1]:.3f})" for e in (evals[0], evals[-1])]
+    print(f"greedy accuracy on {evals[-1]['n']} held-out problems: {told[0]} -> {told[1]}, in {seconds:.0f} s")
+    print(f"{out}: curves.png, metrics.jsonl, samples.jsonl, config.json, and the trained model in model/")
+
+
+def main(argv=None):
+    """Run the command line; returns the exit status. What the user can mend is one line on stderr, and status 2."""
+    argv, started = sys.argv[1:] if argv is None else argv, time.perf_counter()
+    try:
+        given = parse(argv)
+        o, out, config = resumed(given) if "resume" in given else begun(given, argv)
+        model, tokenizer, limits, train, held_out = set_up(o)
+        config["checksum"] = same_data(train + held_out, config.get("checksum"))
+        if o["eval_only"]:
+            return evaluate_only(o, out, model, tokenizer, limits, held_out)
+        trainer, start = Trainer(o, model, tokenizer, limits, train), 0
+        if "resume" in given:
+            state = checkpoint.load(out, model, trainer.updater.optimizer, say=print)
+            start, trainer.cursor, trainer.updater.bad_steps = state["step"], state["cursor"], state["bad_steps"]
+            print(f"resuming {out} after step {start} of {o['steps']}")
+        else:
+            checkpoint.clear(out)
+        checkpoint.write_json(out / "config.json", config)
+    except (ValueError, OSError) as error:
+        return refuse(error)
+    except KeyboardInterrupt:
+        return 130
+    try:
+        status = loop(trainer, out, held_out, start)
+        if status == 0:
+            checkpoint.save_pretrained(out / "model", model, tokenizer)
+            checkpoint.write_json(out / "config.json", config | {"status": "done"})
+            summary(out, time.perf_counter() - started)
+        return status
+    except (OSError, MemoryError, BadReward) as error:  # any other exception is a bug of ours: let it be seen
+        return refuse(error)
+
+
+def refuse(error):
+    print("train.py: error:", " ".join(str(error).split()), file=sys.stderr)
+    return 2
+
+
+def begun(given, argv):
+    """(options, folder, config) of a new run; says which preset it is, why, and how to get the other."""
+    o = fill(given)
+    cuda, auto = torch.cuda.is_available(), given.get("preset", "auto") == "auto"
+    why = f"{'a' if cuda else 'no'} CUDA GPU was found" if auto else "as asked"
+    other = {"tiny": "--preset gsm8k trains Qwen2.5-0.5B on GSM8K, which wants a GPU",
+             "gsm8k": "--preset tiny trains the embedded model in minutes, GPU or not"}[o["preset"]]  # fmt: skip
+    print(f"preset {o['preset']} ({why}): {o['model']} on {o['data']}; {other}")
+    name = f"eval-{Path(o['model']).name}-{Path(o['data']).stem}" if o["eval_only"] else f"{o['algo']}-{o['preset']}"
+    out = Path(o["out"] or f"runs/{name}-s{o['seed']}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
+    if not o["overwrite"] and not o["eval_only"] and checkpoint.holds_run(out):
+        raise ValueError(f"{out} holds a run already: --resume {out} goes on with it, --overwrite deletes it, --out "
+                         f"FOLDER leaves it alone")  # fmt: skip
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    machine = torch.cuda.get_device_name() if cuda else f"{platform.processor() or platform.machine()} CPU"
+    config = {"options": o, "versions": versions, "machine": f"{machine}, {torch.get_num_threads()} threads"}
+    return o, out, config | {"command": shlex.join(["python", "train.py", *argv]), "status": "running"}
+
+
+def resumed(given):
+    """(options, folder, config) of the run in --resume; what else is given must not change its past."""
+    out = Path(given.pop("resume"))
+    try:
+        config = json.loads((out / "config.json").read_text())
+        saved = config["options"]
+    except (OSError, ValueError, KeyError):
+        raise ValueError(f"{out} holds no run to resume (no readable config.json)") from None
+    for name, value in given.items():
+        if name not in ALLOWED_ON_RESUME and value != saved.get(name):
+            raise ValueError(f"--resume {out}: its --{name.replace('_', '-')} is {saved.get(name)}, not {value}; only "
+                             f"--steps may be raised")  # fmt: skip
+    if given.get("steps", saved["steps"]) < saved["steps"]:
+        raise ValueError(f"--resume {out}: it has {saved['steps']} steps, and --steps may only be raised")
+    given["resume"] = str(out)
+    config["options"] = fill(saved | {name: given[name] for name in ALLOWED_ON_RESUME if name in given})
+    return config["options"], out, config | {"status": "running"}
+
+
+def set_up(o):
+    """(model, tokenizer, limits of policy.sample, training problems, held-out problems) for the options."""
+    torch.manual_seed(o["seed"])
+    train, test = load_problems(o["data"], "train"), load_problems(o["data"], "test")[: o["eval_n"]]
+    model, tokenizer, eos_ids, pad_id = load_policy(o["model"], o["device"])
+    longest = context_length(model) - o["max_new_tokens"]
+    held_out = {p["question"] for p in test}
+    overlap = len(train) - len(train := [p for p in train if p["question"] not in held_out])
+    train, long_train = encode_problems(tokenizer, train, o["prompt"], longest)
+    test, long_test = encode_problems(tokenizer, test, o["prompt"], longest)
+    if overlap or long_train or long_test:
+        print(f"dropped problems: {overlap} of training that are held out too; prompts over {longest} tokens: "
+              f"{long_train} of training, {long_test} held out")  # fmt: skip
+    return model, tokenizer, {"max_new_tokens": o["max_new_tokens"], "eos_ids": eos_ids, "pad_id": pad_id}, train, test
+
+
+def same_data(problems, expected):
+    """A checksum of the problems; ValueError if it is not the one that a resumed run had."""
+    checksum = zlib.crc32(json.dumps([(p["question"], p["answer"]) for p in problems]).encode())
+    if expected not in (None, checksum):
+        raise ValueError("the data are not what they were when the run began; it cannot be resumed with other problems")
+    return checksum
+
+
+def evaluate_only(o, out, model, tokenizer, limits, problems):
+    """--eval-only: print and write eval.json."""
+    if o["dtype"] == "bf16":
+        model = model.bfloat16()
+    result = evaluate(
+        model, tokenizer, problems, k=o["k"], samples=o["eval_samples"], temperature=o["temperature"],
+        seed=o["seed"] + 10_000, quiet=False, **limits,
+    )  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(out / "eval.json", {"options": o} | result)
+    low, high = result["ci95"]
+    print(f"greedy accuracy on {result['n']} problems: {result['accuracy']:.3f} (95%: {low:.3f}-{high:.3f}), lenient "
+          f"{result['accuracy_lenient']:.3f}; truncated {result['truncated']:.3f}")  # fmt: skip
+    if o["k"]:
+        print(f"avg@{o['k']} {result['avg_at_k']:.3f}, pass@{o['k']} {result['pass_at_k']:.3f}, {o['eval_samples']} "
+              f"samples a problem at temperature {o['temperature']}")  # fmt: skip
+    print(f"written to {out / 'eval.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

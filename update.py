@@ -1,0 +1,145 @@
+"""Step 4 of the loop: an optimizer step on a mini-batch of any size in the memory of one micro-batch.
+
+The gradient comes in two halves. A loss here is a function of logprobs [B, T] alone, so
+
+    dL/dtheta = sum_{i,t} dL/dlogp_{i,t} dlogp_{i,t}/dtheta.
+
+First half: the mini-batch's log-probabilities, and one call of `loss` on all of them, which gives dL/dlogp [B, T], how
+hard each token is pushed. Second half: the model runs again, micro-batch by micro-batch, and each slice of the push
+goes back through it. The loss sees the whole mini-batch, whatever its averages; a micro-batch changes nothing but memory.
+"""
+
+import contextlib
+import copy
+
+import torch
+from tqdm import tqdm
+
+from grpo import k3
+from policy import head_is_plain, micro_batches, rows_that_fit, token_logprobs
+
+
+class Updater:
+    """The policy that is trained, its optimizer, and how many rows of it fit at once."""
+
+    def __init__(self, model, algo, loss_options, options, longest):
+        """algo: the algorithm's module; options: train.py's; longest: tokens of the longest row there can be."""
+        self.model, self.algo, self.loss_options, self.o = model, algo, loss_options, options
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=options["lr"], weight_decay=0.0)
+        self.reference = copy.deepcopy(model) if loss_options.get("beta", 0) > 0 else None  # the frozen start policy
+        self.needs_entropy = loss_options.get("kl_coef", 0) > 0
+        self.through_head = head_is_plain(model)
+        if not self.through_head:
+            print("this architecture does more to its logits than a linear head does: taking them whole")
+        if options["gradient_checkpointing"]:
+            model.gradient_checkpointing_enable()
+        fits = rows_that_fit(model, longest, checkpointing=options["gradient_checkpointing"])
+        batch = options["prompts"] * options["group_size"]
+        auto = {"micro_batch": min(fits, batch // options["updates"]), "sample_batch": batch}
+        self.at_once = {name: rows if options[name] == "auto" else int(options[name]) for name, rows in auto.items()}
+        self.bad_steps = 0  # optimizer steps skipped in a row, for a loss or gradient that is not finite
+
+    def halving(self, name, work):
+        """work(rows at once), again with half of them for as long as GPU memory runs out: nothing is lost by it."""
+        while True:
+            rows = self.at_once[name]
+            try:
+                return work(rows)
+            except torch.OutOfMemoryError:
+                flag = "--" + name.replace("_", "-")
+                if self.o[name] != "auto" or rows == 1:
+                    line = (
+                        f"out of GPU memory with {flag} {rows}: try {flag} auto, --gradient-checkpointing, or a smaller"
+                    )
+                    raise MemoryError(line + " --max-new-tokens") from None
+            self.at_once[name] = rows // 2
+            tqdm.write(f"out of GPU memory: {flag} goes from {rows} to {rows // 2}")
+            self.model.eval()
+            self.optimizer.zero_grad()
+            torch.cuda.empty_cache()
+
+    def forward(self, rollout, rows, model, with_entropy=True):
+        """token_logprobs of these rows, under autocast where the compute is bf16."""
+        device = model.device.type
+        with torch.autocast(device, torch.bfloat16) if self.o["dtype"] == "bf16" else contextlib.nullcontext():
+            return token_logprobs(
+                model, [rollout.prompts[i] for i in rows], rollout.completions[rows], rollout.mask[rows],
+                temperature=self.o["temperature"], with_entropy=with_entropy, through_head=self.through_head,
+            )  # fmt: skip
+
+    def measure(self, rollout, mini_batches):
+        """Fill in old_logprobs, entropy and, if wanted, ref_logprobs, [B, T], in the micro-batches of the updates."""
+
+        @torch.no_grad()
+        def work(size, model=None):
+            logprobs, entropy = torch.zeros(2, *rollout.mask.shape, device=rollout.mask.device)
+            for rows in mini_batches:
+                for piece in micro_batches(rollout.lengths, rows, size):
+                    logprobs[piece], entropy[piece] = self.forward(rollout, piece, model or self.model)
+            return logprobs, entropy
+
+        rollout.old_logprobs, rollout.entropy = self.halving("micro_batch", work)
+        rollout.logprobs = rollout.old_logprobs.clone()
+        if self.reference is not None:
+            rollout.ref_logprobs, _ = self.halving("micro_batch", lambda size: work(size, self.reference))
+
+    def update(self, rollout, rows, first):
+        """One optimizer step on the mini-batch `rows` (indices); first: nothing has moved since the rollout.
+
+        A loss or gradient that is not finite leaves the weights alone. Returns counts of tokens with an advantage
+        (signal) and, of those, with a push of exactly 0 (clipped), the summed kl, the ratios before a first update, the
+        gradient's norm before clipping (None: skipped), and the rows to blame for a skip.
+        """
+        return self.halving("micro_batch", lambda size: self._update(rollout, rows, first, size))
+
+    def _update(self, r, rows, first, size):
+        options = dict(self.loss_options)
+        signal = r.mask & (r.advantages.view(len(r.prompts), -1) != 0)  # [B, T]
+        # A row without any advantage has no push, whatever its log-probabilities, unless a KL pushes it.
+        live = signal.any(1).cpu() | (self.reference is not None)
+        pieces = [piece[live[piece]] for piece in micro_batches(r.lengths, rows, size)]
+        pieces = [piece for piece in pieces if len(piece)]
+        entropy, in_one = r.entropy.clone(), len(pieces) == 1 and not first
+        self.optimizer.zero_grad()
+        self.model.train(self.o["gradient_checkpointing"])  # transformers checkpoints only in train mode; no dropout
+        if not first:  # before the first update the old log-probabilities are the current ones
+            with torch.set_grad_enabled(in_one):  # a mini-batch that is one micro-batch needs no second pass
+                for piece in pieces:
+                    graph, H = self.forward(r, piece, self.model, self.needs_entropy)
+                    r.logprobs[piece], entropy[piece] = graph.detach(), H
+        if self.needs_entropy:
+            options |= {"entropy": entropy[rows], "old_entropy": r.entropy[rows]}
+        if self.reference is not None:
+            options |= {"ref_logprobs": r.ref_logprobs[rows]}
+        logp = r.logprobs[rows].requires_grad_()
+        loss = self.algo.loss(logp, r.old_logprobs[rows], r.advantages[rows], r.mask[rows], **options)
+        push = torch.zeros_like(r.logprobs)
+        push[rows] = torch.autograd.grad(loss, logp)[0]  # dL/dlogp  [B, T]
+        stats = {
+            "signal": signal[rows].sum().item(), "clipped": (signal & (push == 0))[rows].sum().item(),
+            "kl": (k3(r.old_logprobs, r.logprobs) * signal)[rows].sum().item(), "ratio": [],
+            "grad_norm": None, "bad_rows": [],
+        }  # fmt: skip
+        pushed = push.any(1).cpu()  # a row of NaN counts
+        if loss.isfinite() and push.isfinite().all():
+            for piece in pieces:
+                if not in_one:
+                    piece = piece[pushed[piece]]
+                    if not len(piece):
+                        continue
+                    graph, _ = self.forward(r, piece, self.model, False)
+                if first:
+                    stats["ratio"] += (graph.detach() - r.old_logprobs[piece]).exp()[r.mask[piece]].tolist()
+                graph.backward(gradient=push[piece])
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.o["max_grad_norm"])
+            stats["grad_norm"] = norm.item()
+        self.model.eval()
+        if stats["grad_norm"] is None or not norm.isfinite():
+            bad = ~(push.isfinite() & r.logprobs.isfinite()).all(1).cpu()
+            stats["bad_rows"] = [i for i in rows.tolist() if bad[i]] or rows.tolist()
+            self.bad_steps += 1
+            return stats
+        self.bad_steps = 0
+        if pushed[rows].any():  # else there is nothing to learn from, and AdamW would move on its momentum alone
+            self.optimizer.step()
+        return stats
