@@ -13,7 +13,9 @@ import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as hf_logging
 
+hf_logging.disable_progress_bar()  # "Loading weights" and the like, in the middle of our own lines
 LOGITS_AT_ONCE = 2**25  # entries of one chunk of logits: 128 MiB in fp32
 
 

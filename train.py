@@ -47,8 +47,8 @@ class Trainer:
         self.advantage_options, loss_options = split_options(self.algo, options["option"])
         longest = max(len(p["prompt_ids"]) for p in problems) + options["max_new_tokens"]
         self.updater = Updater(model, self.algo, loss_options, options, longest)
-        # generate reads every weight once a token, and a bf16 copy has half the bytes. What is trained stays fp32: at lr
-        # 1e-6 an update is below half a bf16 ulp.
+        # generate reads every weight once a token, and a bf16 copy has half the bytes. What is trained stays fp32: at
+        # lr 1e-6 an update is below half a bf16 ulp.
         self.sampler = copy.deepcopy(model).bfloat16() if options["dtype"] == "bf16" else model
         self.cursor = 0  # prompts drawn so far
 

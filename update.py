@@ -6,7 +6,7 @@ The gradient comes in two halves. A loss here is a function of logprobs [B, T] a
 
 First half: the mini-batch's log-probabilities, and one call of `loss` on all of them, which gives dL/dlogp [B, T], how
 hard each token is pushed. Second half: the model runs again, micro-batch by micro-batch, and each slice of the push
-goes back through it. The loss sees the whole mini-batch, whatever its averages; a micro-batch changes nothing but memory.
+goes back through it. The loss sees the whole mini-batch, whatever its averages; micro-batches change only the memory.
 """
 
 import contextlib
