@@ -5,45 +5,101 @@ read back with weights_only=True. It is written under another name, then renamed
 the disk itself failed, and then the one before it is used.
 """
 
+import contextlib
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
 KEPT = 2
+RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "model")
+LINES = ("metrics.jsonl", "samples.jsonl")
+
+
+def check_folder(out):
+    """Raises ValueError if the folder `out` is something else, or cannot be made or written to."""
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"--out {out}: {nearest} is a file; name a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {out}: no permission to write in {nearest}; name another folder")
+
+
+def holds_run(out):
+    return any((out / name).exists() for name in RUN_FILES)
+
+
+def clear(out, source):
+    """Make the folder, without a run in it; whatever else it holds stays. source: the model that a new run starts from;
+    a ValueError, and nothing is deleted, if it is part of the old run.
+    """
+    source = Path(source).resolve()
+    if any((out / name).resolve() in (source, *source.parents) for name in RUN_FILES):
+        raise ValueError(f"--overwrite would delete {source}, the model to start from; name another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in RUN_FILES:
+        remove(out / name)
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole(path):
+    """Write the file or folder `path` under the name given, which takes its place at the end; if anything fails, what
+    was there before is still there and nothing else. Raises OSError, with the path, if it cannot be written.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        remove(part)
+        yield part
+        for file in [*part.iterdir(), part] if part.is_dir() else [part]:
+            sync(file)
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(part, path)
+        sync(path.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is one of the three, by who meets it
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"cannot write {path}: {cause}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            remove(part)
+
+
+def sync(path):
+    """Have the disk itself hold the file, or the names in a folder: what a power cut does not undo."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path, value):
     """Replace the file at once, or leave it as it was."""
-    write_whole(path, lambda part: part.write_text(json.dumps(value, indent=1) + "\n"))
-
-
-def write_whole(path, write):
-    """write(temporary path), then rename to path; on any failure nothing is left behind but the old file."""
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(path) as part:
+        part.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def append_lines(path, rows):
     """Append each row as a line of JSON, all of them or none; what is not finite is written as null."""
-    text = "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
+    data = "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows).encode()
     with open(path, "ab", buffering=0) as file:
         size = file.tell()
-        data = text.encode()
         try:
             while data:
                 data = data[file.write(data) :]
-        except OSError:
+        except OSError as error:
             file.truncate(size)
-            raise
+            raise OSError(f"cannot write {path}: {error}") from None
 
 
 def _finite(x):
@@ -54,35 +110,11 @@ def _finite(x):
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
-RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "model")
-
-
-def holds_run(out):
-    return any((out / name).exists() for name in RUN_FILES)
-
-
-def clear(out):
-    """Make the folder, without a run in it; whatever else it holds stays."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in RUN_FILES:
-        remove(out / name)
-
-
-def remove(path):
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 def save_pretrained(folder, model, tokenizer):
     """The trained model as from_pretrained reads it, with its tokenizer; all of it or nothing."""
-    part = folder.with_name(folder.name + ".part")
-    remove(part)
-    try:
+    with whole(folder) as part:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        remove(folder)
-        os.replace(part, folder)
-    finally:
-        remove(part)
 
 
 def rng_state():
@@ -96,67 +128,64 @@ def set_rng_state(state):
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def steps_saved(run):
+    """{step: folder} of the checkpoints, by step."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return {step: path for step, path in sorted((int(path.name[5:]), path) for path in found)}
+
+
 def save(run, step, model, optimizer, **counters):
     """Write run/checkpoints/step-NNNNNN and drop all but the last KEPT.
 
     counters: plain numbers. The sizes of metrics.jsonl and samples.jsonl go in, for `load` to cut back what came after.
     """
-    root = Path(run) / "checkpoints"
+    run, sizes = Path(run), {}
+    root = run / "checkpoints"
     root.mkdir(exist_ok=True)
-    for stale in root.glob("*.part"):
-        shutil.rmtree(stale)
-    part, final = root / f"step-{step:06}.part", root / f"step-{step:06}"
-    part.mkdir()
-    try:
+    for stale in root.glob("*.part"):  # of a process that was killed here
+        remove(stale)
+    for name in LINES:
+        if (run / name).exists():
+            sync(run / name)  # a checkpoint must not outlive the lines that it counts on
+            sizes[name] = (run / name).stat().st_size
+    with whole(root / f"step-{step:06}") as part:
+        part.mkdir()
         save_model(model, str(part / "model.safetensors"))
-        sizes = {name: _size(Path(run) / name) for name in ("metrics.jsonl", "samples.jsonl")}
         state = {"step": step, "optimizer": optimizer.state_dict(), "rng": rng_state(), "sizes": sizes, **counters}
         torch.save(state, part / "state.pt")
-        for file in part.iterdir():
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(part, final)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    for old in sorted(root.glob("step-??????"))[:-KEPT]:
-        shutil.rmtree(old)
-
-
-def _size(path):
-    return path.stat().st_size if path.exists() else 0
+    saved = steps_saved(run)
+    kept = [known for known in saved if known <= step][-KEPT:]  # a later one is what `load` could not read
+    for known in saved.keys() - kept:
+        remove(saved[known])
 
 
 def load(run, model, optimizer, say):
     """Put the latest readable checkpoint into model, optimizer and the generators, and cut the run's files back to it.
 
-    Returns its counters, those of step 0 if there is no checkpoint yet. say(line) tells of an unreadable one. Raises
-    ValueError if there are checkpoints and none can be read, or if metrics.jsonl is shorter than it was.
+    Returns its counters, those of step 0 if the run has not come to a checkpoint yet. say(line) tells of an unreadable
+    one. Raises ValueError if none can be read and there have been some.
     """
     run = Path(run)
-    found = sorted((run / "checkpoints").glob("step-??????"), reverse=True)
-    for folder in found:
+    saved = steps_saved(run)
+    for folder in reversed(saved.values()):
         try:
-            device = next(model.parameters()).device
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            load_model(model, str(folder / "model.safetensors"), device=str(device))
+            for name, size in state["sizes"].items():
+                if (run / name).stat().st_size < size:
+                    raise ValueError(f"{name} is shorter than it was")
+            load_model(model, str(folder / "model.safetensors"), device=str(next(model.parameters()).device))
+            optimizer.load_state_dict(state.pop("optimizer"))
+            set_rng_state(state.pop("rng"))
+            break
         except Exception as error:  # torn zip, torn header, missing file: each library has its own type
             why = (str(error).strip() or type(error).__name__).split("\n")[0][:120]
             say(f"checkpoint {folder.name} cannot be read ({why}); falling back to the one before")
-            continue
-        optimizer.load_state_dict(state.pop("optimizer"))
-        set_rng_state(state.pop("rng"))
-        break
     else:
-        if found:
+        if saved or (run / "model").exists():
             raise ValueError(f"no checkpoint in {run / 'checkpoints'} can be read; start again with --overwrite")
-        state = {"step": 0, "cursor": 0, "bad_steps": 0, "sizes": {"metrics.jsonl": 0, "samples.jsonl": 0}}
-    for name, size in state.pop("sizes").items():
-        path = run / name
-        if _size(path) < size:
-            raise ValueError(f"{path} is shorter than when the checkpoint was written; start again with --overwrite")
-        if path.exists():
-            os.truncate(path, size)
+        state = {"step": 0, "cursor": 0, "bad_steps": 0, "sizes": {}}
+    sizes = state.pop("sizes")
+    for name in LINES:
+        if (run / name).exists():
+            os.truncate(run / name, sizes.get(name, 0))
     return state

@@ -5,7 +5,14 @@ number. Everything that is wrong with a file is said in one line, with the line'
 """
 
 import json
+import os
+import socket
+import urllib.request
+import zlib
 from pathlib import Path
+from urllib.parse import urlsplit
+
+import huggingface_hub
 
 from rewards import correct
 from tiny.problems import problems as tiny_problems
@@ -18,7 +25,8 @@ def load_problems(name, split):
 
     name: "tiny" (the embedded generator), "gsm8k", another Hub data set with those two fields ("owner/name" or
     "owner/name:config"), a local folder with train.jsonl and test.jsonl, or one .jsonl, whose last tenth (at most 500)
-    is then the test split. Raises ValueError, in one line, with the line's number where there is one.
+    is then the test split. Says how many problems repeat a question. Raises ValueError, in one line, with the line's
+    number where there is one.
     """
     path = Path(name)
     if name == "tiny":
@@ -34,7 +42,11 @@ def load_problems(name, split):
     else:
         rows, where = hub_rows(name, split), name
     problems = check(rows, where)
-    if path.is_file():
+    one_file = path.is_file()
+    repeats = len(rows) - rows.count(None) - len(problems)
+    if repeats and not (one_file and split == "test"):  # of one file it has been said with the train split
+        print(f"{where}: {repeats} problems repeat a question; the first of each is kept")
+    if one_file:
         if len(problems) < 2:
             raise ValueError(f"{path} holds one problem; two are the least, one to train on and one to hold out")
         held_out = min(500, max(1, len(problems) // 10))
@@ -52,7 +64,7 @@ def read_jsonl(path):
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line) if line.strip() else None)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
     return rows
 
@@ -81,7 +93,10 @@ def check(rows, where):
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
             raise ValueError(f'{where}, line {number}: need {{"question": text, "answer": text}}, got {str(row)[:80]}')
         try:
+            (row["question"] + row["answer"]).encode()
             correct("", row["answer"])
+        except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair; no tokenizer takes it
+            raise ValueError(f"{where}, line {number}: {error.object[error.start]!r} is no character") from None
         except ValueError as error:
             raise ValueError(f"{where}, line {number}: {error}") from None
         if not row["question"].strip():
@@ -99,7 +114,10 @@ def encode_prompt(tokenizer, question, template):
     text = template.replace("{question}", question)
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # whatever the template raises, jinja's own errors among them
+            raise ValueError(f"the tokenizer's chat template fails on a user's turn: {error}") from None
         return tokenizer(text, add_special_tokens=False).input_ids
     return tokenizer(text + "\n").input_ids
 
@@ -107,8 +125,12 @@ def encode_prompt(tokenizer, question, template):
 def encode_problems(tokenizer, problems, template, longest):
     """(problems, each with "prompt_ids"; how many were dropped): those over `longest` prompt tokens are dropped whole.
 
-    A prompt is never cut: a cut question is another question. Raises ValueError if none is left.
+    A prompt is never cut: a cut question is another question. Raises ValueError if none is left, or there was none.
     """
+    if not problems:
+        raise ValueError("no problem is left to train on: all of them are held out too")
+    if longest < 1:
+        raise ValueError("--max-new-tokens leaves no room for a prompt in the model's context: lower it")
     encoded = [{**p, "prompt_ids": encode_prompt(tokenizer, p["question"], template)} for p in problems]
     kept = [p for p in encoded if 0 < len(p["prompt_ids"]) <= longest]
     if not kept:
@@ -116,3 +138,33 @@ def encode_problems(tokenizer, problems, template, longest):
             f"every prompt is over {longest} tokens, the model's context less --max-new-tokens: lower the latter"
         )
     return kept, len(encoded) - len(kept)
+
+
+def split_overlap(train, test):
+    """Training problems whose question is not held out too, and how many there were that are."""
+    held_out = {p["question"] for p in test}
+    kept = [p for p in train if p["question"] not in held_out]
+    return kept, len(train) - len(kept)
+
+
+def checksum(problems, expected=None):
+    """A checksum of questions and answers; ValueError if it is not the one that a resumed run had."""
+    found = zlib.crc32(json.dumps([(p["question"], p["answer"]) for p in problems]).encode())
+    if expected not in (None, found):
+        raise ValueError("the data are not what they were when the run began; it cannot be resumed with other problems")
+    return found
+
+
+def offline_without_network(*names):
+    """If one of the names is not here and the Hub's host name cannot be looked up, tell the Hub's library, which would
+    try for a minute before it turned to its cache.
+    """
+    constants = huggingface_hub.constants
+    here = all(name == "tiny" or Path(name).exists() for name in names)
+    if here or constants.HF_HUB_OFFLINE or urllib.request.getproxies():  # a proxy looks names up itself
+        return
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True  # what HF_HUB_OFFLINE=1 sets when the library is imported
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries that are imported later

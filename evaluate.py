@@ -5,6 +5,7 @@ import math
 import torch
 from tqdm import tqdm
 
+import checkpoint
 from policy import sample
 from rewards import correct, extract_answer
 
@@ -66,3 +67,22 @@ def evaluate(model, tokenizer, problems, *, k, samples, temperature, seed, rows_
 def matches(text, answer):
     """Whether the lenient answer, the last number if there is no marker, is the right one."""
     return extract_answer(text, lenient=True) == extract_answer(answer, lenient=True)
+
+
+def evaluate_only(o, out, model, tokenizer, limits, problems):
+    """--eval-only: print the figures and write them to out/eval.json."""
+    out.mkdir(parents=True, exist_ok=True)  # before the work, which may take hours
+    if o["dtype"] == "bf16":
+        model = model.bfloat16()
+    result = evaluate(
+        model, tokenizer, problems, k=o["k"], samples=o["eval_samples"], temperature=o["temperature"],
+        seed=o["seed"] + 10_000, quiet=False, **limits,
+    )  # fmt: skip
+    low, high = result["ci95"]
+    print(f"greedy accuracy on {result['n']} problems: {result['accuracy']:.3f} (95%: {low:.3f}-{high:.3f}), lenient "
+          f"{result['accuracy_lenient']:.3f}; truncated {result['truncated']:.3f}")  # fmt: skip
+    if o["k"]:
+        print(f"avg@{o['k']} {result['avg_at_k']:.3f}, pass@{o['k']} {result['pass_at_k']:.3f}, {o['eval_samples']} "
+              f"samples a problem at temperature {o['temperature']}")  # fmt: skip
+    checkpoint.write_json(out / "eval.json", {"options": o} | result)
+    print(f"written to {out / 'eval.json'}")

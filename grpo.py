@@ -55,10 +55,11 @@ def prepare(logprobs, old_logprobs, advantages, mask, **others):
         advantages = advantages[:, None].expand(shape)  # [B] -> [B, T]
 
     def clean(x):
-        return None if x is None else x.to(dtype).masked_fill(off, 0)
+        return x.to(dtype).masked_fill(off, 0)
 
-    old_logprobs, advantages = clean(old_logprobs.detach()), clean(advantages.detach())
-    return clean(logprobs), old_logprobs, advantages, (~off).to(dtype), *map(clean, others.values())
+    fixed = (old_logprobs, advantages, *others.values())
+    old_logprobs, advantages, *others = (None if x is None else clean(x.detach()) for x in fixed)
+    return clean(logprobs), old_logprobs, advantages, (~off).to(dtype), *others
 
 
 def exp_ratio(log_ratio):

@@ -10,7 +10,8 @@ H_i = 1/|o_i| sum_t H_{i,t}; n and m are the sizes of O+ and O-.
     loss = - 1/B sum_i min(w A, clamp(w, 1 - eps_low, 1 + eps_high) A)                              Eq. 11    scalar
 
 Against GSPO: w_i is the ARITHMETIC mean of the token ratios, where GSPO's s_i is their geometric mean.
-Our choices: as in gtpo.py; a completion with no token is in neither set.
+Until the clip binds it is GRPO, in value and gradient. Our choices: as in gtpo.py; a completion with no token is in
+neither set.
 
 Worked example: grpo.py's batch, mean entropies 1 and 0.5. r+ = 1.1, r- = -1.1; w_0 = (1.5 + 0.9) / 2 = 1.2, w_1 = 1.
 
@@ -45,8 +46,9 @@ def advantages(rewards, group_size, *, entropy=None, mask=None, beta1=1.0, beta2
     H = entropy.detach().to(r.dtype).masked_fill(~on, 0)
     H = row_mean(H, on).clamp(min=1e-6).view_as(r)  # H_i  [P, G]
     right, on = r > 0.5, on.any(1).view_as(r)
-    two_sets = right.any(1, keepdim=True) & ~right.all(1, keepdim=True)  # [P, 1]
-    plus, minus = right & on & two_sets, ~right & on & two_sets  # [P, G]: who is in O+ and in O-
+    plus, minus = right & on, ~right & on  # [P, G]
+    two_sets = plus.any(1, keepdim=True) & minus.any(1, keepdim=True)  # [P, 1]
+    plus, minus = plus & two_sets, minus & two_sets
     # r+ = beta1 r + beta2 H / sum_{O+} H n
     r_plus = plus * (beta1 * r + beta2 * share(H, plus))
     # r- = -beta1 - beta2 (1/H) / sum_{O-} (1/H) m

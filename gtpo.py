@@ -16,7 +16,8 @@ R+- are all shaped rewards of the group, one a token. Our choices: R includes th
 mean advantage 0, so that the outcome no longer counts; "joint" standardises r+ on O+ and r- on O- as one collection. A
 group all right or all wrong has no second set and gets 0. Sums run over the group, as the equations read.
 Known property of "zeros": where one set holds more than about 1 / (1 + alpha2) of a group's tokens, its least-weighted
-tokens change sign (G = 16 with 15 right: about 40% of the right tokens get A < 0). train.py logs that share, sign_flip.
+tokens change sign (G = 16 with 15 right: about 40% of the right tokens get A < 0, by how the entropies spread; with 15
+wrong more still, 1/H having the longer tail). train.py logs that share, sign_flip.
 Not to be confused with 2508.03772, another GTPO.
 
 Worked example: two right completions of 2 and 1 tokens, one wrong of 1. At t = 0, d = 2 and 3 : 1 nats share the bonus:
@@ -48,15 +49,13 @@ def standardise(x, on):
 
 def normalize_sets(r_plus, r_minus, plus, minus, normalize):
     """Eq. 6 and its GRPO-S twin: A+ on O+, A- on O-, 0 elsewhere. Shaped rewards and bool sets, all [P, N]."""
-    if normalize == "joint":
-        a = standardise(r_plus + r_minus, plus | minus)
-        return a.masked_fill(~(plus | minus), 0)
-    if normalize not in ("zeros", "within"):
+    if normalize not in ("zeros", "within", "joint"):
         raise ValueError(f"normalize must be 'zeros', 'within' or 'joint'; got {normalize!r}")
-    both = plus | minus
-    a_plus = standardise(r_plus, both if normalize == "zeros" else plus).masked_fill(~plus, 0)
-    a_minus = standardise(r_minus, both if normalize == "zeros" else minus).masked_fill(~minus, 0)
-    return a_plus + a_minus
+    if normalize == "joint":
+        r_plus = r_minus = r_plus + r_minus
+    pool_plus, pool_minus = (plus, minus) if normalize == "within" else (plus | minus, plus | minus)
+    a_plus, a_minus = standardise(r_plus, pool_plus), standardise(r_minus, pool_minus)
+    return a_plus.masked_fill(~plus, 0) + a_minus.masked_fill(~minus, 0)
 
 
 def share(x, members):
@@ -79,8 +78,9 @@ def advantages(rewards, group_size, *, entropy=None, mask=None, alpha1=1.0, alph
     on = (mask != 0).view(*r.shape[:2], -1)  # [P, G, T]
     H = entropy.detach().to(r.dtype).view_as(on).masked_fill(~on, 1).clamp(min=1e-6)  # [P, G, T]
     right = r > 0.5
-    two_sets = right.any(1, keepdim=True) & ~right.all(1, keepdim=True)  # [P, 1, 1]
-    plus, minus = right & on & two_sets, ~right & on & two_sets  # [P, G, T]: who is in O+ and in O-, running at t
+    plus, minus = right & on, ~right & on  # [P, G, T]
+    two_sets = plus.any((1, 2), keepdim=True) & minus.any((1, 2), keepdim=True)  # [P, 1, 1]
+    plus, minus = plus & two_sets, minus & two_sets  # [P, G, T]
     # r+ = alpha1 r + alpha2 H / sum_{O+} H d_t
     r_plus = plus * (alpha1 * r + alpha2 * share(H, plus))
     # r- = -alpha1 - alpha2 (1/H) / sum_{O-} (1/H) h_t

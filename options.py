@@ -123,7 +123,9 @@ def fill(given):
     options = dict(given)
     cuda = torch.cuda.is_available()
     if options.get("preset", "auto") == "auto":
-        options["preset"] = "gsm8k" if cuda else "tiny"
+        # An evaluation goes by its data: GSM8K without its prompt and its room for an answer would look far worse.
+        of_gsm8k = options.get("eval_only") and options.get("data") in ("gsm8k", "openai/gsm8k")
+        options["preset"] = "gsm8k" if cuda or of_gsm8k else "tiny"
     if options["preset"] not in DEFAULTS:
         raise ValueError(f"--preset is auto, tiny or gsm8k, not {options['preset']!r}")
     options = {"option": {}, "overwrite": False, "eval_only": False} | DEFAULTS[options["preset"]] | options
@@ -148,21 +150,25 @@ def validate(o):
     low = [name for name, least in at_least.items() if o[name] < least]
     positive = [name for name in ("temperature", "lr", "max_grad_norm") if not 0 < o[name] < math.inf]
     sizes = [name for name in ("micro_batch", "sample_batch") if o[name] != "auto" and not _is_size(o[name])]
-    device = o["device"].partition(":")
+    device, _, index = o["device"].partition(":")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for wrong, line in (
         (o["algo"] not in ALGORITHMS, f"no algorithm {o['algo']!r}; "
          + (f"did you mean {near[0]}? " if near else "") + f"There are {', '.join(ALGORITHMS)}"),
         (low, low and f"--{low[0]} {o[low[0]]}: the least is {at_least[low[0]]}"
          + (" (one completion has no group to be compared with)" if low[0] == "group_size" else "")),
         (positive, positive and f"--{positive[0]} {o[positive[0]]}: it must be above 0 and finite"),
+        (o["seed"] >= 2**32, f"--seed {o['seed']}: it must be below 2**32"),
+        (o["lr"] > 1, f"--lr {o['lr']}: AdamW moves each weight by about as much a step; it must not be above 1"),
         (batch % o["updates"], f"--updates {o['updates']} does not divide the {batch} completions of a step "
          f"(--prompts {o['prompts']} x --group-size {o['group_size']}): no equal mini-batches"),
         (sizes, sizes and f"--{sizes[0]} {o[sizes[0]]}: a number of rows, at least 1, or auto"),
         (o["eval_samples"] < o["k"], f"--eval-samples {o['eval_samples']} is below --k {o['k']}"),
         (o["overlong_cache"] > o["max_new_tokens"], "--overlong-cache is over --max-new-tokens"),
         ("{question}" not in o["prompt"], "--prompt must hold {question}, where the problem goes"),
-        (device[0] not in ("cpu", "cuda"), f"--device {o['device']}: auto, cpu, cuda or cuda:N"),
-        (device[0] == "cuda" and not torch.cuda.is_available(), "--device cuda: torch sees no CUDA GPU here"),
+        (device not in ("cpu", "cuda") or (index and (device == "cpu" or not index.isdecimal())),
+         f"--device {o['device']}: auto, cpu, cuda or cuda:N"),
+        (device == "cuda" and int(index or 0) >= gpus, f"--device {o['device']}: torch sees {gpus} CUDA GPUs here"),
         (o["dtype"] not in ("fp32", "bf16"), f"--dtype {o['dtype']}: auto, fp32 or bf16"),
     ):  # fmt: skip
         if wrong:

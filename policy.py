@@ -62,13 +62,21 @@ SAMPLED = ("prompts", "completions", "mask", "truncated", "problems", "texts", "
 def load_policy(name, device="cpu"):
     """A causal language model with fp32 weights in eval mode, its tokenizer, and the set of its EOS ids.
 
-    name: a local folder or a Hub name. Weights are read from safetensors alone and no code of the repository is run.
-    Raises ValueError with one line if there is no such model, no tokenizer or no EOS.
+    name: "tiny" (the embedded one), a local folder or a Hub name. Weights are read from safetensors alone and no code
+    of the repository is run. Raises ValueError with one line if there is no such model, no tokenizer or no EOS, or if
+    a weight is missing or not finite.
     """
     safe = {"trust_remote_code": False}
+    folder = Path(__file__).parent / "tiny" if name == "tiny" else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **safe)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **safe)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **safe
+        )
+        if missing := found["missing_keys"]:  # transformers makes them up, at random
+            raise ValueError(f"its files lack {len(missing)} weights, {min(missing)} among them.")
+        if not all(weight.isfinite().all() for weight in model.parameters()):
+            raise ValueError("some of its weights are not finite.")
     except Exception as error:  # a dozen types, of transformers, safetensors and the Hub
         why = str(error).strip().split("\n")[0]
         where = "a local folder" if Path(name).is_dir() else "no local folder, nor found in the cache or on the Hub"

@@ -17,6 +17,7 @@ def metrics_line(rollout, sampled, updates, group_size):
     groups = every.rewards.view(-1, group_size)
     A = per_token(r.advantages, r.mask)
     signal = max(1, sum(u["signal"] for u in updates))
+    ratios = [ratio for u in updates for ratio in u["ratio"]]  # only of before the weights moved
     norms = [u["grad_norm"] for u in updates if u["grad_norm"] is not None]
     flipped = torch.where(r.right[:, None] > 0.5, A < 0, A > 0) & r.mask
     return {
@@ -25,7 +26,7 @@ def metrics_line(rollout, sampled, updates, group_size):
         "entropy": r.entropy[r.mask].mean().item(),
         "kl": sum(u["kl"] for u in updates) / signal,
         "clip_frac": sum(u["clipped"] for u in updates) / signal,
-        "ratio_first": sum(updates[0]["ratio"]) / len(updates[0]["ratio"]) if updates[0]["ratio"] else None,
+        "ratio_first": sum(ratios) / len(ratios) if ratios else None,
         "grad_norm": sum(norms) / len(norms) if norms else None,
         "length": every.mask.sum(1).float().mean().item(),
         "truncated": every.truncated.float().mean().item(),

@@ -47,7 +47,7 @@ def loss(
         raise ValueError(f"kl_coef {kl_coef} needs entropy and old_entropy, the policy's and the sampling policy's")
     per_token = advantages.ndim == 2
     logp, old, A, mask, ref, H, H_old = prepare(
-        logprobs, old_logprobs, advantages, mask, ref=ref_logprobs, entropy=entropy, old_entropy=old_entropy
+        logprobs, old_logprobs, advantages, mask, ref_logprobs=ref_logprobs, entropy=entropy, old_entropy=old_entropy
     )
     ratio = exp_ratio(row_mean(logp - old, mask))[:, None]  # s_i  [B, 1]: a mean of log-ratios, never their sum
     if per_token:

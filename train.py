@@ -13,7 +13,6 @@ import shlex
 import signal
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import torch
@@ -21,8 +20,8 @@ import transformers
 from tqdm import tqdm
 
 import checkpoint
-from data import encode_problems, load_problems
-from evaluate import decode, evaluate
+from data import checksum, encode_problems, load_problems, offline_without_network, split_overlap
+from evaluate import decode, evaluate, evaluate_only
 from options import ALLOWED_ON_RESUME, fill, parse, split_options
 from plot import plot_runs
 from policy import Rollout, context_length, load_policy, sample
@@ -72,8 +71,8 @@ class Trainer:
 
         # 4 Update: one optimizer step on each mini-batch.
         updates = []
-        for i, rows in enumerate(mini_batches * o["epochs"]):
-            updates.append(updater.update(rollout, rows, first=i == 0))
+        for rows in mini_batches * o["epochs"]:
+            updates.append(updater.update(rollout, rows, first=not any(u["moved"] for u in updates)))
             if updater.bad_steps == BAD_STEPS:
                 break
         seconds = time.perf_counter() - started
@@ -144,13 +143,14 @@ class Trainer:
 def loop(trainer, out, held_out, start):
     """Evaluate, train, write, save, from the step after `start` to the last. Returns the exit status."""
     o, metrics, samples = trainer.o, out / "metrics.jsonl", out / "samples.jsonl"
-    interrupted = []
+    interrupted, step = [], start
 
     def interrupt(*_):
         if interrupted:
             os._exit(130)
         interrupted.append(True)
-        tqdm.write("interrupted: finishing this step, then saving; once more to stop at once", file=sys.stderr)
+        # Not print, which may be what was interrupted, and cannot be entered twice.
+        os.write(2, b"\ninterrupted: finishing this step, then saving; once more to stop at once\n")
 
     def evaluation(step):
         result = evaluate(
@@ -168,32 +168,34 @@ def loop(trainer, out, held_out, start):
     if not (metrics.exists() and metrics.stat().st_size):
         evaluation(0)
     bar = tqdm(range(start + 1, o["steps"] + 1), initial=start, total=o["steps"], desc=o["algo"], unit="step")
-    for step in bar:
-        line, rollout, bad_rows = trainer.step(step)
-        checkpoint.append_lines(metrics, [line])
-        speed = f"{line['tokens_per_s']:.0f} tokens/s"
-        bar.set_postfix_str(f"accuracy {line['accuracy']:.2f}, entropy {line['entropy']:.2f}, {speed}")
-        show = group_to_show(rollout, o["group_size"]) if _due(step, o["samples_every"]) else []
-        lines = sample_lines(step, rollout, show, trainer.tokenizer)
-        lines += sample_lines(step, rollout, bad_rows, trainer.tokenizer, skipped=True)
-        checkpoint.append_lines(samples, lines)
-        if trainer.updater.bad_steps == BAD_STEPS:
-            print(f"train.py: stopped at step {step}: {BAD_STEPS} updates in a row had a loss or gradient that is not "
-                  f"finite; the last lines of {samples} show where. The last good checkpoint is kept.",
-                  file=sys.stderr)  # fmt: skip
-            return 1
-        last = step == o["steps"]
-        if _due(step, o["eval_every"]) or last:
-            evaluation(step)
-        if _due(step, o["save_every"]) or ((interrupted or last) and o["save_every"]):
-            save(step)
-        if interrupted and not last:
-            bar.close()
-            again = f"python train.py --resume {shlex.quote(str(out))}"
-            print(
-                f"stopped after step {step}. " + (f"Go on with: {again}" if o["save_every"] else "Nothing was saved.")
-            )
-            return 130
+    with bar:  # closed, whatever happens, before anything else is printed
+        for step in bar:
+            line, rollout, bad_rows = trainer.step(step)
+            checkpoint.append_lines(metrics, [line])
+            speed = f"{line['tokens_per_s']:.0f} tokens/s"
+            bar.set_postfix_str(f"accuracy {line['accuracy']:.2f}, entropy {line['entropy']:.2f}, {speed}")
+            show = group_to_show(rollout, o["group_size"]) if _due(step, o["samples_every"]) else []
+            lines = sample_lines(step, rollout, show, trainer.tokenizer)
+            lines += sample_lines(step, rollout, bad_rows, trainer.tokenizer, skipped=True)
+            checkpoint.append_lines(samples, lines)
+            if trainer.updater.bad_steps == BAD_STEPS:
+                break
+            last = step == o["steps"]
+            if _due(step, o["eval_every"]) or last:
+                evaluation(step)
+            if _due(step, o["save_every"]) or ((interrupted or last) and o["save_every"]):
+                save(step)
+            if interrupted:
+                break
+    if trainer.updater.bad_steps == BAD_STEPS:
+        print(f"train.py: stopped at step {step}: {BAD_STEPS} updates in a row had a loss or gradient that is not "
+              f"finite; the last lines of {samples} show where. The last good checkpoint is kept.",
+              file=sys.stderr)  # fmt: skip
+        return 1
+    if interrupted and step < o["steps"]:
+        go_on = f"Go on with: {resume_command(out)}" if o["save_every"] else "Nothing was saved."
+        print(f"stopped after step {step}. {go_on}")
+        return 130
     return 0
 
 
@@ -217,16 +219,17 @@ def main(argv=None):
         given = parse(argv)
         o, out, config = resumed(given) if "resume" in given else begun(given, argv)
         model, tokenizer, limits, train, held_out = set_up(o)
-        config["checksum"] = same_data(train + held_out, config.get("checksum"))
         if o["eval_only"]:
-            return evaluate_only(o, out, model, tokenizer, limits, held_out)
+            evaluate_only(o, out, model, tokenizer, limits, held_out)
+            return 0
+        config["checksum"] = checksum(train + held_out, config.get("checksum"))
         trainer, start = Trainer(o, model, tokenizer, limits, train), 0
         if "resume" in given:
             state = checkpoint.load(out, model, trainer.updater.optimizer, say=print)
             start, trainer.cursor, trainer.updater.bad_steps = state["step"], state["cursor"], state["bad_steps"]
             print(f"resuming {out} after step {start} of {o['steps']}")
         else:
-            checkpoint.clear(out)
+            checkpoint.clear(out, o["model"])
         checkpoint.write_json(out / "config.json", config)
     except (ValueError, OSError) as error:
         return refuse(error)
@@ -240,7 +243,11 @@ def main(argv=None):
             summary(out, time.perf_counter() - started)
         return status
     except (OSError, MemoryError, BadReward) as error:  # any other exception is a bug of ours: let it be seen
-        return refuse(error)
+        return refuse(f"{error}; when that is mended: {resume_command(out)}")
+
+
+def resume_command(out):
+    return f"python train.py --resume {shlex.quote(str(out))}"
 
 
 def refuse(error):
@@ -258,8 +265,7 @@ def begun(given, argv):
     print(f"preset {o['preset']} ({why}): {o['model']} on {o['data']}; {other}")
     name = f"eval-{Path(o['model']).name}-{Path(o['data']).stem}" if o["eval_only"] else f"{o['algo']}-{o['preset']}"
     out = Path(o["out"] or f"runs/{name}-s{o['seed']}")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; name a folder")
+    checkpoint.check_folder(out)
     if not o["overwrite"] and not o["eval_only"] and checkpoint.holds_run(out):
         raise ValueError(f"{out} holds a run already: --resume {out} goes on with it, --overwrite deletes it, --out "
                          f"FOLDER leaves it alone")  # fmt: skip
@@ -295,45 +301,17 @@ def resumed(given):
 def set_up(o):
     """(model, tokenizer, limits of policy.sample, training problems, held-out problems) for the options."""
     torch.manual_seed(o["seed"])
-    train, test = load_problems(o["data"], "train"), load_problems(o["data"], "test")[: o["eval_n"]]
+    offline_without_network(o["model"], o["data"])
+    test = load_problems(o["data"], "test")[: o["eval_n"]]
+    train, overlap = ([], 0) if o["eval_only"] else split_overlap(load_problems(o["data"], "train"), test)
     model, tokenizer, eos_ids, pad_id = load_policy(o["model"], o["device"])
     longest = context_length(model) - o["max_new_tokens"]
-    held_out = {p["question"] for p in test}
-    overlap = len(train) - len(train := [p for p in train if p["question"] not in held_out])
-    train, long_train = encode_problems(tokenizer, train, o["prompt"], longest)
+    train, long_train = ([], 0) if o["eval_only"] else encode_problems(tokenizer, train, o["prompt"], longest)
     test, long_test = encode_problems(tokenizer, test, o["prompt"], longest)
     if overlap or long_train or long_test:
         print(f"dropped problems: {overlap} of training that are held out too; prompts over {longest} tokens: "
               f"{long_train} of training, {long_test} held out")  # fmt: skip
     return model, tokenizer, {"max_new_tokens": o["max_new_tokens"], "eos_ids": eos_ids, "pad_id": pad_id}, train, test
-
-
-def same_data(problems, expected):
-    """A checksum of the problems; ValueError if it is not the one that a resumed run had."""
-    checksum = zlib.crc32(json.dumps([(p["question"], p["answer"]) for p in problems]).encode())
-    if expected not in (None, checksum):
-        raise ValueError("the data are not what they were when the run began; it cannot be resumed with other problems")
-    return checksum
-
-
-def evaluate_only(o, out, model, tokenizer, limits, problems):
-    """--eval-only: print and write eval.json."""
-    if o["dtype"] == "bf16":
-        model = model.bfloat16()
-    result = evaluate(
-        model, tokenizer, problems, k=o["k"], samples=o["eval_samples"], temperature=o["temperature"],
-        seed=o["seed"] + 10_000, quiet=False, **limits,
-    )  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(out / "eval.json", {"options": o} | result)
-    low, high = result["ci95"]
-    print(f"greedy accuracy on {result['n']} problems: {result['accuracy']:.3f} (95%: {low:.3f}-{high:.3f}), lenient "
-          f"{result['accuracy_lenient']:.3f}; truncated {result['truncated']:.3f}")  # fmt: skip
-    if o["k"]:
-        print(f"avg@{o['k']} {result['avg_at_k']:.3f}, pass@{o['k']} {result['pass_at_k']:.3f}, {o['eval_samples']} "
-              f"samples a problem at temperature {o['temperature']}")  # fmt: skip
-    print(f"written to {out / 'eval.json'}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ class Updater:
         if not self.through_head:
             print("this architecture does more to its logits than a linear head does: taking them whole")
         if options["gradient_checkpointing"]:
-            model.gradient_checkpointing_enable()
+            # its name before transformers 5.20 or so, and its name since
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         fits = rows_that_fit(model, longest, checkpointing=options["gradient_checkpointing"])
         batch = options["prompts"] * options["group_size"]
         auto = {"micro_batch": min(fits, batch // options["updates"]), "sample_batch": batch}
@@ -72,7 +73,8 @@ class Updater:
 
         @torch.no_grad()
         def work(size, model=None):
-            logprobs, entropy = torch.zeros(2, *rollout.mask.shape, device=rollout.mask.device)
+            dtype = torch.promote_types(self.model.dtype, torch.float32)
+            logprobs, entropy = torch.zeros(2, *rollout.mask.shape, dtype=dtype, device=rollout.mask.device)
             for rows in mini_batches:
                 for piece in micro_batches(rollout.lengths, rows, size):
                     logprobs[piece], entropy[piece] = self.forward(rollout, piece, model or self.model)
@@ -87,8 +89,8 @@ class Updater:
         """One optimizer step on the mini-batch `rows` (indices); first: nothing has moved since the rollout.
 
         A loss or gradient that is not finite leaves the weights alone. Returns counts of tokens with an advantage
-        (signal) and, of those, with a push of exactly 0 (clipped), the summed kl, the ratios before a first update, the
-        gradient's norm before clipping (None: skipped), and the rows to blame for a skip.
+        (signal) and, of those, with a push of exactly 0 (clipped); the summed kl; the ratios if first; the gradient's
+        norm before clipping (None: skipped); the rows to blame for a skip; whether the weights moved.
         """
         return self.halving("micro_batch", lambda size: self._update(rollout, rows, first, size))
 
@@ -118,7 +120,7 @@ class Updater:
         stats = {
             "signal": signal[rows].sum().item(), "clipped": (signal & (push == 0))[rows].sum().item(),
             "kl": (k3(r.old_logprobs, r.logprobs) * signal)[rows].sum().item(), "ratio": [],
-            "grad_norm": None, "bad_rows": [],
+            "grad_norm": None, "bad_rows": [], "moved": False,
         }  # fmt: skip
         pushed = push.any(1).cpu()  # a row of NaN counts
         if loss.isfinite() and push.isfinite().all():
@@ -135,11 +137,12 @@ class Updater:
             stats["grad_norm"] = norm.item()
         self.model.eval()
         if stats["grad_norm"] is None or not norm.isfinite():
-            bad = ~(push.isfinite() & r.logprobs.isfinite()).all(1).cpu()
+            bad = ~(push.isfinite() & r.logprobs.isfinite() & r.old_logprobs.isfinite()).all(1).cpu()
             stats["bad_rows"] = [i for i in rows.tolist() if bad[i]] or rows.tolist()
             self.bad_steps += 1
             return stats
         self.bad_steps = 0
-        if pushed[rows].any():  # else there is nothing to learn from, and AdamW would move on its momentum alone
+        stats["moved"] = bool(pushed[rows].any())
+        if stats["moved"]:  # else there is nothing to learn from, and AdamW would move on its momentum alone
             self.optimizer.step()
         return stats

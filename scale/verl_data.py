@@ -1,0 +1,53 @@
+"""Our problems as verl's parquet files, and our reward as its compute_score.
+
+python scale/verl_data.py --data gsm8k --out ~/data/gsm8k
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from rewards import correct  # noqa: E402
+
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_):
+    """1.0 or 0.0: train.py's reward, in verl's signature (reward.custom_reward_function)."""
+    return correct(solution_str, ground_truth)
+
+
+def rows(name, split, template):
+    """The problems of load_problems(name, split) as verl's rows; verl applies the chat template."""
+    from data import load_problems  # here: a reward worker needs none of it
+
+    return [
+        {
+            "data_source": name,
+            "prompt": [{"role": "user", "content": template.replace("{question}", p["question"])}],
+            "reward_model": {"style": "rule", "ground_truth": p["answer"]},
+            "extra_info": {"split": split, "index": i},
+        }
+        for i, p in enumerate(load_problems(name, split))
+    ]
+
+
+def main(argv=None):
+    from datasets import Dataset
+
+    from options import DEFAULTS
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default="gsm8k", help="as in train.py")
+    parser.add_argument("--prompt", default=DEFAULTS["gsm8k"]["prompt"], help="as in train.py")
+    parser.add_argument("--out", type=Path, required=True, help="the folder for train.parquet and test.parquet")
+    args = parser.parse_args(argv)
+    for split in ("train", "test"):
+        Dataset.from_list(rows(args.data, split, args.prompt)).to_parquet(args.out / f"{split}.parquet")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(print("verl_data.py: error:", " ".join(str(error).split()), file=sys.stderr) or 2)

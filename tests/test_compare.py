@@ -1,0 +1,276 @@
+"""compare.py: what it runs, skips, resumes and refuses; the table's intervals; itself in miniature, with train.py."""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+from test_plot import check_picture, write_run
+
+import compare
+import plot
+from options import ALGORITHMS, fill, parse
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    """Stands in for train.py: writes a finished run at once. .asked: its command lines; .fail: folders that fail."""
+    seen = SimpleNamespace(asked=[], fail=(), env=[], running=0, most=0)
+    lock = threading.Lock()
+
+    def run(command, env, **_):
+        flags = command[2:]
+        with lock:
+            seen.asked.append(flags)
+            seen.env.append(env.get("OMP_NUM_THREADS"))
+            seen.running += 1
+            seen.most = max(seen.most, seen.running)
+        time.sleep(0.05)
+        with lock:
+            seen.running -= 1
+        folder = compare.Path(flags[flags.index("--resume" if "--resume" in flags else "--out") + 1])
+        if folder.name in seen.fail:
+            return SimpleNamespace(returncode=2, stderr="step 1\rstep 2\ntrain.py: error: no disk\n \n")
+        if "--resume" in flags:
+            options = json.loads((folder / "config.json").read_text())["options"]
+        else:
+            options = fill(parse(flags))
+        write_run(folder, **options)
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    return seen
+
+
+def names(asked):
+    return [flags[-1].rsplit("/", 1)[-1] for flags in asked]
+
+
+def test_default_is_seven_by_three(trainer, tmp_path, capsys):
+    assert compare.main(["--out", str(tmp_path)]) == 0
+    assert names(trainer.asked) == [f"{algo}-s{seed}" for seed in range(3) for algo in ALGORITHMS]
+    assert trainer.most == 1 and set(trainer.env) == {os.environ.get("OMP_NUM_THREADS")}
+    for flags in trainer.asked:
+        given = parse(flags)
+        assert {name for name, value in given.items() if value} <= {"algo", "seed", "out"}
+        assert flags[-1] == str(tmp_path / f"{given['algo']}-s{given['seed']}")
+    check_picture(tmp_path / "methods.png", 1280)
+    assert len(plot.read_csv(tmp_path / "methods.csv")) == 21
+    text = (tmp_path / "methods.md").read_text()
+    assert text == compare.table(plot.read_runs([tmp_path / "methods.csv"])) and text in capsys.readouterr().out
+    assert [line.split("|")[1:3] for line in text.splitlines()[2:9]] == [
+        [f" {plot.STYLES[algo][0]} ", " 3 "] for algo in plot.STYLES
+    ]
+    assert (tmp_path / "methods.csv").stat().st_size < 200_000  # 100 steps each, committed under docs
+
+
+def test_done_is_skipped_and_interrupted_resumed(trainer, tmp_path):
+    line = ["--algos", "tepo,gspo", "--seeds", "0,1", "--out", str(tmp_path), "--", "--steps", "9"]
+    assert compare.main(line) == 0 and len(trainer.asked) == 4
+    assert all(parse(flags)["steps"] == 9 for flags in trainer.asked)
+    trainer.asked.clear()
+    assert compare.main(line) == 0 and trainer.asked == []
+    path = tmp_path / "gspo-s1" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"status": "running"}))
+    assert compare.main(line) == 0
+    assert trainer.asked == [["--resume", str(tmp_path / "gspo-s1")]]
+    trainer.asked.clear()
+    assert compare.main(["--overwrite", *line]) == 0
+    assert len(trainer.asked) == 4 and all("--overwrite" in flags for flags in trainer.asked)
+
+
+def test_other_options_are_not_taken_for_done(trainer, tmp_path, capsys):
+    line = ["--algos", "tepo", "--seeds", "0", "--out", str(tmp_path)]
+    assert compare.main(line) == 0
+    trainer.asked.clear()
+    capsys.readouterr()
+    for more in (["--lr", "0.5"], ["--option", "eps_low=0.1"], ["--group-size", "4"]):
+        assert compare.main([*line, "--", *more]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and more[0].strip("-").replace("-", "_") in told and "--overwrite" in told
+    assert trainer.asked == []
+    (tmp_path / "tepo-s0" / "config.json").write_text('{"opti')
+    assert compare.main(line) == 2 and "cannot be read" in capsys.readouterr().err
+
+
+def test_variants(trainer, tmp_path):
+    line = ["--algos", "grpo,gspo", "--seeds", "0,1", "--out", str(tmp_path), "--off-policy", "1,4,16"]
+    assert compare.main(line) == 0
+    runs = plot.group(plot.read_csv(tmp_path / "off-policy.csv"))
+    assert list(runs) == ["1 update a rollout", "4 updates a rollout", "16 updates a rollout"]
+    assert all([len(seeds) for seeds in algos.values()] == [2, 2] for algos in runs.values())
+    assert (tmp_path / "off-policy.md").read_text().count("GSPO, 16 updates a rollout") == 1
+    check_picture(tmp_path / "off-policy.png", 1296)
+    trainer.asked.clear()
+    assert compare.main(["--eps", "0.2/0.28,3e-4/4e-4", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    assert [parse(flags)["option"] for flags in trainer.asked] == [
+        {"eps_low": "0.2", "eps_high": "0.28"}, {"eps_low": "3e-4", "eps_high": "4e-4"}
+    ]  # fmt: skip
+    assert {parse(flags)["algo"] for flags in trainer.asked} == {"tepo"}
+    titles = list(plot.group(plot.read_csv(tmp_path / "eps.csv")))
+    assert titles == ["eps_low = 0.0003, eps_high = 0.0004", "eps_low = 0.2, eps_high = 0.28"]
+
+
+def test_failed_run_is_told_and_the_rest_go_on(trainer, tmp_path, capsys):
+    trainer.fail = ("gspo-s0",)
+    assert compare.main(["--algos", "gspo,tepo,grpo", "--seeds", "0", "--out", str(tmp_path)]) == 1
+    told = capsys.readouterr()
+    assert f"{tmp_path / 'gspo-s0'} failed with exit status 2: train.py: error: no disk" in told.err
+    assert len(trainer.asked) == 3 and "TEPO" in told.out and "GSPO |" not in told.out
+    assert {run["algo"] for run in plot.read_csv(tmp_path / "methods.csv")} == {"tepo", "grpo"}
+
+
+def test_jobs_share_the_cores(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare.os, "cpu_count", lambda: 6)
+    assert compare.main(["--algos", "gspo,tepo", "--jobs", "2", "--out", str(tmp_path)]) == 0
+    assert trainer.most == 2 and set(trainer.env) == {"3"} and len(trainer.asked) == 6
+
+
+@pytest.mark.parametrize(
+    "args, told",
+    [
+        (["--algos", "tepo,gpro"], "gpro"),
+        (["--seeds", "one"], "--seeds"),
+        (["--eps", "0.2"], "--eps"),
+        (["--jobs", "0"], "--jobs"),
+        (["--off-policy", "3"], "--updates 3 does not divide"),
+        (["--", "--group-size", "1"], "--group-size 1"),
+        (["--", "--option", "zeta=1"], "has no option 'zeta'"),
+        (["--", "--seed=7"], "--seed cannot stand after --"),
+        (["--off-policy", "1", "--", "--updates", "4"], "--updates cannot stand after --"),
+        (["--", "--nonsense"], "--nonsense"),
+        (["--table", "nowhere"], "no such run"),
+        (["--out", "a-file"], "a-file"),
+    ],
+)
+def test_refuses_in_one_line_before_anything_runs(trainer, tmp_path, monkeypatch, capsys, args, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a-file").write_text("")
+    try:
+        status = compare.main(args)
+    except SystemExit as exit:
+        status = exit.code
+    err = capsys.readouterr().err
+    assert status == 2 and told in err and err.count("\n") == 1 and err.startswith("compare.py: error: ")
+    assert trainer.asked == []
+
+
+def test_t_interval():
+    """Against the textbook: three numbers of standard deviation 1 have a half-width of 4.303 / sqrt(3)."""
+    assert compare.mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / 3**0.5))
+    assert compare.mean_interval([0.5, 0.7]) == pytest.approx((0.6, 12.706 * 0.02**0.5 / 2**0.5))
+    assert compare.mean_interval([0.5]) == (0.5, None)
+    twenty = [float(i) for i in range(20)]
+    exact = 2.093 * statistics.stdev(twenty) / 20**0.5
+    assert exact < compare.mean_interval(twenty)[1] < 1.07 * exact
+
+
+def test_t_interval_covers():
+    """Of 4,000 samples of three normal numbers, 95% of the intervals hold the true mean."""
+    import random
+
+    rng = random.Random(0)
+    held = 0
+    for _ in range(4000):
+        mean, half = compare.mean_interval([rng.gauss(0, 1) for _ in range(3)])
+        held += abs(mean) <= half
+    assert held / 4000 == pytest.approx(0.95, abs=0.012)
+
+
+def test_table_by_hand(tmp_path):
+    """Final accuracies 0.32, 0.44, 0.56 of TEPO, and of GRPO 0.02 less at every seed: mean 0.44, t-interval
+    4.303 * 0.12 / sqrt(3) = 0.298; the difference is 0.020 ± 0, which the two intervals alone would never show."""
+    tepo = plot.read_runs([write_run(tmp_path / f"t{s}", "tepo", s) for s in range(3)])
+    grpo = plot.read_runs([write_run(tmp_path / f"g{s}", "grpo", s) for s in range(3)])
+    for run in grpo:
+        for row in run["rows"]:
+            row["accuracy"] -= 0.02
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in compare.table(tepo + grpo).splitlines()[:4]]
+    assert lines[0] == ["method", "seeds", "accuracy before", "final accuracy", "final less GRPO's", "pass@4"] + [
+        "entropy left", "length", "seconds"
+    ]  # fmt: skip
+    # entropy 1 / (t + 1) and length 10 + t, over t = 8..12; two seconds a step
+    left = statistics.fmean(1 / (t + 1) for t in range(8, 13))
+    rest = ["0.500 ± 0.000", f"{left:.3f} ± 0.000", "20.0 ± 0.0", "24 ± 0"]
+    assert lines[2] == ["GRPO", "3", "0.180 ± 0.000", "0.420 ± 0.298", "–", *rest]
+    assert lines[3] == ["TEPO", "3", "0.200 ± 0.000", "0.440 ± 0.298", "+0.020 ± 0.000", *rest]
+    one = compare.table(tepo[:1]).splitlines()[2]
+    assert "| 0.320 | – |" in one  # one seed carries no interval
+    waiting = plot.read_runs([write_run(tmp_path / "w", steps=0)])
+    waiting[0]["rows"].clear()
+    assert compare.table(waiting).splitlines()[2].count("–") == 6
+
+
+def test_ctrl_c_ends_with_130_and_starts_no_more(tmp_path):
+    """The whole process group gets the signal, as from a terminal; the trainer in progress ends by itself."""
+    (tmp_path / "train.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, lambda *_: sys.exit(130))\n"
+        "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+        "out.mkdir(parents=True)\n"
+        "time.sleep(60)\n"
+    )
+    code = "import compare, pathlib, sys\ncompare.TRAIN = pathlib.Path(sys.argv.pop(1))\nsys.exit(compare.main())"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        str(tmp_path / "train.py"),
+        "--algos",
+        "tepo,gspo",
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "r" / "tepo-s0").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert "the same command goes on" in process.communicate(timeout=50)[1]
+    assert process.returncode == 130
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["tepo-s0"]
+
+
+def test_compare_in_miniature(tmp_path):
+    """Two algorithms, two steps of the real trainer, side by side; then once more, from what is there."""
+    small = [
+        "--steps",
+        "2",
+        "--prompts",
+        "4",
+        "--group-size",
+        "4",
+        "--eval-n",
+        "8",
+        "--k",
+        "0",
+        "--max-new-tokens",
+        "12",
+    ]
+    command = [sys.executable, "compare.py", "--algos", "tepo,gspo", "--seeds", "0", "--jobs", "2"]
+    command += ["--out", str(tmp_path), "--", *small]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    check_picture(tmp_path / "methods.png", 1280)
+    runs = plot.read_csv(tmp_path / "methods.csv")
+    assert [(run["algo"], run["seed"]) for run in runs] == [("tepo", 0), ("gspo", 0)]
+    for run in runs:
+        assert [(row["phase"], row["step"]) for row in run["rows"]] == [
+            ("eval", 0), ("train", 1), ("train", 2), ("eval", 2)
+        ]  # fmt: skip
+        assert all(row["length"] > 0 for row in run["rows"] if row["phase"] == "train")
+    # the same problems at one seed, so the same rollouts on the first step
+    a, b = (next(row for row in run["rows"] if row["step"] == 1) for run in runs)
+    assert (a["entropy"], a["length"]) == (b["entropy"], b["length"])
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.jsonl")}
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout == first.stdout
+    assert stamps == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.jsonl")}

@@ -1,0 +1,202 @@
+"""policy.py: the sampler is the policy, the mask ends at EOS, log-probabilities without logits are the same numbers."""
+
+import math
+
+import pytest
+import torch
+from conftest import tiny_model
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import policy
+from policy import completion_mask, head_is_plain, micro_batches, sample, special_tokens, token_logprobs
+
+PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11]]
+COMPLETIONS = torch.tensor([[5, 6, 1, 0], [9, 8, 7, 6], [4, 0, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
+
+
+def by_hand(model, temperature):
+    """Each row alone, unpadded, through the model's own logits: the plainest way there is. [B, T] twice"""
+    logprobs, entropy = torch.zeros(MASK.shape, dtype=torch.float64), torch.zeros(MASK.shape, dtype=torch.float64)
+    for i, prompt in enumerate(PROMPTS):
+        row = COMPLETIONS[i][MASK[i]]
+        logits = model(torch.tensor([prompt + row.tolist()])).logits[0, len(prompt) - 1 : -1] / temperature
+        logp = logits.log_softmax(-1)
+        logprobs[i, : len(row)] = logp[range(len(row)), row]
+        entropy[i, : len(row)] = -(logp.exp() * logp).sum(-1)
+    return logprobs, entropy
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("kind", ["llama", "bias"])
+def test_logprobs_without_logits_are_the_plain_ones(monkeypatch, chunk, temperature, kind):
+    model = tiny_model().double()
+    if kind == "bias":  # an output head with a bias, and not tied to the embedding
+        model.lm_head = torch.nn.Linear(16, 24).double()
+    monkeypatch.setattr(policy, "LOGITS_AT_ONCE", chunk * 24)
+    push = torch.randn(MASK.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * MASK
+    want, want_entropy = by_hand(model, temperature)
+    want.backward(push)
+    want_grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    got, entropy = token_logprobs(model, PROMPTS, COMPLETIONS, MASK, temperature=temperature)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+    torch.testing.assert_close(entropy, want_entropy, rtol=0, atol=1e-10)
+    assert not entropy.requires_grad
+    got.backward(push)
+    for p, grad in zip(model.parameters(), want_grads, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=0, atol=1e-10)
+
+
+def test_plain_way_is_the_same():
+    model = tiny_model().double()
+    want, want_entropy = by_hand(model, 1.3)
+    got, entropy = token_logprobs(model, PROMPTS, COMPLETIONS, MASK, temperature=1.3, through_head=False)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+    torch.testing.assert_close(entropy, want_entropy, rtol=0, atol=1e-10)
+
+
+def test_entropy_is_of_the_whole_vocabulary():
+    model = tiny_model()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    logprobs, entropy = token_logprobs(model, PROMPTS, COMPLETIONS, MASK)
+    assert entropy[0, 0].item() == pytest.approx(math.log(24))
+    assert logprobs[0, 0].item() == pytest.approx(-math.log(24))
+    assert (entropy[~MASK] == 0).all()
+
+
+def test_what_stands_where_mask_is_off_is_not_read():
+    model, other = tiny_model(), COMPLETIONS.clone()
+    other[~MASK] = 23
+    a, _ = token_logprobs(model, PROMPTS, COMPLETIONS, MASK)
+    b, _ = token_logprobs(model, PROMPTS, other, MASK)
+    assert torch.equal(a, b)
+
+
+def test_an_architecture_that_scales_its_logits_takes_the_plain_way():
+    model = tiny_model()
+    assert head_is_plain(model)
+    forward = model.forward
+
+    def capped(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = 5 * torch.tanh(out.logits / 5)
+        return out
+
+    model.lm_head.weight.data *= 20
+    model.forward = capped
+    assert not head_is_plain(model)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=24, n_embd=16, n_layer=1, n_head=2, n_positions=32)).eval()
+    assert head_is_plain(gpt2)  # learned positions, another layout of names
+
+
+def test_mask_runs_through_the_first_of_several_eos_even_where_pad_is_eos():
+    ids = torch.tensor([[5, 1, 1, 1], [5, 2, 1, 7], [5, 6, 7, 8], [1, 0, 0, 0]])
+    want = [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+    assert completion_mask(ids, [1, 2]).int().tolist() == want
+    assert completion_mask(ids[:2], [2]).int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+def test_every_eos_that_anything_names_stops():
+    model = tiny_model()
+    model.generation_config = GenerationConfig(eos_token_id=[1, 2])
+    model.config.eos_token_id = 4
+
+    class Tokenizer:
+        eos_token_id, pad_token_id = 3, None
+
+    assert special_tokens(model, Tokenizer) == ([1, 2, 3, 4], 1)
+    model.generation_config, model.config.eos_token_id, Tokenizer.eos_token_id = GenerationConfig(), None, None
+    with pytest.raises(ValueError, match="no EOS"):
+        special_tokens(model, Tokenizer)
+
+
+def hidden_defaults(model):
+    """What Qwen2.5 ships, and worse: each of these would make the sampler another distribution than the policy."""
+    model.generation_config = GenerationConfig(
+        do_sample=True, top_k=2, top_p=0.3, temperature=0.1, repetition_penalty=5.0, no_repeat_ngram_size=1,
+        min_new_tokens=5, suppress_tokens=[5], eos_token_id=1,
+    )  # fmt: skip
+    return model
+
+
+def test_the_sampler_is_the_policy():
+    model = hidden_defaults(tiny_model())
+    torch.manual_seed(0)
+    n, temperature = 20_000, 1.7
+    limits = dict(max_new_tokens=1, eos_ids=[1], pad_id=0)
+    rollout = sample(model, [[3, 4, 5]], n, temperature=temperature, **limits)
+    logits = model(torch.tensor([[3, 4, 5]])).logits[0, -1] / temperature
+    want = logits.softmax(-1).double() * n
+    got = torch.bincount(rollout.completions[:, 0], minlength=24).double()
+    chi2 = ((got - want) ** 2 / want).sum().item()
+    assert chi2 < 49.7  # the 99.9% point of chi-square with 23 degrees of freedom: nothing is cut, nothing sharpened
+    assert model.generation_config.top_k == 2  # and the model's own is put back
+
+
+def test_greedy_is_the_argmax_without_penalties():
+    model = hidden_defaults(tiny_model())
+    rollout = sample(model, [[3, 4, 5]], 1, temperature=0, max_new_tokens=6, eos_ids=[1], pad_id=0)
+    ids = [3, 4, 5]
+    for token in rollout.completions[0][rollout.mask[0]].tolist():
+        assert token == model(torch.tensor([ids])).logits[0, -1].argmax().item()
+        ids.append(token)
+
+
+def test_left_padding_changes_no_row_and_order_is_kept():
+    model = tiny_model()
+    together = sample(model, PROMPTS, 1, temperature=0, max_new_tokens=5, eos_ids=[1], pad_id=0)
+    assert together.prompts == PROMPTS
+    for at_once in (1, 2):
+        split = sample(model, PROMPTS, 1, temperature=0, max_new_tokens=5, eos_ids=[1], pad_id=0, rows_at_once=at_once)
+        assert torch.equal(split.mask, together.mask)
+        assert torch.equal(split.completions * split.mask, together.completions * together.mask)
+    for i, prompt in enumerate(PROMPTS):
+        alone = sample(model, [prompt], 1, temperature=0, max_new_tokens=5, eos_ids=[1], pad_id=0)
+        n = int(alone.mask.sum())
+        assert together.completions[i, :n].tolist() == alone.completions[0, :n].tolist()
+
+
+def test_truncated_is_told_from_ended():
+    model = tiny_model()
+    torch.manual_seed(0)
+    rollout = sample(model, [[3, 4]] * 4, 8, temperature=1.0, max_new_tokens=8, eos_ids=[1, 2, 5], pad_id=1)
+    for ids, mask, cut in zip(rollout.completions, rollout.mask, rollout.truncated, strict=True):
+        own = ids[mask].tolist()
+        assert cut == (not {1, 2, 5} & set(own)) and (not cut or len(own) == 8)
+        assert not {1, 2, 5} & set(own[:-1])
+    assert 0 < rollout.truncated.sum() < 32
+
+
+def test_our_logprobs_are_those_of_what_generate_sampled_from():
+    """Left-padded with a prompt's neighbours, or right-padded as we lay rows out: the same numbers."""
+    model = tiny_model()
+    torch.manual_seed(0)
+    rollout = sample(model, PROMPTS, 4, temperature=0.9, max_new_tokens=6, eos_ids=[1], pad_id=0)
+    ours, _ = token_logprobs(model, rollout.prompts, rollout.completions, rollout.mask, temperature=0.9)
+    ids = torch.tensor([[0, 0, 3, 4, 5], [0, 0, 0, 0, 6], PROMPTS[2]]).repeat_interleave(4, 0)
+    ids = torch.cat([ids, rollout.completions], 1)
+    attention = torch.cat([ids[:, :5] != 0, torch.ones_like(rollout.completions) > 0], 1).long()
+    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    logits = model(ids, attention_mask=attention, position_ids=positions).logits[:, 4:-1] / 0.9
+    theirs = logits.log_softmax(-1).gather(2, rollout.completions[..., None])[..., 0]
+    torch.testing.assert_close(ours[rollout.mask], theirs[rollout.mask], rtol=0, atol=1e-5)
+
+
+def test_micro_batches_put_like_lengths_together_and_lose_no_row():
+    lengths = torch.tensor([9, 2, 7, 3, 8, 1])
+    pieces = micro_batches(lengths, torch.tensor([1, 2, 3, 4, 5]), 2)
+    assert [p.tolist() for p in pieces] == [[5, 1], [3, 2], [4]]
+
+
+def test_a_pickle_is_not_loaded(tmp_path):
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=24, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot load the model"):
+        policy.load_policy(str(tmp_path))

@@ -1,0 +1,351 @@
+"""A run that is interrupted, killed or robbed of a checkpoint, and resumed, is the run that never was: bit for bit."""
+
+import json
+import os
+import pickle
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import child
+import pytest
+import torch
+
+import train
+from tiny.problems import problems
+
+STEPS = 12
+TIMINGS = ("rollout_s", "update_s", "tokens_per_s", "peak_mib")
+WORDS = (
+    f"--preset tiny --algo grpo --beta 0.01 --steps {STEPS} --prompts 2 --group-size 4 --updates 2 --max-new-tokens 8 "
+    "--dynamic-sampling 1 --eval-every 5 --eval-n 3 --k 2 --samples-every 3"
+).split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "problems.jsonl"
+    path.write_text("".join(json.dumps(problem) + "\n" for problem in problems(30, 0, "train")))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The run that nothing happens to, and in the file `lines` how many lines of ours it ran."""
+    out = tmp_path_factory.mktemp("whole")
+    words = [*WORDS, "--data", data, "--save-every", 1, "--out", out / "run"]
+    status, log = child.run(words, out / "log", "write_line_counts", str(out / "lines"))
+    assert status == 0, log
+    rows = metrics(out / "run")
+    assert sum(row["phase"] == "train" and row["grad_norm"] > 0 for row in rows) > STEPS / 2  # it does learn
+    return out / "run"
+
+
+@pytest.fixture(scope="module")
+def stopped(data, tmp_path_factory):
+    """The same run, stopped by Ctrl-C in step 8, with the checkpoints of steps 7 and 8."""
+    out = tmp_path_factory.mktemp("stopped")
+    words = [*WORDS, "--data", data, "--save-every", 1, "--out", out / "run"]
+    status, log = child.run(words, out / "log", "interrupt_in_step", 8, 1)
+    assert status == 130, log
+    assert sorted(os.listdir(out / "run" / "checkpoints")) == ["step-000007", "step-000008"]
+    return out / "run"
+
+
+def metrics(run):
+    """metrics.jsonl without its timings."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(set(TIMINGS) <= row.keys() for row in rows if row["phase"] == "train")
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+
+
+def assert_same(run, other):
+    assert metrics(run) == metrics(other)
+    for name in ("samples.jsonl", "model/model.safetensors"):
+        assert (run / name).read_bytes() == (other / name).read_bytes()
+    assert json.loads((run / "config.json").read_text())["status"] == "done"
+    assert not list(run.rglob("*.part"))
+
+
+def test_killed_twenty_times(whole, data, tmp_path):
+    """SIGKILL before a line of ours that chance picks, sixteen times, and four times in the midst of a write."""
+    before_loop, last = map(int, (whole.parent / "lines").read_text().split())
+    a_step = (last - before_loop) / STEPS
+    rng = random.Random(0)  # at most about one step a life, so that twenty of them do not reach the end
+    faults = [("kill_at_line", rng.randint(1, int(before_loop + 1.3 * a_step))) for _ in range(16)]
+    for what in ("model", "state", "written", "renamed"):
+        faults.insert(rng.randint(1, len(faults)), ("kill_in_write", what))
+    run, parts, past = tmp_path / "run", 0, []
+    print(before_loop, a_step)
+    for fault in faults:
+        begun = (run / "config.json").exists()
+        words = ["--resume", run] if begun else [*WORDS, "--data", data, "--save-every", 1, "--out", run, "--overwrite"]
+        status, log = child.run(words, tmp_path / "log", *fault)
+        assert status == -signal.SIGKILL, log
+        parts += any(run.glob("checkpoints/*.part"))
+        past += [int(step) for step in re.findall(r"resuming .* after step (\d+) of", log)]
+    assert parts >= 3  # killed while it wrote
+    assert past == sorted(past) and past[-1] >= 4  # no checkpoint was ever lost, and it did get on
+    status, log = child.run(["--resume", run], tmp_path / "log")
+    assert status == 0, log
+    assert_same(run, whole)
+
+
+def test_killed_at_any_time(whole, data, tmp_path):
+    """The same by the clock, from outside: in the midst of whatever it does then."""
+    run, rng = tmp_path / "run", random.Random(1)
+    words = [*WORDS, "--data", data, "--save-every", 1, "--out", run]
+    for _ in range(3):
+        process = child.start(words, tmp_path / "log")
+        deadline = time.monotonic() + 60
+        while "after step" not in (tmp_path / "log").read_text() if "--resume" in words else not any(run.glob("m*")):
+            assert process.is_alive() and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
+        process.kill()
+        process.join()
+        words = ["--resume", run]
+    status, log = child.run(words, tmp_path / "log")
+    assert status == 0, log
+    assert_same(run, whole)
+
+
+def test_interrupt(whole, data, tmp_path):
+    """Ctrl-C, twice in the run's life: the step is finished and saved, and the printed command goes on from there."""
+    words = [*WORDS, "--data", data, "--out", tmp_path / "a run", "--save-every", "50"]
+    for at in (3, 8):
+        status, log = child.run(words, tmp_path / "log", "interrupt_in_step", at, 1)
+        assert status == 130 and "Traceback" not in log, log
+        assert "finishing this step" in log
+        line = re.search(r"stopped after step \d+\. Go on with: python train\.py (.*)", log)
+        words = shlex.split(line[1])
+        assert words == ["--resume", str(tmp_path / "a run")]
+    assert metrics(tmp_path / "a run")[-1]["step"] == 11
+    status, log = child.run(words, tmp_path / "log")
+    assert status == 0, log
+    assert "after step 11 of 12" in log
+    assert_same(tmp_path / "a run", whole)
+
+
+def test_second_interrupt(whole, data, tmp_path):
+    """A second Ctrl-C exits at once: the step it falls in is not written, and is done again on --resume."""
+    run = tmp_path / "run"
+    words = [*WORDS, "--data", data, "--save-every", 2, "--out", run]
+    status, log = child.run(words, tmp_path / "log", "interrupt_in_step", 6, 2)
+    assert status == 130 and "Traceback" not in log and "stopped after" not in log, log
+    assert metrics(run)[-1]["step"] == 5
+    status, log = child.run(["--resume", run], tmp_path / "log")
+    assert status == 0 and "after step 4 of 12" in log, log
+    assert_same(run, whole)
+
+
+def test_interrupt_of_the_command(data, tmp_path):
+    """The same with the real command, its real reward and a signal from outside, and the printed line as it stands."""
+    cwd, env = child.ROOT, os.environ | {"OMP_NUM_THREADS": "1"}
+    words = [*WORDS, "--data", str(data), "--k", "0", "--steps", "60", "--max-new-tokens", "24"]
+    run = tmp_path / "run"
+    command = [sys.executable, "train.py", *words, "--out", str(run)]
+    process = subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 4:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    again = shlex.split(printed.splitlines()[-1].split("Go on with: ")[1])
+    assert again[:2] == ["python", "train.py"]
+    done = subprocess.run([sys.executable, *again[1:]], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    status, log = child.run([*words, "--out", tmp_path / "whole"], tmp_path / "log", "true_reward")
+    assert status == 0, log
+    assert_same(run, tmp_path / "whole")
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def garble(path):
+    path.write_bytes(bytes(reversed(path.read_bytes())))
+
+
+DAMAGE = {
+    "model.safetensors cut": lambda folder: cut(folder / "model.safetensors"),
+    "state.pt cut": lambda folder: cut(folder / "state.pt"),
+    "model.safetensors garbled": lambda folder: garble(folder / "model.safetensors"),
+    "state.pt garbled": lambda folder: garble(folder / "state.pt"),
+    "state.pt empty": lambda folder: os.truncate(folder / "state.pt", 0),
+    "model.safetensors gone": lambda folder: (folder / "model.safetensors").unlink(),
+    "metrics.jsonl short": lambda folder: cut_last_line(folder.parent.parent / "metrics.jsonl"),
+}
+
+
+def cut_last_line(path):
+    """As after a power cut, if the checkpoint had come to the disk before the lines."""
+    os.truncate(path, path.stat().st_size - 10)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoint(whole, stopped, tmp_path, damage):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    DAMAGE[damage](run / "checkpoints" / "step-000008")
+    status, log = child.run(["--resume", run], tmp_path / "log")
+    assert status == 0, log
+    assert re.search(r"checkpoint step-000008 cannot be read \(.+\); falling back to the one before\n", log), log
+    assert "after step 7 of 12" in log
+    assert_same(run, whole)
+
+
+def test_no_checkpoint_left(stopped, tmp_path, capsys):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    for folder in (run / "checkpoints").iterdir():
+        cut(folder / "state.pt")
+    before = contents(run)
+    assert refused(capsys, "--resume", run).endswith("can be read; start again with --overwrite")
+    assert contents(run) == before
+
+
+def test_state_is_never_unpickled(stopped, tmp_path, capsys):
+    """torch.load has weights_only: a state.pt that runs code when it is unpickled is refused, and does not run it."""
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    run = shutil.copytree(stopped, tmp_path / "run")
+    for folder in (run / "checkpoints").iterdir():
+        torch.save({"step": Evil()}, folder / "state.pt", pickle_module=pickle)
+    refused(capsys, "--resume", run)
+    assert not (tmp_path / "ran").exists()
+
+
+def contents(run):
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def refused(capsys, *argv):
+    """The one line of an exit status 2."""
+    capsys.readouterr()
+    assert train.main([str(word) for word in argv]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("train.py: error: "), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--algo tepo", "its --algo is grpo, not tepo; only --steps may be raised"),
+        ("--data tiny", "not tiny; only --steps may be raised"),
+        ("--model other", "its --model is tiny, not other"),
+        ("--seed 1", "its --seed is 0, not 1"),
+        ("--steps 11", "it has 12 steps, and --steps may only be raised"),
+        ("--eval-only", "its --eval-only is False, not True"),
+        ("--option beta=0.5", "its --option is"),
+        ("--stepz 30", "unrecognized arguments: --stepz 30"),
+    ],
+)
+def test_resume_with_other_options(stopped, capsys, monkeypatch, words, line):
+    monkeypatch.setattr(train, "load_policy", lambda *_: pytest.fail("refused only after the model was loaded"))
+    before = contents(stopped)
+    assert line in refused(capsys, "--resume", stopped, *words.split())
+    assert contents(stopped) == before
+
+
+def test_resume_with_changed_data(stopped, data, tmp_path, capsys):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    copy = tmp_path / "problems.jsonl"
+    rows = data.read_text().splitlines()
+    copy.write_text("\n".join([*rows[1:], rows[0]]))
+    config = json.loads((run / "config.json").read_text())
+    config["options"]["data"] = str(copy)
+    (run / "config.json").write_text(json.dumps(config))
+    before = contents(run)
+    assert "the data are not what they were when the run began" in refused(capsys, "--resume", run)
+    assert contents(run) == before
+
+
+def test_resume_without_its_model(stopped, tmp_path, capsys):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["options"]["model"] = str(tmp_path / "gone")
+    (run / "config.json").write_text(json.dumps(config))
+    before = contents(run)
+    assert f"cannot load the model '{tmp_path / 'gone'}'" in refused(capsys, "--resume", run)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("config", [None, "", "{", "[]", "{}", '{"options": 1}', '{"options": {}}'])
+def test_resume_of_no_run(tmp_path, capsys, config):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    assert "holds no run to resume" in refused(capsys, "--resume", tmp_path)
+
+
+def test_more_steps(stopped, data, tmp_path):
+    """--steps may be raised: then the run is the longer one."""
+    status, log = child.run([*WORDS, "--data", data, "--steps", 14, "--out", tmp_path / "long"], tmp_path / "log")
+    assert status == 0, log
+    run = shutil.copytree(stopped, tmp_path / "run")
+    status, log = child.run(["--resume", run, "--steps", 14], tmp_path / "log")
+    assert status == 0 and "after step 8 of 14" in log, log
+    assert_same(run, tmp_path / "long")
+
+
+def test_resume_of_a_finished_run(whole, tmp_path, capsys):
+    """It writes the model anew, and nothing else; without checkpoints it is refused, not begun again."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(run / "model")
+    status, log = child.run(["--resume", run], tmp_path / "log")
+    assert status == 0, log
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert_same(run, whole)
+    shutil.rmtree(run / "checkpoints")
+    before = contents(run)
+    assert "no checkpoint in" in refused(capsys, "--resume", run)
+    assert contents(run) == before
+
+
+def test_killed_before_the_first_checkpoint(whole, data, tmp_path):
+    run = tmp_path / "run"
+    words = [*WORDS, "--data", data, "--save-every", 0, "--out", run]
+    status, log = child.run(words, tmp_path / "log", "interrupt_in_step", 2, 1)
+    assert status == 130 and "stopped after step 2. Nothing was saved." in log, log
+    status, log = child.run(["--resume", run], tmp_path / "log")
+    assert status == 0 and "after step 0 of 12" in log, log
+    assert_same(run, whole)
+
+
+def test_later_checkpoints_are_dropped(stopped, tmp_path):
+    """What could not be read must not stand in the way, or come back, when the run has gone on from an earlier one."""
+    run = shutil.copytree(stopped, tmp_path / "run")
+    cut(run / "checkpoints" / "step-000008" / "state.pt")
+    (run / "checkpoints" / "step-000008").rename(run / "checkpoints" / "step-000011")
+    status, log = child.run(["--resume", run], tmp_path / "log", "interrupt_in_step", 3, 1)
+    assert status == 130, log
+    assert sorted(os.listdir(run / "checkpoints")) == ["step-000009", "step-000010"]
+
+
+def test_a_run_is_not_overwritten_unasked(stopped, tmp_path, capsys):
+    before = contents(stopped)
+    line = refused(capsys, *WORDS, "--out", stopped)
+    assert "holds a run already" in line and "--resume" in line and "--overwrite" in line
+    assert contents(stopped) == before
+
+
+def test_same_seed_same_metrics(whole, data, tmp_path):
+    """And how often one evaluates and saves changes nothing of the training."""
+    words = [*WORDS, "--data", data, "--save-every", 7, "--eval-every", 1, "--k", 3, "--out", tmp_path / "run"]
+    status, log = child.run(words, tmp_path / "log")
+    assert status == 0, log
+    trained = [[row for row in metrics(run) if row["phase"] == "train"] for run in (whole, tmp_path / "run")]
+    assert trained[0] == trained[1]
+    words = [*WORDS, "--data", data, "--seed", 1, "--steps", 2, "--out", tmp_path / "other"]
+    assert child.run(words, tmp_path / "log")[0] == 0
+    assert metrics(tmp_path / "other")[1] != trained[0][0]

@@ -1,0 +1,276 @@
+"""scale/trl_trainer.py against TRL itself, against a plain loop, and against itself on two processes."""
+
+import os
+import socket
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="TRL is not installed: pip install -r scale/requirements.txt")
+
+import trl.trainer.grpo_trainer  # noqa: E402
+from conftest import ROOT  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+
+from data import encode_prompt  # noqa: E402
+from options import ALGORITHMS  # noqa: E402
+from scale import trl_trainer  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # between TRL's and transformers' releases
+GROUP, ROWS = 4, 12  # 3 groups; on two processes of 6 rows the second group lies on both
+EPOCHS = 2  # the second pass is off-policy
+OPTIONS = {  # every branch: the sampling policy's entropy, the current one's, the reference, a clip that binds
+    "tepo": {"kl_coef": 0.5, "eps_low": 1e-3, "eps_high": 1e-3},
+    "grpo": {"beta": 0.3},
+    "dapo": {"eps_low": 0.02, "eps_high": 0.03},
+    "gspo": {"eps_low": 1e-3, "eps_high": 1e-3},
+}
+
+
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "tiny")
+
+
+def tiny_random_model(seed=0):
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer()), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def completion(row):
+    """Token ids of the completion in a row of the batch: ragged, EOS last, the same on any number of processes."""
+    g = torch.Generator().manual_seed(row)
+    length = int(torch.randint(1, 9, (), generator=g))
+    return [*torch.randint(2, len(tokenizer()), (length,), generator=g).tolist(), 1]
+
+
+def is_right(completion_ids, **_):
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+def pinned(base):
+    """The trainer with its sampler replaced by `completion`, so that runs see the same batch."""
+
+    class Pinned(base):
+        def _generate_single_turn(self, prompt_ids, *_, **__):
+            start = self.accelerator.process_index * len(prompt_ids)
+            return [completion(start + i) for i in range(len(prompt_ids))], None
+
+    return Pinned
+
+
+def train(out, base=trl_trainer.Trainer, processes=1, accumulated=1, updates=1, steps=EPOCHS, **settings):
+    """(parameters, trainer) after `steps` steps of SGD on one rollout, each pass over it in `updates` mini-batches."""
+    folder = out / f"start-{os.environ.get('RANK', 0)}"
+    tiny_random_model().save_pretrained(folder)
+    model = Qwen2ForCausalLM.from_pretrained(folder)  # TRL loads the reference from where the model is from
+    trainer_settings = {k: settings.pop(k) for k in ("algo", "options") if k in settings}
+    config = GRPOConfig(
+        output_dir=str(out), use_cpu=True, bf16=False, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant",
+        max_grad_norm=0.5, per_device_train_batch_size=ROWS // (processes * accumulated * updates),
+        gradient_accumulation_steps=accumulated, steps_per_generation=accumulated * updates, num_iterations=EPOCHS,
+        num_generations=GROUP, max_completion_length=10, temperature=0.7, max_steps=steps, report_to="none",
+        save_strategy="no", logging_steps=1, disable_tqdm=True, shuffle_dataset=False, **settings,
+    )  # fmt: skip
+    rows = [{"prompt": "Mia has 3 eggs."}, {"prompt": "Tom has 40 pens. How many?"}, {"prompt": "Zoe"}]
+    trainer = pinned(base)(
+        args=config, model=model, processing_class=tokenizer(), reward_funcs=is_right,
+        train_dataset=Dataset.from_list(rows), **trainer_settings,
+    )  # fmt: skip
+    trainer.train()
+    return weights(trainer.model), trainer
+
+
+@pytest.fixture(autouse=True)
+def rows_in_order(monkeypatch):
+    """TRL shuffles a rollout's rows on each process: then mini-batches would hold other rows, and rightly differ."""
+    monkeypatch.setattr(trl.trainer.grpo_trainer, "shuffle_sequence_dict", lambda batch: batch)
+
+
+def plain_loop(algo, options):
+    """The same training by hand: the whole batch through the model at once, the file's own two functions, SGD."""
+    module, model = __import__(algo), tiny_random_model()
+    split = trl_trainer.split_options(module, options)
+    of_advantages, of_loss = split
+    tok = tokenizer()
+    prompts = ["Mia has 3 eggs.", "Tom has 40 pens. How many?", "Zoe"]
+    prompts = [tok(p).input_ids for p in prompts for _ in range(GROUP)]
+    said = [completion(i) for i in range(ROWS)]
+    mask = torch.zeros(ROWS, max(map(len, said)))
+
+    def forward():
+        logprobs, entropy = torch.zeros_like(mask), torch.zeros_like(mask)
+        for i, (p, c) in enumerate(zip(prompts, said, strict=True)):
+            logits = model(torch.tensor([p + c])).logits[0, len(p) - 1 : -1] / 0.7
+            logp = logits.log_softmax(-1)
+            logprobs[i, : len(c)] = logp[range(len(c)), c]
+            entropy[i, : len(c)] = -(logp.exp() * logp).sum(-1).detach()
+            mask[i, : len(c)] = 1
+        return logprobs, entropy
+
+    with torch.no_grad():
+        old, old_entropy = forward()
+    rewards = torch.tensor(is_right(said))
+    A = module.advantages(rewards, GROUP, entropy=old_entropy, mask=mask, **of_advantages)
+    for _ in range(EPOCHS):
+        logp, entropy = forward()
+        others = {"ref_logprobs": old, "entropy": entropy, "old_entropy": old_entropy}
+        if not options.get("beta"):
+            del others["ref_logprobs"]
+        others = {k: v for k, v in others.items() if k in trl_trainer.parameters(module.loss)}
+        model.zero_grad()
+        module.loss(logp, old, A, mask, **of_loss, **others).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= p.grad
+    return weights(model)
+
+
+def close(a, b, tolerance=2e-6):
+    moved = (b - weights(tiny_random_model())).abs().max()
+    assert moved > 0.01, "a test in which nothing is learnt shows nothing"
+    assert (a - b).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_gradient_accumulation_does_not_change_the_averages(algo, tmp_path):
+    options = OPTIONS.get(algo)
+    expected = plain_loop(algo, options or {})
+    logged = []
+    for accumulated in (1, 4):
+        got, trainer = train(tmp_path, algo=algo, options=options, accumulated=accumulated)
+        close(got, expected)
+        logged.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert logged[0] == pytest.approx(logged[1], abs=1e-5) and len(logged[0]) == EPOCHS and any(logged[0])
+
+
+def worker(rank, port, out):
+    """One of two processes: every algorithm, three micro-batches of two rows each."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    trl.trainer.grpo_trainer.shuffle_sequence_dict = lambda batch: batch
+    after = {}
+    for algo in ALGORITHMS:
+        after[algo], trainer = train(out, processes=2, accumulated=3, algo=algo, options=OPTIONS.get(algo))
+    assert trainer.accelerator.num_processes == 2
+    torch.save(after, out / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(worker, (port, tmp_path), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for algo in ALGORITHMS:
+        assert torch.equal(first[algo], second[algo])
+        close(first[algo], plain_loop(algo, OPTIONS.get(algo, {})))
+
+
+SAME = {  # our algorithm -> the settings under which TRL's loss is the same
+    "grpo": dict(loss_type="grpo", epsilon=0.2),
+    "dapo": dict(loss_type="dapo", epsilon=0.2, epsilon_high=0.28),
+    "gspo": dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4),
+}
+
+
+@pytest.mark.parametrize("algo", SAME)
+def test_steps_equal_those_of_trl(algo, tmp_path):
+    # two mini-batches a pass; not for DAPO, where TRL divides by the rollout's mean number of tokens a mini-batch
+    updates = 1 if algo == "dapo" else 2
+    ours, trainer = train(tmp_path, algo=algo, updates=updates, steps=2 * updates)
+    theirs, reference = train(tmp_path, base=GRPOTrainer, updates=updates, steps=2 * updates, **SAME[algo])
+    close(ours, theirs)
+    for a, b in zip(trainer.state.log_history, reference.state.log_history, strict=True):
+        for name in {"loss", "grad_norm", "entropy", "reward"} & a.keys():
+            assert a[name] == pytest.approx(b[name], abs=1e-4), name
+
+
+def their_loss(trainer, monkeypatch, logp, old, A, mask, **more):
+    """TRL's own loss code on given log-probabilities: its one call of the model is answered with them."""
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", lambda *_, **__: (logp, logp.detach(), None))
+    ids = torch.zeros_like(mask)
+    batch = {"prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": mask, "advantages": A}
+    batch |= {"old_per_token_logps": old, "num_items_in_batch": mask.sum()} | more
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer._compute_loss(None, batch)
+    return loss, torch.autograd.grad(loss, logp)[0]
+
+
+@pytest.mark.parametrize("algo", SAME)
+def test_loss_and_gradient_equal_those_of_trl(algo, tmp_path, monkeypatch):
+    trainer, reference = (train(tmp_path, base, steps=1, **settings)[1] for base, settings in (
+        (trl_trainer.Trainer, {"algo": algo}), (GRPOTrainer, SAME[algo]),
+    ))  # fmt: skip
+    g = torch.Generator().manual_seed(3)
+    mask = (torch.arange(7) < torch.tensor([7, 1, 4, 5])[:, None]).long()
+    old = -3 * torch.rand(4, 7, generator=g)
+    A = torch.tensor([0.9, -0.4, 0.0, -1.3])
+    for spread in (0.0, 1e-3, 0.5):  # on-policy; where GSPO's clip binds; far off
+        logp = (old + spread * torch.randn(4, 7, generator=g)).requires_grad_()
+        value, gradient = their_loss(reference, monkeypatch, logp, old, A, mask)
+        ours = trainer.algo.loss(logp, old, A, mask)
+        assert gradient.any()
+        torch.testing.assert_close(ours, value, atol=1e-6, rtol=0)
+        torch.testing.assert_close(torch.autograd.grad(ours, logp)[0], gradient, atol=1e-6, rtol=0)
+    # vLLM's correction for its own arithmetic, a weight a sequence or (not in GSPO, which has one ratio) a token
+    monkeypatch.setattr(reference, "use_vllm", True)
+    corrections = [torch.tensor([[1.0], [0.5], [0.0], [1.3]]), 2 * torch.rand(4, 7, generator=g)]
+    for weight in corrections[: 1 if algo == "gspo" else 2]:
+        value, gradient = their_loss(reference, monkeypatch, logp, old, A, mask, importance_sampling_ratio=weight)
+        batch = {"old_per_token_logps": old, "entropy": old, "mask": mask, "advantages": A}
+        batch |= {"importance_sampling_ratio": weight}
+        trainer.push([batch], logp, old)
+        torch.testing.assert_close(batch["loss"], value.detach(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(batch["push"], gradient, atol=1e-6, rtol=0)
+
+
+def test_prompts_and_reward_are_those_of_train_py():
+    tok = tokenizer()
+    problems, template = [{"question": "Mia has 3 eggs.", "answer": "x\n#### 3"}], "Q: {question}"
+    (row,) = trl_trainer.rows(tok, problems, template)
+    assert tok(text=[row["prompt"]])["input_ids"] == [encode_prompt(tok, "Mia has 3 eggs.", template)]
+    tok.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+    (row,) = trl_trainer.rows(tok, problems, template)
+    as_trl_does = tok.apply_chat_template([row["prompt"]], add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert as_trl_does["input_ids"] == [encode_prompt(tok, "Mia has 3 eggs.", template)]
+    score = trl_trainer.reward({"overlong_cache": 2, "max_new_tokens": 4})
+    turns = ["so #### 3", [{"role": "assistant", "content": "#### 4"}], "#### 3"]
+    assert score(turns, [[1] * 2, [1] * 3, [1] * 4], ["#### 3"] * 3) == [1.0, -0.5, 0.0]
+
+
+def test_script_trains_and_saves(tmp_path, capfd):
+    flags = "--algo gtpo --preset tiny --steps 2 --prompts 4 --group-size 4 --updates 2 --epochs 2 --micro-batch 4"
+    trl_trainer.main([*flags.split(), "--max-new-tokens", "8", "--disable_tqdm", "true", "--out", str(tmp_path)])
+    saved = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    start = Qwen2ForCausalLM.from_pretrained(ROOT / "tiny")
+    assert any((a != b).any() for a, b in zip(saved.parameters(), start.parameters(), strict=True))
+    assert capfd.readouterr().out.count("'loss'") == 2
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        ("--algo tepo --epsilon 0.3", "epsilon has no effect on tepo"),
+        ("--algo tepo --steps_per_generation 3", "must be a multiple of gradient_accumulation_steps"),
+        ("--algo tepo --option eps=1", "has no option 'eps'"),
+        ("--algo tepo --micro-batch 3", "does not split into micro-batches of 3"),
+        ("--algo tepo --no-such-flag 1", "no-such-flag"),
+    ],
+)
+def test_refusals(flags, line, tmp_path):
+    with pytest.raises(ValueError, match=line):
+        flags = ["--preset", "tiny", "--prompts", "4", "--group-size", "4", "--updates", "1", *flags.split()]
+        trl_trainer.main([*flags, "--out", str(tmp_path)])

@@ -1,0 +1,106 @@
+"""The embedded checkpoint and its problems: true, disjoint, lossless in tokens, and as weak at the start as is said."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rewards import correct
+from tiny.problems import problems, split_of
+
+TINY = Path(__file__).resolve().parent.parent / "tiny"
+MORE, LESS = {"buys", "finds", "wins", "gets"}, {"sells", "loses", "uses", "drops"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY)
+
+
+def count_by_reading(question):
+    """The count after each event of the story, from the question's words alone."""
+    counts = [int(re.match(r"\w+ has (\d+) ", question)[1])]
+    for verb, number in re.findall(r"(\w+) (\d+|them)", question.split(". ", 1)[1]):
+        before = counts[-1]
+        change = before if verb == "doubles" else int(number) * ((verb in MORE) - (verb in LESS))
+        assert change or number == "0", question
+        counts.append(before + change)
+    return counts
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_every_answer_is_right(split):
+    for problem in problems(2000, 1, split):
+        counts = count_by_reading(problem["question"])
+        *lines, last = problem["answer"].split("\n")
+        assert 2 <= len(lines) <= 5 and min(counts) >= 0 and max(counts) <= 99
+        assert last == f"#### {counts[-1]}"
+        for line, before, after in zip(lines, counts, counts[1:], strict=False):
+            a, op, b, c = re.fullmatch(r"(\d+)([+*-])(\d+)=(\d+)", line).groups()
+            assert (int(a), int(c)) == (before, after)
+            assert int(c) == {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[op]
+        assert len(counts) == len(lines) + 1
+
+
+def test_splits_are_disjoint_and_drawn_alike_each_time():
+    train = [p["question"] for seed in range(3) for p in problems(3000, seed, "train")]
+    test = [p["question"] for seed in range(3) for p in problems(3000, seed, "test")]
+    assert {split_of(q) for q in train} == {"train"} and {split_of(q) for q in test} == {"test"}
+    assert not set(train) & set(test)
+    assert len(set(train[:3000])) == 3000  # no duplicates within a call
+    assert problems(50, 7, "test") == problems(50, 7, "test") != problems(50, 8, "test")
+    assert problems(50, 7, "test") == problems(80, 7, "test")[:50]
+    with pytest.raises(ValueError, match="split"):
+        problems(1, 0, "dev")
+
+
+def test_tokens_are_lossless_and_few(tokenizer):
+    for problem in problems(500, 2, "train"):
+        asked, said = problem["question"] + "\n", problem["answer"]
+        for text in (asked, said):
+            ids = tokenizer(text).input_ids
+            assert tokenizer.decode(ids) == text
+        assert len(tokenizer(asked).input_ids) <= 40 and len(tokenizer(said).input_ids) < 50
+    for text in ("Ünïcode → 1,234.50\n\n  ##  <<6*7=42>>\t#### -3 ", "Natalia sold clips to 48 of her friends."):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert [tokenizer.decode(i) for i in tokenizer("190").input_ids] == ["1", "9", "0"]
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id and tokenizer.chat_template is None
+
+
+def test_checkpoint_is_small_and_hides_nothing(tokenizer):
+    size = sum(path.stat().st_size for path in TINY.iterdir() if path.is_file())
+    assert size <= 4 * 2**20
+    model = AutoModelForCausalLM.from_pretrained(TINY)
+    assert model.config.model_type == "qwen2" and model.num_parameters() <= 900_000
+    assert model.config.vocab_size == len(tokenizer) and model.config.tie_word_embeddings
+    settings = model.generation_config
+    assert settings.eos_token_id == tokenizer.eos_token_id and settings.pad_token_id == tokenizer.pad_token_id
+    assert not any((settings.top_k, settings.top_p, settings.temperature, settings.repetition_penalty))
+
+
+def test_it_starts_weak_but_not_hopeless(tokenizer):
+    model, held_out = AutoModelForCausalLM.from_pretrained(TINY), problems(200, 0, "test")
+    batch = tokenizer([p["question"] + "\n" for p in held_out], padding=True, padding_side="left", return_tensors="pt")
+    out = model.generate(**batch, max_new_tokens=64, do_sample=False)[:, batch.input_ids.shape[1] :]
+    assert (out == tokenizer.eos_token_id).any(1).float().mean() > 0.95  # it knows how to stop
+    texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+    accuracy = sum(correct(text, p["answer"]) for text, p in zip(texts, held_out, strict=True)) / len(held_out)
+    assert 0.05 <= accuracy <= 0.45
+
+
+def test_pretraining_is_deterministic_and_makes_a_checkpoint(tmp_path):
+    command = [sys.executable, str(TINY / "pretrain.py"), "--steps", "3", "--batch", "8", "--seed", "5", "--out"]
+    for name in "ab":
+        subprocess.run([*command, str(tmp_path / name)], check=True, capture_output=True, timeout=120)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    made, shipped = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "a", TINY))
+    assert made.get_vocab() == shipped.get_vocab()
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {p.name for p in TINY.iterdir()} - {
+        "__pycache__", "README.md", "pretrain.py", "problems.py"
+    }  # fmt: skip

@@ -1,0 +1,165 @@
+"""train.py from outside, as a person runs it, and the parts of a step that only show inside."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, tiny_model
+
+import train
+from options import ALGORITHMS, DEFAULTS, algorithm_options, fill, parse
+
+SMALL = ["--preset", "tiny", "--prompts", "2", "--group-size", "4", "--updates", "2", "--max-new-tokens", "12"]
+SMALL += ["--eval-n", "8", "--k", "2", "--samples-every", "1"]
+TRAIN_KEYS = {"phase", "step", "reward", "accuracy", "entropy", "kl", "clip_frac", "ratio_first", "grad_norm", "length"}
+TRAIN_KEYS |= {"truncated", "zero_std", "lr", "rollout_s", "update_s", "tokens_per_s", "peak_mib"}
+EVAL_KEYS = {"phase", "step", "accuracy", "accuracy_lenient", "ci95", "avg_at_k", "pass_at_k", "k", "n"}
+
+
+def command(*args):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, str(ROOT / "train.py"), *map(str, args)]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=240)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_each_algorithm_trains_two_steps(algo, tmp_path):
+    out = tmp_path / "run"
+    done = command("--algo", algo, "--steps", 2, "--out", out, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("preset tiny (as asked)") and "held-out problems" in done.stdout
+    lines = read(out / "metrics.jsonl")
+    assert [line["phase"] for line in lines] == ["eval", "train", "train", "eval"]
+    for line in lines:
+        assert set(line) >= (TRAIN_KEYS if line["phase"] == "train" else EVAL_KEYS)
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    config = json.loads((out / "config.json").read_text())
+    assert config["status"] == "done" and config["options"]["algo"] == algo and config["versions"]["torch"]
+    samples = read(out / "samples.jsonl")
+    assert len(samples) == 8 and {s["step"] for s in samples} == {1, 2}
+    for s in samples:
+        n = len(s["tokens"])
+        assert n == len(s["advantages"]) == len(s["logprobs"]) == len(s["old_logprobs"]) == len(s["entropy"]) > 0
+        assert "".join(s["tokens"]).removesuffix("<|endoftext|>") == s["completion"]
+    again = command("--eval-only", "--model", out / "model", "--eval-n", 4, "--out", tmp_path / "eval", *SMALL[:2])
+    assert again.returncode == 0 and json.loads((tmp_path / "eval/eval.json").read_text())["n"] == 4
+
+
+def trainer(tmp_path, *args):
+    """A Trainer on the embedded model, set up as main does it."""
+    o = fill(parse(["--out", str(tmp_path), *SMALL, *args]))
+    model, tokenizer, limits, problems, _ = train.set_up(o)
+    return train.Trainer(o, model, tokenizer, limits, problems)
+
+
+def test_one_seed_has_one_order_of_data_for_every_algorithm(tmp_path):
+    orders = []
+    for args in (["--algo", "tepo"], ["--algo", "gtpo", "--updates", "1"], ["--seed", "1"]):
+        t = trainer(tmp_path, *args)
+        t.problems = t.problems[:5]
+        orders.append([p["question"] for p in t.next_problems(3) + t.next_problems(4) + t.next_problems(8)])
+    assert orders[0] == orders[1] != orders[2]
+    for start in (0, 5, 10):  # every pass over the data has each problem once, in a new order
+        assert len(set(orders[0][start : start + 5])) == 5
+    assert orders[0][:5] != orders[0][5:10]
+
+
+def test_a_step_is_on_policy_first_and_moves_after(tmp_path):
+    t = trainer(tmp_path, "--prompts", "8", "--group-size", "8", "--updates", "4", "--max-new-tokens", "40")
+    torch.manual_seed(0)
+    line, rollout, bad = t.step(1)
+    assert line["ratio_first"] == pytest.approx(1, abs=1e-4) and not bad
+    assert line["lr"] == pytest.approx(DEFAULTS["tiny"]["lr"] / DEFAULTS["tiny"]["warmup"])
+    assert 0 < line["kl"] < 0.1 and not torch.equal(rollout.logprobs, rollout.old_logprobs)
+    assert torch.equal(rollout.logprobs[:16], rollout.old_logprobs[:16])  # the first mini-batch
+    assert line["length"] == pytest.approx(rollout.mask.sum(1).float().mean().item())
+    assert line["accuracy"] == pytest.approx(rollout.right.mean().item())
+    assert line["entropy"] == pytest.approx(rollout.entropy[rollout.mask].mean().item())
+
+
+def fake_rewards(t, monkeypatch, rewards):
+    """The next completions are worth these, one after another."""
+    queue = iter(rewards)
+    monkeypatch.setattr(t, "reward", lambda *_: (next(queue),) * 2)
+
+
+def test_dynamic_sampling_replaces_groups_of_equal_rewards(tmp_path, monkeypatch):
+    t = trainer(tmp_path, "--dynamic-sampling", "2")
+    dull, mixed = [0.0] * 4, [0.0, 1.0, 0.0, 1.0]
+    fake_rewards(t, monkeypatch, dull + mixed + [1.0] * 4 + mixed)
+    rollout, sampled = t.sample_and_reward()
+    assert rollout.rewards.tolist() == mixed * 2 and sum(len(s.prompts) for s in sampled) == 16 and t.cursor == 4
+    fake_rewards(t, monkeypatch, dull * 2 + mixed + dull * 3)  # the tries end: what is dull fills the batch
+    rollout, sampled = t.sample_and_reward()
+    assert rollout.rewards.tolist() == mixed + dull and sum(len(s.prompts) for s in sampled) == 20
+
+
+def test_overlong_punishment_is_added_but_is_not_accuracy(tmp_path, monkeypatch):
+    t = trainer(tmp_path, "--overlong-cache", "4")
+    problem = {"answer": "#### 7"}
+    assert t.reward("#### 7", problem, 8) == (1.0, 1.0)
+    assert t.reward("#### 7", problem, 10) == (1.0, 0.5)
+    assert t.reward("#### 8", problem, 13) == (0.0, -1.0)
+    monkeypatch.setattr(train, "correct", lambda *_: float("nan"))
+    with pytest.raises(train.BadReward, match="so it says"):
+        t.reward("so it says", problem, 1)
+
+
+def test_beta_and_the_kl_mask_get_what_they_need(tmp_path):
+    for args in (["--algo", "grpo", "--beta", "0.1"], ["--algo", "tepo", "--option", "kl_coef=0.1"]):
+        t = trainer(tmp_path, *args)
+        torch.manual_seed(0)
+        line, rollout, _ = t.step(1)
+        assert line["skipped"] == 0 and (rollout.ref_logprobs is not None) == ("--beta" in args)
+
+
+def test_bf16_samples_from_a_copy_and_trains_fp32(tmp_path):
+    t = trainer(tmp_path, "--dtype", "bf16", "--prompts", "8", "--max-new-tokens", "40", "--lr", "1e-6")
+    assert t.sampler.dtype == torch.bfloat16 and t.model.dtype == torch.float32
+    before = t.model.lm_head.weight.clone()
+    torch.manual_seed(0)
+    line, _, _ = t.step(1)
+    assert line["ratio_first"] == pytest.approx(1, abs=1e-3)
+    assert not torch.equal(before, t.model.lm_head.weight)  # below half a bf16 ulp, and it moves
+    assert torch.equal(t.sampling_model().lm_head.weight, t.model.lm_head.weight.bfloat16())
+
+
+def test_options_of_an_algorithm_are_typed_and_known():
+    assert algorithm_options("tepo", {"eps_high": "0.3", "kl_coef": "0.05"}) == {"eps_high": 0.3, "kl_coef": 0.05}
+    assert algorithm_options("trgrpo", {"weight_inside_clip": "true"}) == {"weight_inside_clip": True}
+    assert algorithm_options("gtpo", {"normalize": "joint", "alpha2": "0.2"}) == {"normalize": "joint", "alpha2": 0.2}
+    for algo, given, said in (
+        ("gspo", {"eps_hihg": "1"}, "eps_low=0.0003, eps_high=0.0004"), ("gtpo", {"normalize": "no"}, "zeros"),
+        ("tepo", {"eps_low": "x"}, "number"), ("tepo", {"entropy": "1"}, "no option"),
+        ("dapo", {"beta": "1"}, "no option"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            algorithm_options(algo, given)
+
+
+def test_a_learning_policy_learns(tmp_path):
+    """Not a formula but the sum of them all: a two-layer model is taught by reward alone to say one token first."""
+    model = tiny_model()
+
+    class Tokenizer:
+        chat_template = None
+
+        @staticmethod
+        def batch_decode(rows, skip_special_tokens):
+            return [f"#### {row[0]}" for row in rows]
+
+    o = fill(
+        parse([*SMALL, "--prompts", "4", "--group-size", "8", "--lr", "0.01", "--max-new-tokens", "2", "--warmup", "0"])
+    )
+    problems = [{"question": str(i), "answer": "#### 7", "prompt_ids": [i]} for i in range(8, 20)]
+    t = train.Trainer(o, model, Tokenizer, {"max_new_tokens": 2, "eos_ids": [1], "pad_id": 0}, problems)
+    torch.manual_seed(0)
+    accuracy = [t.step(step)[0]["accuracy"] for step in range(1, 25)]
+    assert sum(accuracy[:3]) / 3 < 0.3 and sum(accuracy[-3:]) / 3 > 0.9

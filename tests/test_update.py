@@ -1,0 +1,215 @@
+"""update.py: the gradient in two halves is the plain one, in micro-batches of any size; nothing runs without need."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+from conftest import tiny_model
+
+import update
+from options import ALGORITHMS, fill
+from policy import Rollout, token_logprobs
+from update import Updater
+
+B, T, G = 8, 6, 4
+
+
+def rollout(seed=0, dtype=torch.float64):
+    """Eight ragged rows of two prompts, both groups mixed but for one dull row pair."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([6, 2, 5, 1, 3, 6, 4, 2])
+    mask = torch.arange(T) < lengths[:, None]
+    completions = torch.randint(2, 24, (B, T), generator=g)
+    prompts = [[3, 4, 5]] * G + [[6, 7]] * G
+    rewards = torch.tensor([1, 0, 0, 1, 0, 1, 0, 0], dtype=dtype)
+    return Rollout(prompts, completions, mask, torch.zeros(B).bool(), right=rewards, rewards=rewards)
+
+
+def updater(model, algo, loss_options=None, **options):
+    given = {"algo": algo, "preset": "tiny", "prompts": 2, "group_size": G, "updates": 2, "lr": 1e-3, "device": "cpu"}
+    o = fill(given | {"dtype": "fp32", "temperature": 0.9} | options)
+    return Updater(model, importlib.import_module(algo), loss_options or {}, o, longest=16)
+
+
+def two_updates(algo, dtype, loss_options=None, **options):
+    """Measure and update twice, on policy and then off it. Returns the trained model and what update said."""
+    model, r = tiny_model().to(dtype), rollout(dtype=dtype)
+    u = updater(model, algo, loss_options, **options)
+    if u.reference is not None:
+        torch.manual_seed(1)
+        for p in u.reference.parameters():
+            p.data += 0.05 * torch.randn_like(p)
+    mini_batches = torch.arange(B).split(B // 2)
+    u.measure(r, mini_batches)
+    r.advantages = u.algo.advantages(r.rewards, G, entropy=r.entropy, mask=r.mask)
+    return model, [u.update(r, rows, first=i == 0) for i, rows in enumerate(mini_batches * 2)], r
+
+
+KINDS = [(algo, None) for algo in ALGORITHMS] + [("grpo", {"beta": 0.1}), ("tepo", {"kl_coef": 0.5})]
+
+
+@pytest.mark.parametrize(("algo", "loss_options"), KINDS)
+def test_a_micro_batch_does_not_change_the_parameters(algo, loss_options):
+    whole, said, _ = two_updates(algo, torch.float64, loss_options)
+    for size in ("1", "3"):
+        split, said_split, _ = two_updates(algo, torch.float64, loss_options, micro_batch=size)
+        for a, b in zip(whole.parameters(), split.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+        for a, b in zip(said, said_split, strict=True):
+            assert (a["signal"], a["clipped"]) == (b["signal"], b["clipped"])
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=1e-10)
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_a_micro_batch_does_not_change_the_gradient_in_fp32(algo):
+    grads = {}
+    for size in ("auto", "1", "3"):
+        model, _, _ = two_updates(algo, torch.float32, micro_batch=size, lr=1e-6)
+        grads[size] = [p.grad for p in model.parameters()]
+        assert max(g.abs().max() for g in grads[size]) > 1e-3
+    for size in ("1", "3"):
+        for a, b in zip(grads["auto"], grads[size], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("algo", "loss_options"), KINDS)
+def test_two_halves_are_the_plain_gradient(algo, loss_options):
+    """Four optimizer steps against a loop that backpropagates the loss through the whole mini-batch at once."""
+    trained, _, r = two_updates(algo, torch.float64, loss_options, micro_batch="3")
+    model, options = tiny_model().double(), dict(loss_options or {})
+    reference = copy.deepcopy(model)
+    torch.manual_seed(1)
+    for p in reference.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    for rows in torch.arange(B).split(B // 2) * 2:
+        where = ([r.prompts[i] for i in rows], r.completions[rows], r.mask[rows])
+        logprobs, entropy = token_logprobs(model, *where, temperature=0.9)
+        if "kl_coef" in options:
+            options |= {"entropy": entropy, "old_entropy": r.entropy[rows]}
+        if "beta" in options:
+            options["ref_logprobs"] = token_logprobs(reference, *where, temperature=0.9)[0].detach()
+        loss = importlib.import_module(algo).loss
+        loss = loss(logprobs, r.old_logprobs[rows], r.advantages[rows], r.mask[rows], **options)
+        optimizer.zero_grad()
+        loss.backward()
+        if not any(p.grad.any() for p in model.parameters()):
+            continue  # all clipped: no step on momentum alone
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    for a, b in zip(trained.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory():
+    plain, _, _ = two_updates("tepo", torch.float64)
+    checkpointed, _, _ = two_updates("tepo", torch.float64, gradient_checkpointing=True)
+    assert not checkpointed.training
+    for a, b in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    torch.manual_seed(0)
+    calls = []
+    checkpointed.model.layers[0].register_forward_pre_hook(
+        lambda m, a, k: calls.append(k["past_key_values"]), with_kwargs=True
+    )
+    checkpointed.generate(torch.tensor([[3, 4]]), max_new_tokens=3, do_sample=False, eos_token_id=99)
+    assert all(cache is not None for cache in calls)  # generation keeps its cache
+
+
+def test_the_ratio_before_the_first_update_is_1_and_measured():
+    for size in ("auto", "1", "3"):
+        _, said, r = two_updates("gspo", torch.float32, micro_batch=size)
+        assert len(said[0]["ratio"]) == r.mask[:G].sum()
+        assert max(abs(x - 1) for x in said[0]["ratio"]) < 1e-5
+        assert said[1]["ratio"] == []
+    # were the two sides of the ratio not one code path, this would see it
+    model, r = tiny_model(), rollout(dtype=torch.float32)
+    u = updater(model, "grpo")
+    u.measure(r, torch.arange(B).split(4))
+    r.old_logprobs -= 0.1
+    r.advantages = u.algo.advantages(r.rewards, G)
+    assert u.update(r, torch.arange(4), first=True)["ratio"][0] == pytest.approx(2.718281828**0.1, rel=1e-4)
+
+
+@pytest.fixture
+def rows_run(monkeypatch):
+    """How many rows each forward pass had."""
+    calls = []
+
+    def counted(model, prompts, *args, **kwargs):
+        calls.append((len(prompts), torch.is_grad_enabled()))
+        return token_logprobs(model, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(update, "token_logprobs", counted)
+    return calls
+
+
+def test_no_forward_pass_without_need(rows_run):
+    two_updates("grpo", torch.float64)
+    # measure: 2 mini-batches; then one pass each, with the graph: the first update takes the old log-probabilities for
+    # the current ones, the others fit one micro-batch
+    assert rows_run == [(4, False)] * 2 + [(4, True)] * 4
+    rows_run.clear()
+    two_updates("grpo", torch.float64, micro_batch="2")
+    first, second = rows_run[4:6], rows_run[6:10]
+    assert first == [(2, True)] * 2 and second == [(2, False)] * 2 + [(2, True)] * 2
+
+
+def test_rows_without_push_are_not_run(rows_run):
+    model, r = tiny_model(), rollout(dtype=torch.float32)
+    r.rewards = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0])  # the second group is all wrong
+    u = updater(model, "tepo", updates=1, micro_batch="8")
+    u.measure(r, [torch.arange(B)])
+    r.advantages = u.algo.advantages(r.rewards, G)
+    rows_run.clear()
+    assert u.update(r, torch.arange(B), first=True)["signal"] == r.mask[:G].sum()
+    assert rows_run == [(4, True)]
+    before = [p.clone() for p in model.parameters()]
+    rows_run.clear()
+    said = u.update(r, torch.arange(4, 8), first=False)  # nothing to learn from: no pass, no step on momentum alone
+    assert rows_run == [] and said["grad_norm"] == 0 and said["signal"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_clip_frac_counts_tokens_with_advantage_and_no_push():
+    model, r = tiny_model(), rollout(dtype=torch.float32)
+    u = updater(model, "grpo", updates=1)
+    u.measure(r, [torch.arange(B)])
+    r.advantages = u.algo.advantages(r.rewards, G)
+    r.old_logprobs[0] -= 1.0  # right, ratio e > 1.2: clipped, all 6 tokens
+    r.old_logprobs[1] -= 1.0  # wrong, ratio e: not clipped
+    r.old_logprobs[2, 0] += 1.0  # wrong, ratio 1/e < 0.8: clipped, one token
+    said = u.update(r, torch.arange(B), first=False)
+    assert (said["signal"], said["clipped"]) == (r.mask.sum().item(), 7)
+
+
+def test_out_of_memory_halves_and_loses_nothing(monkeypatch, capsys):
+    whole, _, _ = two_updates("tepo", torch.float64)
+
+    def small(model, prompts, *args, **kwargs):
+        if len(prompts) > 1 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return token_logprobs(model, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(update, "token_logprobs", small)
+    halved, _, _ = two_updates("tepo", torch.float64)
+    for a, b in zip(whole.parameters(), halved.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    assert "--micro-batch goes from 4 to 2" in capsys.readouterr().out
+    with pytest.raises(MemoryError, match="--micro-batch 4"):
+        two_updates("tepo", torch.float64, micro_batch="4")
+
+
+def test_what_is_not_finite_is_skipped_and_blamed():
+    model, r = tiny_model(), rollout(dtype=torch.float32)
+    u = updater(model, "grpo", updates=1)
+    u.measure(r, [torch.arange(B)])
+    r.advantages = u.algo.advantages(r.rewards, G)
+    r.old_logprobs[2, 1] = float("nan")
+    before = [p.clone() for p in model.parameters()]
+    said = u.update(r, torch.arange(B), first=False)
+    assert said["bad_rows"] == [2] and said["grad_norm"] is None and u.bad_steps == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    r.old_logprobs[2, 1] = 0.0
+    assert u.update(r, torch.arange(B), first=False)["bad_rows"] == [] and u.bad_steps == 0
