@@ -151,8 +151,9 @@ def measure_trl(args):
         config = GRPOConfig(
             output_dir=out, max_steps=1 + args.steps, per_device_train_batch_size=args.micro_batch,
             gradient_accumulation_steps=batch // args.micro_batch, num_generations=args.group_size,
-            max_completion_length=args.max_new_tokens, learning_rate=o["lr"], beta=0.0, loss_type="grpo", temperature=1.0,
-            bf16=args.dtype == "bf16", use_cpu=o["device"] == "cpu", report_to=[], save_strategy="no", logging_steps=1,
+            max_completion_length=args.max_new_tokens, learning_rate=o["lr"], beta=0.0, loss_type="grpo",
+            temperature=1.0, bf16=args.dtype == "bf16", use_cpu=o["device"] == "cpu", report_to=[],
+            save_strategy="no", logging_steps=1,
             gradient_checkpointing=False, disable_tqdm=True, top_k=0, top_p=1.0, repetition_penalty=1.0,
         )  # fmt: skip
         data = datasets.Dataset.from_dict({"prompt": prompts})
@@ -207,24 +208,25 @@ def main():
         got = {way: in_process(way, []) for way in WAYS}
         for way, text in WAYS.items():
             memory, seconds = (got[way][key] / got["plain"][key] for key in ("peak", "seconds"))
-            print(
-                f"  {text:55} {got[way]['peak'] / 2**20:7.0f} MiB ({memory:.2f})  {got[way]['seconds']:6.1f} s ({seconds:.2f})"
-            )
+            mib = got[way]["peak"] / 2**20
+            print(f"  {text:55} {mib:7.0f} MiB ({memory:.2f})  {got[way]['seconds']:6.1f} s ({seconds:.2f})")
             found["logprobs"] = {"memory_ratio": memory, "time_ratio": seconds}
     if args.only != "logprobs":
         ours = found["step"] = in_process("step", argv)
         rest = f"rollout {ours['rollout_s']:.2f} s of {ours['step_s']:.2f} s a step"
-        print(
-            f"train.py, {args.model}, {args.dtype}: {ours['tokens_per_s']:.1f} tokens/s, {ours['peak_mib']:.0f} MiB; {rest}"
-        )
+        speed = f"{ours['tokens_per_s']:.1f} tokens/s, {ours['peak_mib']:.0f} MiB"
+        print(f"train.py, {args.model}, {args.dtype}: {speed}; {rest}")
         if args.peer:
             trl = in_process("trl", argv)
             found["peer"] = {"tokens_per_s": trl["tokens_per_s"], "peak_mib": trl["peak_mib"]}
             found["peer"]["tokens_per_s_ratio"] = ours["tokens_per_s"] / trl["tokens_per_s"]
             found["peer"]["memory_ratio"] = ours["peak_mib"] / trl["peak_mib"]
-            print(f"TRL,      {args.model}, {args.dtype}: {trl['tokens_per_s']:.1f} tokens/s, {trl['peak_mib']:.0f} MiB; "
-                  f"{trl['step_s']:.2f} s a step\nours / TRL: {found['peer']['tokens_per_s_ratio']:.2f}x the tokens/s, "
-                  f"{found['peer']['memory_ratio']:.2f}x the memory above weights and optimizer state")  # fmt: skip
+            speed = f"{trl['tokens_per_s']:.1f} tokens/s, {trl['peak_mib']:.0f} MiB"
+            print(f"TRL,      {args.model}, {args.dtype}: {speed}; {trl['step_s']:.2f} s a step")
+            ratios = [found["peer"][key] for key in ("tokens_per_s_ratio", "memory_ratio")]
+            print(
+                "ours / TRL: {:.2f}x the tokens/s, {:.2f}x the memory above weights and AdamW's state".format(*ratios)
+            )
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
 

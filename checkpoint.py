@@ -152,7 +152,8 @@ def save(run, step, model, optimizer, **counters):
         part.mkdir()
         save_model(model, str(part / "model.safetensors"))
         state = {"step": step, "optimizer": optimizer.state_dict(), "rng": rng_state(), "sizes": sizes, **counters}
-        torch.save(state, part / "state.pt")
+        with open(part / "state.pt", "wb") as file:  # given the path, torch.save would not say why it fails
+            torch.save(state, file)
     saved = steps_saved(run)
     kept = [known for known in saved if known <= step][-KEPT:]  # a later one is what `load` could not read
     for known in saved.keys() - kept:

@@ -122,10 +122,11 @@ def encode_prompt(tokenizer, question, template):
     return tokenizer(text + "\n").input_ids
 
 
-def encode_problems(tokenizer, problems, template, longest):
+def encode_problems(tokenizer, problems, template, longest, vocabulary=2**31):
     """(problems, each with "prompt_ids"; how many were dropped): those over `longest` prompt tokens are dropped whole.
 
-    A prompt is never cut: a cut question is another question. Raises ValueError if none is left, or there was none.
+    A prompt is never cut: a cut question is another question. Raises ValueError if none is left, or there was none, or
+    if one has a token that a model with so large a vocabulary does not know.
     """
     if not problems:
         raise ValueError("no problem is left to train on: all of them are held out too")
@@ -137,6 +138,10 @@ def encode_problems(tokenizer, problems, template, longest):
         raise ValueError(
             f"every prompt is over {longest} tokens, the model's context less --max-new-tokens: lower the latter"
         )
+    for p in kept:
+        if (last := max(p["prompt_ids"])) >= vocabulary:
+            raise ValueError(f"the tokenizer makes token {last} of {p['question'][:80]!r}, and the model knows "
+                             f"{vocabulary}: do the two belong together?")  # fmt: skip
     return kept, len(encoded) - len(kept)
 
 

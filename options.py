@@ -48,7 +48,7 @@ OPTIONS = {
         ("gradient_checkpointing", bool, False, False, "less memory for a slower update"),
     ],
     "evaluation and output": [
-        ("eval_every", int, 20, 50, "steps between evaluations on held-out problems; 0: only before and after"),
+        ("eval_every", int, 25, 50, "steps between evaluations on held-out problems; 0: only before and after"),
         ("eval_n", int, 500, 200, "how many held-out problems"),
         ("k", int, 4, 4, "of avg@k and pass@k; 0 leaves both out"),
         ("eval_samples", int, 0, 0, "completions a problem that avg@k and pass@k are estimated from; 0: k"),
@@ -68,6 +68,8 @@ EPILOG = """examples:
       on a GPU: Qwen2.5-0.5B on GSM8K; without one: the embedded tiny model, in minutes
   python train.py --algo gspo --preset tiny --updates 16 --option eps_high=0.01
       an option of the algorithm itself; an unknown one is answered with the list of those that exist
+  python train.py --preset gsm8k --gradient-checkpointing --prompts 4 --updates 2 --max-new-tokens 384
+      for a card of 8 GiB
   python train.py --model ./my-model --data problems.jsonl --max-new-tokens 256 --micro-batch 4
       your own model folder and problems, {"question": ..., "answer": ...} a line
 """
@@ -160,7 +162,7 @@ def validate(o):
         (positive, positive and f"--{positive[0]} {o[positive[0]]}: it must be above 0 and finite"),
         (o["seed"] >= 2**32, f"--seed {o['seed']}: it must be below 2**32"),
         (o["lr"] > 1, f"--lr {o['lr']}: AdamW moves each weight by about as much a step; it must not be above 1"),
-        (batch % o["updates"], f"--updates {o['updates']} does not divide the {batch} completions of a step "
+        (batch % max(1, o["updates"]), f"--updates {o['updates']} does not divide the {batch} completions of a step "
          f"(--prompts {o['prompts']} x --group-size {o['group_size']}): no equal mini-batches"),
         (sizes, sizes and f"--{sizes[0]} {o[sizes[0]]}: a number of rows, at least 1, or auto"),
         (o["eval_samples"] < o["k"], f"--eval-samples {o['eval_samples']} is below --k {o['k']}"),

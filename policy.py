@@ -67,12 +67,15 @@ def load_policy(name, device="cpu"):
     a weight is missing or not finite.
     """
     safe = {"trust_remote_code": False}
-    folder = Path(__file__).parent / "tiny" if name == "tiny" else name
+    if name == "tiny":  # the embedded one, wherever one stands
+        name = str(Path(__file__).resolve().parent / "tiny")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
+        tokenizer = AutoTokenizer.from_pretrained(name, **safe)
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **safe
+            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **safe
         )
+        if not tokenizer("1", add_special_tokens=False).input_ids:  # transformers makes up an empty one
+            raise ValueError("its tokenizer has no vocabulary; is tokenizer.json missing?")
         if missing := found["missing_keys"]:  # transformers makes them up, at random
             raise ValueError(f"its files lack {len(missing)} weights, {min(missing)} among them.")
         if not all(weight.isfinite().all() for weight in model.parameters()):
@@ -95,10 +98,13 @@ def special_tokens(model, tokenizer):
     eos = set()
     for named in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
         eos |= set(named if isinstance(named, list) else [named]) - {None}
+    # A tokenizer may name a word that its model has no row for: transformers adds a missing EOS or pad at the end.
+    known = range(model.get_input_embeddings().weight.shape[0])
+    eos &= set(known)
     if not eos:
         raise ValueError("the model names no EOS token (generation_config.eos_token_id): it could never learn to stop")
     pad = tokenizer.pad_token_id
-    return sorted(eos), min(eos) if pad is None else pad  # the mask goes by position, so pad may be an EOS
+    return sorted(eos), pad if pad in known else min(eos)  # the mask goes by position, so pad may be an EOS
 
 
 def completion_mask(completions, eos_ids):

@@ -183,6 +183,8 @@ def loop(trainer, out, held_out, start):
             last = step == o["steps"]
             if _due(step, o["eval_every"]) or last:
                 evaluation(step)
+            elif show:
+                plot_runs([out], out / "curves.png")
             if _due(step, o["save_every"]) or ((interrupted or last) and o["save_every"]):
                 save(step)
             if interrupted:
@@ -284,15 +286,15 @@ def resumed(given):
     out = Path(given.pop("resume"))
     try:
         config = json.loads((out / "config.json").read_text())
-        saved = config["options"]
-    except (OSError, ValueError, KeyError):
+        saved, steps = config["options"], config["options"]["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{out} holds no run to resume (no readable config.json)") from None
     for name, value in given.items():
         if name not in ALLOWED_ON_RESUME and value != saved.get(name):
             raise ValueError(f"--resume {out}: its --{name.replace('_', '-')} is {saved.get(name)}, not {value}; only "
                              f"--steps may be raised")  # fmt: skip
-    if given.get("steps", saved["steps"]) < saved["steps"]:
-        raise ValueError(f"--resume {out}: it has {saved['steps']} steps, and --steps may only be raised")
+    if given.get("steps", steps) < steps:
+        raise ValueError(f"--resume {out}: it has {steps} steps, and --steps may only be raised")
     given["resume"] = str(out)
     config["options"] = fill(saved | {name: given[name] for name in ALLOWED_ON_RESUME if name in given})
     return config["options"], out, config | {"status": "running"}
@@ -306,8 +308,9 @@ def set_up(o):
     train, overlap = ([], 0) if o["eval_only"] else split_overlap(load_problems(o["data"], "train"), test)
     model, tokenizer, eos_ids, pad_id = load_policy(o["model"], o["device"])
     longest = context_length(model) - o["max_new_tokens"]
-    train, long_train = ([], 0) if o["eval_only"] else encode_problems(tokenizer, train, o["prompt"], longest)
-    test, long_test = encode_problems(tokenizer, test, o["prompt"], longest)
+    how = o["prompt"], longest, len(model.get_input_embeddings().weight)
+    train, long_train = ([], 0) if o["eval_only"] else encode_problems(tokenizer, train, *how)
+    test, long_test = encode_problems(tokenizer, test, *how)
     if overlap or long_train or long_test:
         print(f"dropped problems: {overlap} of training that are held out too; prompts over {longest} tokens: "
               f"{long_train} of training, {long_test} held out")  # fmt: skip

@@ -3,6 +3,7 @@
 What goes wrong in them is planned: a `fault` is the name of a function below, and its arguments.
 """
 
+import io
 import multiprocessing
 import os
 import resource
@@ -44,7 +45,7 @@ def _run(argv, log, fault):
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
+    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(fd, "w"), line_buffering=True) for fd in (1, 2))
     import torch
 
     import train

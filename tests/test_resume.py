@@ -81,7 +81,6 @@ def test_killed_twenty_times(whole, data, tmp_path):
     for what in ("model", "state", "written", "renamed"):
         faults.insert(rng.randint(1, len(faults)), ("kill_in_write", what))
     run, parts, past = tmp_path / "run", 0, []
-    print(before_loop, a_step)
     for fault in faults:
         begun = (run / "config.json").exists()
         words = ["--resume", run] if begun else [*WORDS, "--data", data, "--save-every", 1, "--out", run, "--overwrite"]
@@ -147,7 +146,7 @@ def test_second_interrupt(whole, data, tmp_path):
 def test_interrupt_of_the_command(data, tmp_path):
     """The same with the real command, its real reward and a signal from outside, and the printed line as it stands."""
     cwd, env = child.ROOT, os.environ | {"OMP_NUM_THREADS": "1"}
-    words = [*WORDS, "--data", str(data), "--k", "0", "--steps", "60", "--max-new-tokens", "24"]
+    words = [*WORDS, "--data", str(data), "--k", "0", "--steps", "30", "--eval-every", "0"]
     run = tmp_path / "run"
     command = [sys.executable, "train.py", *words, "--out", str(run)]
     process = subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -18,9 +18,9 @@ from problems import draw, line, problems, split_of
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 # The chance to give up before a line, by how many steps are still to do: at first, and in the middle of the work.
-GIVE_UP_FIRST = {2: 0.45, 3: 0.65, 4: 0.80, 5: 0.90}
-GIVE_UP_LATER = 0.35
-SLIP_PAPER, SLIP_HEAD = 0.05, 0.5  # the chance that a step goes wrong, on paper and in the head
+GIVE_UP_FIRST = {2: 0.2, 3: 0.5, 4: 0.8, 5: 0.9}
+GIVE_UP_LATER = 0.3
+SLIP_PAPER, SLIP_HEAD = 0.03, 0.5  # the chance that a step goes wrong, on paper and in the head
 PATIENT = 0.6  # the share of the pretraining over which the student's haste grows from none: first it learns to add
 
 
@@ -65,7 +65,7 @@ def batches(tokenizer, rng, batch, steps, pool=32):
     """`steps` batches (ids, labels), [batch, T], of training problems and attempts; rows of like length together."""
     done, pad = 0, tokenizer.pad_token_id
     while done < steps:
-        rows, haste = [], min(1.0, done / steps / PATIENT)
+        rows, haste = [], min(1.0, done / (steps * PATIENT))
         while len(rows) < pool * batch:
             question, start, todo = draw(rng)
             if split_of(question) == "train":

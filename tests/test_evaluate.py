@@ -1,0 +1,132 @@
+"""Figures that can be trusted: the interval, pass@k and a whole evaluation against values worked by hand."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+import evaluate
+import train
+from data import encode_problems
+from options import fill
+from policy import Rollout, completion_mask, load_policy
+
+
+# The intervals of Newcombe's comparison of seven methods, Statistics in Medicine 17 (1998), table I, his method 3.
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson(successes, n, low, high):
+    assert evaluate.wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
+    assert evaluate.wilson(n - successes, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_pass_at_k():
+    """4 completions, 2 right: of the 6 pairs one has none right. In general: the share of subsets with a right one."""
+    assert evaluate.pass_at_k(4, 2, 2) == pytest.approx(5 / 6)
+    for n in range(1, 7):
+        for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+            subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
+            assert evaluate.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """(model, tokenizer, limits)"""
+    model, tokenizer, eos_ids, pad_id = load_policy("tiny")
+    return model, tokenizer, {"max_new_tokens": 12, "eos_ids": eos_ids, "pad_id": pad_id}
+
+
+def test_evaluate_by_hand(tiny, monkeypatch):
+    """Four problems; greedy: right, right but without the marker, wrong, cut. Samples: 3, 1, 0 and 0 of 3 are right."""
+    model, tokenizer, limits = tiny
+    greedy = ["2+1=3\n#### 3", "2+2=4", "#### 9", "2+2=4\n2+2=4"]
+    good, bad = "#### {}", "#### 99"
+    drawn = [good, good, good, bad, good, "so {}", bad, bad, bad, bad, "", bad]
+    drawn = [text.format(3 + i // 3) for i, text in enumerate(drawn)]
+    calls = []
+
+    def sample(_, prompts, n, *, temperature, **more):
+        texts = greedy if temperature == 0 else drawn
+        calls.append((n, temperature, more["max_new_tokens"]))
+        ended = [not (temperature == 0 and i == 3) for i in range(len(texts))]
+        rows = [tokenizer(t).input_ids + limits["eos_ids"] * end for t, end in zip(texts, ended, strict=True)]
+        rows = [row + tokenizer("#### 3").input_ids if end else row for row, end in zip(rows, ended, strict=True)]
+        width = max(map(len, rows))  # what stands after EOS is no part of the completion
+        ids = torch.tensor([row + [limits["pad_id"]] * (width - len(row)) for row in rows])
+        mask = completion_mask(ids, limits["eos_ids"])
+        mask[3, len(rows[3]) :] &= ended[3]
+        return Rollout([], ids, mask, ~torch.tensor(ended))
+
+    monkeypatch.setattr(evaluate, "sample", sample)
+    problems = [{"prompt_ids": [5], "answer": f"#### {n}"} for n in (3, 4, 5, 6)]
+    got = evaluate.evaluate(model, tokenizer, problems, k=2, samples=3, temperature=0.7, seed=1, **limits)
+    assert calls == [(1, 0, 12), (3, 0.7, 12)]
+    assert got["accuracy"] == 1 / 4 and got["accuracy_lenient"] == 2 / 4 and got["truncated"] == 1 / 4
+    assert got["ci95"] == pytest.approx([0.0456, 0.6994], abs=5e-5)
+    assert got["avg_at_k"] == pytest.approx(4 / 12)
+    assert got["pass_at_k"] == pytest.approx((1 + 2 / 3 + 0 + 0) / 4)  # of 3 with 1 right, 2 of the 3 pairs have it
+    assert got["n"] == 4 and got["k"] == 2
+    lengths = [len(tokenizer(t).input_ids) + (i < 3) for i, t in enumerate(greedy)]
+    assert got["length"] == pytest.approx(sum(lengths) / 4)
+
+
+def test_evaluate_leaves_the_generator_alone(tiny):
+    model, tokenizer, limits = tiny
+    problems = [{"question": "Tom has 3 eggs. He buys 2. How many eggs now?", "answer": "5"}]
+    problems, _ = encode_problems(tokenizer, problems, "{question}", 100)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    figures = {"k": 2, "samples": 16, "temperature": 1.0, **limits}
+    first = evaluate.evaluate(model, tokenizer, problems, seed=1, **figures)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    assert evaluate.evaluate(model, tokenizer, problems, seed=1, **figures) == first
+
+
+@pytest.fixture
+def test_set(tmp_path):
+    rows = [{"question": f"Tom has {n} eggs. He buys 2. How many eggs now?", "answer": str(n + 2)} for n in range(3, 9)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "data"
+
+
+def test_eval_only(tiny, test_set, tmp_path, capsys):
+    """No train split is needed; figures on stdout and in eval.json, a bar on stderr, and nothing else is written."""
+    model, tokenizer, limits = tiny
+    out = tmp_path / "out"
+    words = ["--eval-only", "--model", "tiny", "--data", str(test_set), "--k", "2", "--eval-samples", "3"]
+    words += ["--eval-n", "5", "--max-new-tokens", "12", "--seed", "4", "--out", str(out)]
+    assert train.main(words) == 0
+    printed = capsys.readouterr()
+    assert "evaluate: " in printed.err and "/10 " in printed.err  # problems, greedy and drawn
+    found = json.loads((out / "eval.json").read_text())
+    assert [path.name for path in out.iterdir()] == ["eval.json"]
+    problems = [json.loads(line) for line in (test_set / "test.jsonl").read_text().splitlines()][:5]
+    problems, _ = encode_problems(tokenizer, problems, "{question}", 200)
+    want = evaluate.evaluate(
+        model, tokenizer, problems, k=2, samples=3, temperature=1.0, seed=10_004, quiet=True, **limits
+    )
+    assert {name: found[name] for name in want} == want
+    assert found["options"]["model"] == "tiny" and found["options"]["eval_samples"] == 3
+    assert f"{want['accuracy']:.3f} (95%: {want['ci95'][0]:.3f}-{want['ci95'][1]:.3f})" in printed.out
+    assert f"pass@2 {want['pass_at_k']:.3f}" in printed.out and f"truncated {want['truncated']:.3f}" in printed.out
+
+
+def test_eval_only_goes_by_its_data():
+    """Without a GPU the preset is tiny, but GSM8K asked in 64 tokens and without its prompt would be no evaluation."""
+    options = fill({"eval_only": True, "data": "gsm8k", "model": "X"})
+    assert options["preset"] == "gsm8k" and options["max_new_tokens"] == 512 and "####" in options["prompt"]
+
+
+def test_eval_only_is_refused_before_the_work(test_set, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("evaluated for nothing"))
+    words = ["--eval-only", "--model", "tiny", "--data", str(test_set), "--out"]
+    for out in (tmp_path / "file", tmp_path / "file" / "run", "/proc/run"):
+        assert train.main([*words, str(out)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error.startswith("train.py: error: "), error
