@@ -68,8 +68,8 @@ EPILOG = """examples:
       on a GPU: Qwen2.5-0.5B on GSM8K; without one: the embedded tiny model, in minutes
   python train.py --algo gspo --preset tiny --updates 16 --option eps_high=0.01
       an option of the algorithm itself; an unknown one is answered with the list of those that exist
-  python train.py --preset gsm8k --gradient-checkpointing --prompts 4 --updates 2 --max-new-tokens 384
-      for a card of 8 GiB
+  python train.py --preset gsm8k --model HuggingFaceTB/SmolLM2-360M-Instruct --gradient-checkpointing --micro-batch 2
+      for a card of 8 GiB, where Qwen2.5-0.5B's weights and AdamW's state alone do not fit
   python train.py --model ./my-model --data problems.jsonl --max-new-tokens 256 --micro-batch 4
       your own model folder and problems, {"question": ..., "answer": ...} a line
 """

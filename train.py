@@ -158,7 +158,13 @@ def loop(trainer, out, held_out, start):
             temperature=o["temperature"], seed=o["seed"] + 10_000, quiet=False, **trainer.limits,
         )  # fmt: skip
         checkpoint.append_lines(metrics, [{"phase": "eval", "step": step} | result])
-        plot_runs([out], out / "curves.png")
+        draw()
+
+    def draw():
+        try:
+            plot_runs([out], out / "curves.png")
+        except OSError as error:
+            raise OSError(f"cannot write {out / 'curves.png'}: {error}") from None
 
     def save(step):
         counters = {"cursor": trainer.cursor, "bad_steps": trainer.updater.bad_steps}
@@ -184,7 +190,7 @@ def loop(trainer, out, held_out, start):
             if _due(step, o["eval_every"]) or last:
                 evaluation(step)
             elif show:
-                plot_runs([out], out / "curves.png")
+                draw()
             if _due(step, o["save_every"]) or ((interrupted or last) and o["save_every"]):
                 save(step)
             if interrupted:

@@ -113,7 +113,7 @@ def kill_in_write(what):
     if what == "model":
         checkpoint.save_model = after(checkpoint.save_model, lambda model, path: half(path))
     elif what == "state":
-        checkpoint.torch.save = after(checkpoint.torch.save, lambda state, path: half(path))
+        checkpoint.torch.save = after(checkpoint.torch.save, lambda state, file: file.flush() or half(file.name))
     else:
         rename = os.replace
 

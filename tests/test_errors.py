@@ -286,12 +286,11 @@ def change(path, **values):
 
 
 def test_tokenizer_without_pad(model_folder, file, tmp_path, capsys):
-    """EOS pads: the mask goes by position, so nothing else changes."""
-    runs = []
-    for pad in (True, False):
-        if not pad:
-            change(model_folder / "tokenizer_config.json", pad_token=None)
-            assert load_policy(str(model_folder))[2:] == ([1], 1)
+    """EOS pads: the mask goes by position, so nothing else changes, be there a pad of its own or not."""
+    eos_ids, runs = load_policy(str(model_folder))[2], []
+    for pad in ("5", None):
+        change(model_folder / "tokenizer_config.json", pad_token=pad)
+        assert (load_policy(str(model_folder))[3] in eos_ids) == (pad is None)
         out = tmp_path / f"run{pad}"
         words = [*WORDS, "--model", model_folder, "--data", file, "--steps", "2", "--out", out]
         assert train.main([str(word) for word in words]) == 0
@@ -302,8 +301,12 @@ def test_tokenizer_without_pad(model_folder, file, tmp_path, capsys):
 
 def test_tokenizer_without_eos(model_folder, file, tmp_path, capsys):
     """The model's own EOS will do; if there is none at all, the policy could never learn to stop."""
-    change(model_folder / "tokenizer_config.json", eos_token=None)
-    assert load_policy(str(model_folder))[2] == [1]
+    eos_ids = load_policy(str(model_folder))[2]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        content = (model_folder / name).read_text().replace("<|endoftext|>", "<|other|>")
+        (model_folder / name).write_text(content)
+    change(model_folder / "tokenizer_config.json", eos_token=None)  # transformers adds one, beyond the vocabulary
+    assert load_policy(str(model_folder))[2] == eos_ids
     change(model_folder / "generation_config.json", eos_token_id=None)
     change(model_folder / "config.json", eos_token_id=None)
     words = [*WORDS, "--model", model_folder, "--data", file, "--out", tmp_path / "run"]
@@ -328,10 +331,14 @@ def test_chat_template(model_folder, file, tmp_path, capsys):
 
 def test_tokenizer_of_another_model(model_folder, file, tmp_path, capsys):
     """A token beyond the model's vocabulary is a line, not "index out of range in self"."""
-    write(file, [{"question": f"<|endoftext|> {n}+1?", "answer": "2"} for n in range(12)])
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.add_tokens(["xylophones"])
+    tokenizer.save_pretrained(model_folder)
+    write(file, [{"question": f"{n} xylophones + 1?", "answer": "2"} for n in range(12)])
     words = [*WORDS, "--model", model_folder, "--data", file, "--out", tmp_path / "run"]
-    line = error_line(capsys, *words)
-    assert "token 310 of '<|endoftext|> 0+1?', and the model knows 310: do the two belong together?" in line
+    last = len(tokenizer) - 1
+    told = f"makes token {last} of '0 xylophones + 1?', and the model knows {last}: do the two belong together?"
+    assert told in error_line(capsys, *words)
 
 
 def pickle_only(folder, ran):
@@ -627,6 +634,11 @@ def test_skipped_update(monkeypatch, half_right, file, tmp_path, capsys, how):
     assert {row["step"] for row in shown} == {2} and all(row["skipped"] for row in shown)
     assert len(shown) == (2 if how == "push" else 8)  # the rows to blame, or the whole mini-batches
     assert all(len(row["tokens"]) == len(row["advantages"]) == len(row["logprobs"]) for row in shown)
+
+
+def test_skips_that_are_not_in_a_row(monkeypatch, half_right, file, tmp_path, capsys):
+    spoil(monkeypatch, {1, 2, 4, 5, 7, 8}, "loss")
+    assert train.main([str(word) for word in [*GRPO, "--data", file, "--out", tmp_path / "run"]]) == 0
 
 
 def test_three_skipped_in_a_row(monkeypatch, half_right, file, tmp_path, capsys):

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2T
 GIVE_UP_FIRST = {2: 0.2, 3: 0.5, 4: 0.8, 5: 0.9}
 GIVE_UP_LATER = 0.3
 SLIP_PAPER, SLIP_HEAD = 0.03, 0.5  # the chance that a step goes wrong, on paper and in the head
-PATIENT = 0.6  # the share of the pretraining over which the student's haste grows from none: first it learns to add
+PATIENT = 0.6  # the share of the steps over which the student's haste grows from none: first it learns to add
 
 
 def attempt(rng, start, steps, haste=1.0):
@@ -61,11 +61,14 @@ def build_model(tokenizer, seed):
     return Qwen2ForCausalLM(config)
 
 
-def batches(tokenizer, rng, batch, steps, pool=32):
-    """`steps` batches (ids, labels), [batch, T], of training problems and attempts; rows of like length together."""
+def batches(tokenizer, rng, batch, steps, patient, pool=32):
+    """`steps` batches (ids, labels), [batch, T], of training problems and attempts; rows of like length together.
+
+    patient: the share of the steps over which the student's haste grows from none to all of it; 0: all from the start.
+    """
     done, pad = 0, tokenizer.pad_token_id
     while done < steps:
-        rows, haste = [], min(1.0, done / (steps * PATIENT))
+        rows, haste = [], min(1.0, done / (steps * patient)) if patient else 1.0
         while len(rows) < pool * batch:
             question, start, todo = draw(rng)
             if split_of(question) == "train":
@@ -83,9 +86,28 @@ def batches(tokenizer, rng, batch, steps, pool=32):
             done += 1
 
 
+def fit(model, data, steps, lr):
+    """AdamW over the batches of data, the learning rate warmed up and then a cosine to 0."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    began, mean = time.time(), 0.0
+    for step, (ids, labels) in enumerate(data, 1):
+        warm, left = min(1, step / 100), (steps - step) / steps
+        for group in optimizer.param_groups:
+            group["lr"] = lr * warm * (0.5 - 0.5 * math.cos(math.pi * left))
+        loss = model(input_ids=ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        mean += (loss.item() - mean) / min(step, 100)
+        if step % 100 == 0 or step == steps:
+            print(f"step {step}  loss {mean:.3f}  {time.time() - began:.0f} s", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=4000, help="with growing haste")
+    parser.add_argument("--more", type=int, default=1200, help="steps after them, with all of it and a third of the lr")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -93,22 +115,12 @@ def main():
     args = parser.parse_args()
 
     torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)  # sums over threads round differently; and so small a model gains little by a second
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, args.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    began, mean = time.time(), 0.0
-    for step, (ids, labels) in enumerate(batches(tokenizer, random.Random(args.seed), args.batch, args.steps), 1):
-        warm, left = min(1, step / 100), (args.steps - step) / args.steps
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * warm * (0.5 - 0.5 * math.cos(math.pi * left))
-        loss = model(input_ids=ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        mean += (loss.item() - mean) / min(step, 100)
-        if step % 100 == 0 or step == args.steps:
-            print(f"step {step}  loss {mean:.3f}  {time.time() - began:.0f} s", flush=True)
+    began = time.time()
+    fit(model, batches(tokenizer, random.Random(args.seed), args.batch, args.steps, PATIENT), args.steps, args.lr)
+    fit(model, batches(tokenizer, random.Random(args.seed + 1), args.batch, args.more, 0), args.more, args.lr / 3)
     # exactly what was trained: no top_k, top_p or repetition penalty hides in here
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(args.out)
