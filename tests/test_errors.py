@@ -484,8 +484,8 @@ def contents(run):
     [
         (500, "config.json"),
         (3_000, "metrics.jsonl"),
-        (1_000_000, "checkpoints/step-000001"),  # in model.safetensors, of 2.7 MB
-        (4_000_000, "checkpoints/step-000001"),  # in state.pt
+        (1_000_000, "checkpoints/step-"),  # in model.safetensors, of 2.7 MB
+        (4_000_000, "checkpoints/step-"),  # in state.pt, once AdamW has moved
     ],
 )
 def test_full_disk(file, tmp_path, size, at):
@@ -495,7 +495,7 @@ def test_full_disk(file, tmp_path, size, at):
     status, log = child.run([*words, tmp_path / "run"], tmp_path / "log", "file_size_limit", size)
     assert status == 2, log
     line = one_line(log.split("\n", 1)[1])
-    assert f"cannot write {tmp_path / 'run' / at}: " in line and "File too large" in line
+    assert f"cannot write {tmp_path / 'run' / at}" in line and "File too large" in line
     assert not list(tmp_path.rglob("*.part"))
     if at == "config.json":
         assert not contents(tmp_path / "run")

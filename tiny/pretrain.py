@@ -44,9 +44,8 @@ def attempt(rng, start, steps, haste=1.0):
 def build_tokenizer():
     """Qwen2's own kind of tokenizer, byte-level BPE with single digits, its merges learned on the problems' words."""
     texts = (f"{p['question']}\n{p['answer']}" for p in problems(5000, 0, "train"))
-    tokenizer = Qwen2Tokenizer(pad_token="<|pad|>").train_new_from_iterator(texts, vocab_size=600, show_progress=False)
-    tokenizer.padding_side = "left"
-    return tokenizer
+    blank = Qwen2Tokenizer(pad_token="<|pad|>", padding_side="left")
+    return blank.train_new_from_iterator(texts, vocab_size=600, show_progress=False)
 
 
 def build_model(tokenizer, seed):
