@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import zlib
 from pathlib import Path
 
@@ -47,9 +48,11 @@ def _run(argv, log, fault):
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(fd, "w"), line_buffering=True) for fd in (1, 2))
     import torch
+    from tqdm import tqdm
 
     import train
 
+    tqdm.set_lock(threading.RLock())  # its own is shared with the other forks: one killed while it draws would keep it
     torch.set_num_threads(1)
     train.correct = parity
     train.plot_runs = lambda *_: None  # half of the time, and tested elsewhere

@@ -218,7 +218,12 @@ def test_ctrl_c_ends_with_130_and_starts_no_more(tmp_path):
         "out.mkdir(parents=True)\n"
         "time.sleep(60)\n"
     )
-    code = "import compare, pathlib, sys\ncompare.TRAIN = pathlib.Path(sys.argv.pop(1))\nsys.exit(compare.main())"
+    code = (
+        "import compare, pathlib, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored\n"
+        "compare.TRAIN = pathlib.Path(sys.argv.pop(1))\n"
+        "sys.exit(compare.main())"
+    )
     command = [
         sys.executable,
         "-c",
