@@ -105,7 +105,7 @@ def test_it_starts_weak_but_not_hopeless(tokenizer):
 
 
 def test_pretraining_data_holds_no_test_problem_and_no_prompt_in_the_loss(tokenizer, pretrain):
-    for ids, labels in pretrain.batches(tokenizer, random.Random(0), batch=16, steps=40):
+    for ids, labels in pretrain.batches(tokenizer, random.Random(0), batch=16, steps=40, patient=0.6):
         for row, label in zip(ids.tolist(), labels.tolist(), strict=True):
             question, _, answer = tokenizer.decode(row, skip_special_tokens=True).partition("\n")
             assert split_of(question) == "train"
@@ -126,7 +126,8 @@ def test_the_student_mostly_blurts_and_is_mostly_wrong(pretrain):
 
 
 def test_pretraining_is_deterministic_and_makes_a_checkpoint(tmp_path):
-    command = [sys.executable, str(TINY / "pretrain.py"), "--steps", "3", "--batch", "8", "--seed", "5", "--out"]
+    command = [sys.executable, str(TINY / "pretrain.py"), "--steps", "3", "--more", "2", "--batch", "8"]
+    command += ["--seed", "5", "--out"]
     for name in "ab":
         subprocess.run([*command, str(tmp_path / name)], check=True, capture_output=True, timeout=120)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
