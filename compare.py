@@ -121,7 +121,7 @@ def table(runs):
     def at_end(run, phase, key, n=1):
         return statistics.fmean(values(run, phase, key)[-n:]) if values(run, phase, key) else None
 
-    ks = sorted({int(k) for run in runs for k in values(run, "eval", "k")})
+    ks = sorted({int(k) for run in runs for k in values(run, "eval", "k") if k})
     lines = [
         ["method", "seeds", "accuracy before", "final accuracy", "final less GRPO's"]
         + [f"pass@{'/'.join(map(str, ks))}", "entropy left", "length", "seconds"]

@@ -32,10 +32,10 @@ def decode(tokenizer, rollout):
     return tokenizer.batch_decode([ids[:n] for ids, n in rows], skip_special_tokens=True)
 
 
-def evaluate(model, tokenizer, problems, *, k, samples, temperature, seed, rows_at_once=256, quiet=True, **limits):
+def evaluate(model, tokenizer, problems, *, k, samples, temperature, seed, rows_at_once=128, quiet=True, **limits):
     """Greedy accuracy, strict and lenient, and `samples` draws a problem for avg@k and pass@k.
 
-    problems: with "prompt_ids" and "answer". limits: max_new_tokens, eos_ids, pad_id of policy.sample. Leaves torch's
+    problems: with "prompt_ids" and "answer". limits: what policy.sample takes besides. Leaves torch's
     random state as it was, so that how often one evaluates changes nothing of the training. Returns a dict:
     accuracy, accuracy_lenient, ci95 (of accuracy), avg_at_k, pass_at_k, k, n (problems), length (tokens), truncated.
     """
@@ -74,10 +74,16 @@ def evaluate_only(o, out, model, tokenizer, limits, problems):
     out.mkdir(parents=True, exist_ok=True)  # before the work, which may take hours
     if o["dtype"] == "bf16":
         model = model.bfloat16()
-    result = evaluate(
-        model, tokenizer, problems, k=o["k"], samples=o["eval_samples"], temperature=o["temperature"],
-        seed=o["seed"] + 10_000, quiet=False, **limits,
-    )  # fmt: skip
+    rows = o["prompts"] * o["group_size"] if o["sample_batch"] == "auto" else int(o["sample_batch"])
+    try:
+        result = evaluate(
+            model, tokenizer, problems, k=o["k"], samples=o["eval_samples"], temperature=o["temperature"],
+            seed=o["seed"] + 10_000, rows_at_once=rows, quiet=False, **limits,
+        )  # fmt: skip
+    except torch.OutOfMemoryError:
+        raise ValueError(
+            f"out of GPU memory with {rows} rows at once: pass --sample-batch {max(1, rows // 2)}"
+        ) from None
     low, high = result["ci95"]
     print(f"greedy accuracy on {result['n']} problems: {result['accuracy']:.3f} (95%: {low:.3f}-{high:.3f}), lenient "
           f"{result['accuracy_lenient']:.3f}; truncated {result['truncated']:.3f}")  # fmt: skip

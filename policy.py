@@ -1,8 +1,9 @@
 """The policy: load it, sample from it, and compute its log-probabilities without ever holding its logits.
 
-Two facts shape this file. Sampling and training must mean the same distribution: softmax(logits / temperature) over the
-whole vocabulary, nothing else. And the logits are the largest tensor of all: 64 completions of 512 tokens of Qwen2.5's
-151,936 words are 18.5 GiB in fp32, so they are made a few tokens at a time and never kept.
+Three facts shape this file. Sampling and training must mean the same distribution: softmax(logits / temperature) over
+the whole vocabulary, nothing else. The logits are the largest tensor of all: 64 completions of 512 tokens of Qwen2.5's
+151,936 words are 18.5 GiB in fp32, so they are made a few tokens at a time and never kept. And a group's G completions
+have one prompt: causal attention gives it the same keys and values in every row, so it is run once, not G times.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.utils import logging as hf_logging
 
 hf_logging.disable_progress_bar()  # "Loading weights" and the like, in the middle of our own lines
@@ -113,32 +114,60 @@ def completion_mask(completions, eos_ids):
     return is_eos.cumsum(1) - is_eos == 0
 
 
+def prefill(model, ids, real, which):
+    """Run each left-padded prompt but for its last token, once, and give a copy of its keys and values to each row.
+
+    ids, real [P, L]: token ids, and 1 where they are the prompt's; which [B]: the prompt of each row. Returns the cache
+    of B rows, differentiable, for `past_key_values`.
+    """
+    cache = DynamicCache(config=model.config)
+    if ids.shape[1] > 1:
+        positions = (real.cumsum(1) - 1).clamp(min=0)
+        model.base_model(
+            input_ids=ids[:, :-1], attention_mask=real[:, :-1], position_ids=positions[:, :-1],
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+        cache.batch_select_indices(which)
+    return cache
+
+
+def left_padded(prompts, pad_id, device):
+    """(token ids, 1 where they are the prompt's), both [P, L]."""
+    rows = [torch.tensor(prompt, device=device) for prompt in prompts]
+    real = [torch.ones_like(row) for row in rows]
+    return pad_sequence(rows, True, pad_id, padding_side="left"), pad_sequence(real, True, 0, padding_side="left")
+
+
 @torch.no_grad()
-def sample(model, prompts, n, *, temperature, max_new_tokens, eos_ids, pad_id, rows_at_once=None, progress=None):
+def sample(
+    model, prompts, n, *, temperature, max_new_tokens, eos_ids, pad_id, share_prompts=False, rows_at_once=None,
+    progress=None,
+):  # fmt: skip
     """n completions of each prompt by Hugging Face generate; temperature 0 is greedy.
 
     prompts: P lists of token ids. Returns a Rollout of P * n rows, on the model's device. Prompts of like length go
-    together; rows_at_once bounds the rows of one generate call, None puts all in one.
+    together; rows_at_once bounds the rows of one generate call, None puts all in one. share_prompts runs each prompt
+    once instead of n times (see prompts_can_be_shared); the completions are the same.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     per_call = len(prompts) if rows_at_once is None else max(1, rows_at_once // n)
     pieces = [None] * len(prompts)
     for start in range(0, len(prompts), per_call):
         chosen = order[start : start + per_call]
-        rows = [torch.tensor(prompts[i]) for i in chosen]
-        ids = pad_sequence(rows, True, pad_id, padding_side="left")
-        real = pad_sequence([torch.ones_like(row) for row in rows], True, 0, padding_side="left")
+        ids, real = left_padded([prompts[i] for i in chosen], pad_id, model.device)
+        which = torch.arange(len(chosen), device=model.device).repeat_interleave(n)
+        shared = {"past_key_values": prefill(model, ids, real, which)} if share_prompts and n > 1 else {}
         # A whole config of our own: a model's generation_config may hide a top_k, top_p or repetition_penalty, and
         # then the sampler is not the policy whose gradient we take.
         drawn = (
             dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else {"do_sample": False}
         )
         config = GenerationConfig(
-            max_new_tokens=max_new_tokens, eos_token_id=eos_ids, pad_token_id=pad_id, num_return_sequences=n,
-            use_cache=True, repetition_penalty=1.0, **drawn,
+            max_new_tokens=max_new_tokens, eos_token_id=eos_ids, pad_token_id=pad_id, use_cache=True,
+            repetition_penalty=1.0, **drawn,
         )  # fmt: skip
         with generation_config(model, config):
-            out = model.generate(ids.to(model.device), attention_mask=real.to(model.device), generation_config=config)
+            out = model.generate(ids[which], attention_mask=real[which], generation_config=config, **shared)
         for i, rows in zip(chosen, out[:, ids.shape[1] :].split(n), strict=True):
             pieces[i] = rows
         if progress is not None:
@@ -215,38 +244,67 @@ def chunk_logits(hidden, head, bias, temperature):
     return z.div_(temperature) if temperature != 1 else z
 
 
-def token_logprobs(model, prompts, completions, mask, *, temperature=1.0, with_entropy=True, through_head=True):
+def token_logprobs(
+    model, prompts, completions, mask, *, temperature=1.0, with_entropy=True, through_head=True, share_prompts=False
+):
     """Log-probability of each completion token, and the entropy of the distribution it was drawn from.
 
     prompts: B lists of token ids; completions [B, T] ids; mask [B, T] bool, on for a row's first tokens. Returns
     logprobs and entropy (nats; zeros without with_entropy), both [B, T], 0 where mask is off; entropy has no graph.
 
-    Rows are laid out as prompt, completion, padding: causal attention never looks to the right, so the padding reaches
-    nothing. The hidden state before a token is what predicts it; only those go through the output head, in chunks.
-    through_head=False takes the model's own logits instead: the plain way, and right for any architecture.
+    Only the hidden states that predict a completion token go through the output head, in chunks. share_prompts runs
+    equal prompts once. through_head=False takes the model's own logits: the plain way, and right for any architecture.
     """
-    lengths = mask.sum(1).tolist()
-    rows = [torch.tensor(p, device=mask.device) for p in prompts]
-    rows = [torch.cat([p, c[:n]]) for p, c, n in zip(rows, completions, lengths, strict=True)]
-    ids = pad_sequence(rows, True, 0)  # [B, L]
-    width = torch.tensor([len(row) for row in rows], device=mask.device)
-    attention = torch.arange(ids.shape[1], device=mask.device) < width[:, None]
-    starts = torch.tensor([len(p) - 1 for p in prompts], device=mask.device)
-    row, t = mask.nonzero(as_tuple=True)  # the N completion tokens
-    at = starts[row] + t  # the position whose output predicts token t
-    targets = completions[row, t]
+    targets = completions[mask]  # [N] the completion tokens, row after row
     if through_head:
-        hidden = model.base_model(input_ids=ids, attention_mask=attention.long(), use_cache=False).last_hidden_state
+        if share_prompts:
+            hidden = shared_hidden(model, prompts, completions, mask)
+        else:
+            hidden = by_row(model.base_model, prompts, completions, mask)
         head = model.get_output_embeddings()
         bias = getattr(head, "bias", None)
-        logprobs, entropy = HeadLogprobs.apply(hidden[row, at], head.weight, bias, targets, temperature, with_entropy)
+        logprobs, entropy = HeadLogprobs.apply(hidden, head.weight, bias, targets, temperature, with_entropy)
     else:
-        logits = model(input_ids=ids, attention_mask=attention.long(), use_cache=False).logits[row, at]
+        logits = by_row(model, prompts, completions, mask)
         logp = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(1)  # [N, V]
         logprobs = logp.gather(1, targets[:, None])[:, 0]
         entropy = -(logp.detach().exp() * logp.detach()).sum(1)
     zeros = torch.zeros(mask.shape, dtype=logprobs.dtype, device=mask.device)
-    return zeros.index_put((row, t), logprobs), zeros.index_put((row, t), entropy)
+    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
+
+
+def by_row(run, prompts, completions, mask):
+    """What the model puts out where it predicts a completion token, [N, D or V]; a row is prompt, completion, padding.
+
+    Causal attention never looks to the right, so the padding reaches nothing. The output before a token predicts it.
+    """
+    rows = [torch.tensor(p, device=mask.device) for p in prompts]
+    rows = [torch.cat([p, c[on]]) for p, c, on in zip(rows, completions, mask, strict=True)]
+    ids = pad_sequence(rows, True, 0)  # [B, L]
+    width = torch.tensor([len(row) for row in rows], device=mask.device)
+    attention = torch.arange(ids.shape[1], device=mask.device) < width[:, None]
+    starts = torch.tensor([len(p) - 1 for p in prompts], device=mask.device)
+    row, t = mask.nonzero(as_tuple=True)
+    return run(input_ids=ids, attention_mask=attention.long(), use_cache=False)[0][row, starts[row] + t]
+
+
+def shared_hidden(model, prompts, completions, mask):
+    """The same hidden states, [N, D], of a model that runs each prompt once, however many rows have it.
+
+    What it runs of a row is its prompt's last token and its completion but for the last, each predicting the next.
+    """
+    unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    which = torch.tensor([unique[tuple(prompt)] for prompt in prompts], device=mask.device)  # [B]
+    ids, real = left_padded(list(unique), 0, mask.device)  # [P, L]
+    mask = mask[:, : int(mask.sum(1).max())]  # [B, T], T the longest's
+    after = torch.arange(mask.shape[1], device=mask.device)
+    hidden = model.base_model(
+        input_ids=torch.cat([ids[which, -1:], completions[:, : len(after) - 1]], 1),
+        attention_mask=torch.cat([real[which], mask[:, :-1].long()], 1),
+        position_ids=real.sum(1)[which, None] - 1 + after,
+        past_key_values=prefill(model, ids, real, which), use_cache=True,
+    ).last_hidden_state  # fmt: skip
+    return hidden[mask]
 
 
 @torch.no_grad()
@@ -257,11 +315,29 @@ def head_is_plain(model, tolerance=1e-3):
     """
     if model.get_output_embeddings() is None:
         return False
-    ids = torch.arange(8, device=model.device) % model.config.get_text_config().vocab_size
-    mask = torch.ones(1, 6, dtype=torch.bool, device=model.device)
-    ours, _ = token_logprobs(model, [ids[:2].tolist()], ids[None, 2:], mask)
-    theirs, _ = token_logprobs(model, [ids[:2].tolist()], ids[None, 2:], mask, through_head=False)
-    return bool((ours - theirs).abs().max() < tolerance)
+    return _same(model, tolerance, {"through_head": True}, {"through_head": False})
+
+
+@torch.no_grad()
+def prompts_can_be_shared(model, tolerance=1e-3):
+    """Whether running a prompt once for all its rows gives the same: held against whole rows on a few tokens.
+
+    Not every architecture has a cache of keys and values whose rows can be copied, or is told positions.
+    """
+    try:
+        return head_is_plain(model) and _same(model, tolerance, {"share_prompts": True}, {"share_prompts": False})
+    except Exception:  # an architecture may refuse in any way
+        return False
+
+
+def _same(model, tolerance, one, other):
+    """Whether two ways of token_logprobs agree on two ragged prompts and their completions."""
+    ids = (torch.arange(24, device=model.device) % model.config.get_text_config().vocab_size).view(3, 8)
+    mask = torch.ones(3, 6, dtype=torch.bool, device=model.device)
+    mask[1, 3:] = False
+    prompts = [ids[0, :2].tolist(), ids[0, :2].tolist(), ids[1, :5].tolist()]
+    a, b = (token_logprobs(model, prompts, ids[:, 2:], mask, **way)[0] for way in (one, other))
+    return bool((a - b).abs().max() < tolerance)
 
 
 def rows_that_fit(model, tokens, budget=2**31, checkpointing=False):
@@ -276,9 +352,29 @@ def rows_that_fit(model, tokens, budget=2**31, checkpointing=False):
     return max(1, int(budget // (per_token * max(1, tokens))))
 
 
-def micro_batches(lengths, rows, size):
-    """The indices `rows` in pieces of `size`, rows of like length together so that little is padded. lengths [B]"""
-    return list(rows[lengths[rows].argsort(stable=True)].split(size))
+def micro_batches(rollout, rows, size, share_prompts=False):
+    """The indices `rows` in pieces of at most `size`, so that as few tokens as can be are run, padding included.
+
+    Rows of like length go together, or else, where prompts are shared, the rows of one group: whichever runs fewer.
+    """
+    by_length = rows[rollout.lengths[rows].argsort(stable=True)].split(size)
+    if not share_prompts:
+        return list(by_length)
+    prompts, completion = [tuple(prompt) for prompt in rollout.prompts], rollout.mask.sum(1).tolist()
+    longest = {}  # completion of each prompt
+    for i in rows.tolist():
+        longest[prompts[i]] = max(longest.get(prompts[i], 0), completion[i])
+    grouped = sorted(rows.tolist(), key=lambda i: (longest[prompts[i]], prompts[i], completion[i]))
+
+    def tokens(pieces):
+        """What running them costs: each distinct prompt once, and each completion, all padded to the longest."""
+        cost = 0
+        for piece in map(torch.Tensor.tolist, pieces):
+            distinct = {prompts[i] for i in piece}
+            cost += len(distinct) * max(map(len, distinct)) + len(piece) * max(completion[i] for i in piece)
+        return cost
+
+    return list(min(by_length, torch.tensor(grouped).split(size), key=tokens))
 
 
 def context_length(model):

@@ -24,7 +24,7 @@ from data import checksum, encode_problems, load_problems, offline_without_netwo
 from evaluate import decode, evaluate, evaluate_only
 from options import ALLOWED_ON_RESUME, fill, parse, split_options
 from plot import plot_runs
-from policy import Rollout, context_length, load_policy, sample
+from policy import Rollout, context_length, load_policy, prompts_can_be_shared, sample
 from records import group_to_show, metrics_line, peak_mib, sample_lines
 from rewards import correct, overlong_penalty
 from update import Updater
@@ -40,7 +40,7 @@ class Trainer:
     """The state of one run, and what a step does with it."""
 
     def __init__(self, options, model, tokenizer, limits, problems):
-        """limits: max_new_tokens, eos_ids, pad_id of policy.sample. problems: to train on, with "prompt_ids"."""
+        """limits: what policy.sample takes besides. problems: to train on, with "prompt_ids"."""
         self.o, self.model, self.tokenizer, self.limits, self.problems = options, model, tokenizer, limits, problems
         self.algo = importlib.import_module(options["algo"])
         self.advantage_options, loss_options = split_options(self.algo, options["option"])
@@ -153,10 +153,11 @@ def loop(trainer, out, held_out, start):
         os.write(2, b"\ninterrupted: finishing this step, then saving; once more to stop at once\n")
 
     def evaluation(step):
-        result = evaluate(
-            trainer.sampling_model(), trainer.tokenizer, held_out, k=o["k"], samples=o["eval_samples"],
+        k = o["k"] if step in (0, o["steps"]) else 0  # that many draws take as long as many a training step
+        result = trainer.updater.halving("sample_batch", lambda rows: evaluate(
+            trainer.sampling_model(), trainer.tokenizer, held_out, k=k, samples=o["eval_samples"], rows_at_once=rows,
             temperature=o["temperature"], seed=o["seed"] + 10_000, quiet=False, **trainer.limits,
-        )  # fmt: skip
+        ))  # fmt: skip
         checkpoint.append_lines(metrics, [{"phase": "eval", "step": step} | result])
         draw()
 
@@ -320,7 +321,8 @@ def set_up(o):
     if overlap or long_train or long_test:
         print(f"dropped problems: {overlap} of training that are held out too; prompts over {longest} tokens: "
               f"{long_train} of training, {long_test} held out")  # fmt: skip
-    return model, tokenizer, {"max_new_tokens": o["max_new_tokens"], "eos_ids": eos_ids, "pad_id": pad_id}, train, test
+    limits = {"max_new_tokens": o["max_new_tokens"], "eos_ids": eos_ids, "pad_id": pad_id}
+    return model, tokenizer, limits | {"share_prompts": prompts_can_be_shared(model)}, train, test
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from grpo import k3
-from policy import head_is_plain, micro_batches, rows_that_fit, token_logprobs
+from policy import head_is_plain, micro_batches, prompts_can_be_shared, rows_that_fit, token_logprobs
 
 
 class Updater:
@@ -25,12 +25,15 @@ class Updater:
     def __init__(self, model, algo, loss_options, options, longest):
         """algo: the algorithm's module; options: train.py's; longest: tokens of the longest row there can be."""
         self.model, self.algo, self.loss_options, self.o = model, algo, loss_options, options
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=options["lr"], weight_decay=0.0)
+        # fused: its foreach form would need another copy of the weights for a moment
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=options["lr"], weight_decay=0.0, fused=True)
         self.reference = copy.deepcopy(model) if loss_options.get("beta", 0) > 0 else None  # the frozen start policy
         self.needs_entropy = loss_options.get("kl_coef", 0) > 0
         self.through_head = head_is_plain(model)
         if not self.through_head:
             print("this architecture does more to its logits than a linear head does: taking them whole")
+        # Checkpointing runs a layer again without its cache, so there a prompt must be run with each of its rows.
+        self.share_prompts = prompts_can_be_shared(model) and not options["gradient_checkpointing"]
         if options["gradient_checkpointing"]:
             # its name before transformers 5.20 or so, and its name since
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -66,6 +69,7 @@ class Updater:
             return token_logprobs(
                 model, [rollout.prompts[i] for i in rows], rollout.completions[rows], rollout.mask[rows],
                 temperature=self.o["temperature"], with_entropy=with_entropy, through_head=self.through_head,
+                share_prompts=self.share_prompts,
             )  # fmt: skip
 
     def measure(self, rollout, mini_batches):
@@ -76,7 +80,7 @@ class Updater:
             dtype = torch.promote_types(self.model.dtype, torch.float32)
             logprobs, entropy = torch.zeros(2, *rollout.mask.shape, dtype=dtype, device=rollout.mask.device)
             for rows in mini_batches:
-                for piece in micro_batches(rollout.lengths, rows, size):
+                for piece in micro_batches(rollout, rows, size, self.share_prompts):
                     logprobs[piece], entropy[piece] = self.forward(rollout, piece, model or self.model)
             return logprobs, entropy
 
@@ -99,7 +103,7 @@ class Updater:
         signal = r.mask & (r.advantages.view(len(r.prompts), -1) != 0)  # [B, T]
         # A row without any advantage has no push, whatever its log-probabilities, unless a KL pushes it.
         live = signal.any(1).cpu() | (self.reference is not None)
-        pieces = [piece[live[piece]] for piece in micro_batches(r.lengths, rows, size)]
+        pieces = [piece[live[piece]] for piece in micro_batches(r, rows, size, self.share_prompts)]
         pieces = [piece for piece in pieces if len(piece)]
         entropy, in_one = r.entropy.clone(), len(pieces) == 1 and not first
         self.optimizer.zero_grad()

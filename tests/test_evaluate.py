@@ -116,6 +116,18 @@ def test_eval_only(tiny, test_set, tmp_path, capsys):
     assert f"pass@2 {want['pass_at_k']:.3f}" in printed.out and f"truncated {want['truncated']:.3f}" in printed.out
 
 
+def test_eval_only_out_of_gpu_memory_is_one_line(test_set, tmp_path, monkeypatch, capsys):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(evaluate, "evaluate", out_of_memory)
+    argv = ["--preset", "tiny", "--eval-only", "--data", str(test_set), "--out", str(tmp_path / "out")]
+    assert train.main(argv) == 2
+    assert capsys.readouterr().err == (
+        "train.py: error: out of GPU memory with 128 rows at once: pass --sample-batch 64\n"
+    )
+
+
 def test_eval_only_goes_by_its_data():
     """Without a GPU the preset is tiny, but GSM8K asked in 64 tokens and without its prompt would be no evaluation."""
     options = fill({"eval_only": True, "data": "gsm8k", "model": "X"})

@@ -8,11 +8,26 @@ from conftest import tiny_model
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import policy
-from policy import completion_mask, head_is_plain, micro_batches, sample, special_tokens, token_logprobs
+from policy import (
+    Rollout,
+    completion_mask,
+    head_is_plain,
+    micro_batches,
+    prompts_can_be_shared,
+    sample,
+    special_tokens,
+    token_logprobs,
+)
 
-PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11]]
-COMPLETIONS = torch.tensor([[5, 6, 1, 0], [9, 8, 7, 6], [4, 0, 0, 0]])
-MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
+PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11], [3, 4, 5], [6]]
+COMPLETIONS = torch.tensor([[5, 6, 1, 0], [9, 8, 7, 6], [4, 0, 0, 0], [2, 1, 0, 0], [1, 0, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+
+
+def tiny_gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=24, n_embd=16, n_layer=1, n_head=2, n_positions=32, attn_pdrop=0.0, resid_pdrop=0.0)
+    return GPT2LMHeadModel(config).eval()
 
 
 def by_hand(model, temperature):
@@ -29,9 +44,10 @@ def by_hand(model, temperature):
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("kind", ["llama", "bias"])
-def test_logprobs_without_logits_are_the_plain_ones(monkeypatch, chunk, temperature, kind):
-    model = tiny_model().double()
+@pytest.mark.parametrize("kind", ["llama", "bias", "gpt2"])
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_logprobs_without_logits_are_the_plain_ones(monkeypatch, chunk, temperature, kind, share_prompts):
+    model = (tiny_gpt2() if kind == "gpt2" else tiny_model()).double()
     if kind == "bias":  # an output head with a bias, and not tied to the embedding
         model.lm_head = torch.nn.Linear(16, 24).double()
     monkeypatch.setattr(policy, "LOGITS_AT_ONCE", chunk * 24)
@@ -40,13 +56,55 @@ def test_logprobs_without_logits_are_the_plain_ones(monkeypatch, chunk, temperat
     want.backward(push)
     want_grads = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    got, entropy = token_logprobs(model, PROMPTS, COMPLETIONS, MASK, temperature=temperature)
+    how = {"temperature": temperature, "share_prompts": share_prompts}
+    got, entropy = token_logprobs(model, PROMPTS, COMPLETIONS, MASK, **how)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
     torch.testing.assert_close(entropy, want_entropy, rtol=0, atol=1e-10)
     assert not entropy.requires_grad
     got.backward(push)
     for p, grad in zip(model.parameters(), want_grads, strict=True):
         torch.testing.assert_close(p.grad, grad, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("rows", [[0], [1], [1, 4], [2, 4]])
+def test_shared_prompts_alone_of_one_token_and_with_one_token_completions(rows):
+    model = tiny_model().double()
+    want, _ = by_hand(model, 1.0)
+    prompts = [PROMPTS[i] for i in rows]
+    got, _ = token_logprobs(model, prompts, COMPLETIONS[rows], MASK[rows], share_prompts=True)
+    torch.testing.assert_close(got, want[rows], rtol=0, atol=1e-10)
+
+
+def test_a_shared_prompt_is_run_once():
+    model, widths = tiny_model(), []
+    model.model.embed_tokens.register_forward_pre_hook(lambda m, a: widths.append(a[0].shape))
+    token_logprobs(model, PROMPTS, COMPLETIONS, MASK, share_prompts=True)
+    # Three prompts but for their last token; then, a row each, that and the completion but for its own last.
+    assert widths == [(3, 4), (5, 4)]
+    widths.clear()
+    limits = dict(temperature=1.0, max_new_tokens=2, eos_ids=[99], pad_id=0)
+    sample(model, PROMPTS[:3], 4, share_prompts=True, **limits)
+    assert widths == [(3, 4), (12, 1), (12, 1)]
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[:3], [[6]], [[3, 4, 5]]])
+def test_sampling_with_shared_prompts_draws_the_same(prompts):
+    model, drawn = tiny_model(), []
+    for share_prompts in (False, True):
+        torch.manual_seed(0)
+        limits = dict(temperature=1.0, max_new_tokens=6, eos_ids=[1], pad_id=0)
+        drawn.append(sample(model, prompts, 5, share_prompts=share_prompts, **limits))
+    assert torch.equal(drawn[0].completions, drawn[1].completions) and drawn[0].prompts == drawn[1].prompts
+
+
+def test_an_architecture_without_a_cache_does_not_share_prompts():
+    assert prompts_can_be_shared(tiny_model()) and prompts_can_be_shared(tiny_gpt2())
+    model = tiny_model()
+    base = model.model.forward
+    model.model.forward = lambda past_key_values=None, **rest: base(**rest)  # takes the cache and forgets it
+    assert head_is_plain(model) and not prompts_can_be_shared(model)
+    model.model.forward = lambda input_ids, attention_mask, use_cache: base(input_ids, attention_mask)  # takes none
+    assert not prompts_can_be_shared(model)
 
 
 def test_plain_way_is_the_same():
@@ -89,8 +147,7 @@ def test_an_architecture_that_scales_its_logits_takes_the_plain_way():
     model.lm_head.weight.data *= 20
     model.forward = capped
     assert not head_is_plain(model)
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=24, n_embd=16, n_layer=1, n_head=2, n_positions=32)).eval()
-    assert head_is_plain(gpt2)  # learned positions, another layout of names
+    assert head_is_plain(tiny_gpt2())  # learned positions, another layout of names
 
 
 def test_mask_runs_through_the_first_of_several_eos_even_where_pad_is_eos():
@@ -175,7 +232,7 @@ def test_our_logprobs_are_those_of_what_generate_sampled_from():
     """Left-padded with a prompt's neighbours, or right-padded as we lay rows out: the same numbers."""
     model = tiny_model()
     torch.manual_seed(0)
-    rollout = sample(model, PROMPTS, 4, temperature=0.9, max_new_tokens=6, eos_ids=[1], pad_id=0)
+    rollout = sample(model, PROMPTS[:3], 4, temperature=0.9, max_new_tokens=6, eos_ids=[1], pad_id=0)
     ours, _ = token_logprobs(model, rollout.prompts, rollout.completions, rollout.mask, temperature=0.9)
     ids = torch.tensor([[0, 0, 3, 4, 5], [0, 0, 0, 0, 6], PROMPTS[2]]).repeat_interleave(4, 0)
     ids = torch.cat([ids, rollout.completions], 1)
@@ -186,10 +243,24 @@ def test_our_logprobs_are_those_of_what_generate_sampled_from():
     torch.testing.assert_close(ours[rollout.mask], theirs[rollout.mask], rtol=0, atol=1e-5)
 
 
+def of_lengths(prompts, completions):
+    mask = torch.arange(max(completions)) < torch.tensor(completions)[:, None]
+    return Rollout(prompts, mask.long(), mask, torch.zeros(len(prompts)).bool())
+
+
 def test_micro_batches_put_like_lengths_together_and_lose_no_row():
-    lengths = torch.tensor([9, 2, 7, 3, 8, 1])
-    pieces = micro_batches(lengths, torch.tensor([1, 2, 3, 4, 5]), 2)
+    rollout = of_lengths([[3]] * 6, [8, 1, 6, 2, 7, 0])
+    pieces = micro_batches(rollout, torch.tensor([1, 2, 3, 4, 5]), 2)
     assert [p.tolist() for p in pieces] == [[5, 1], [3, 2], [4]]
+
+
+@pytest.mark.parametrize(("prompt", "want"), [(9, [[1, 0], [3, 2]]), (1, [[1, 3], [0, 2]])])
+def test_micro_batches_share_prompts_where_that_runs_fewer_tokens(prompt, want):
+    """Completions of 6, 2 | 7, 1: by group 2 prompts, 2 x 6 + 2 x 7 tokens; by length 4 prompts, 2 x 2 + 2 x 7."""
+    rollout = of_lengths([[3] * prompt] * 2 + [[4] * prompt] * 2, [6, 2, 7, 1])
+    pieces = micro_batches(rollout, torch.arange(4), 2, share_prompts=True)
+    assert sorted(sorted(p.tolist()) for p in pieces) == sorted(sorted(p) for p in want)
+    assert [p.tolist() for p in micro_batches(rollout, torch.arange(4), 4, True)] == [[3, 1, 0, 2]]
 
 
 def test_a_pickle_is_not_loaded(tmp_path):

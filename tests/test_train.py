@@ -52,6 +52,23 @@ def test_each_algorithm_trains_two_steps(algo, tmp_path):
     assert again.returncode == 0 and json.loads((tmp_path / "eval/eval.json").read_text())["n"] == 4
 
 
+def test_evaluations_draw_before_and_after_and_halve_their_rows(tmp_path, monkeypatch, capsys):
+    real, rows = train.evaluate, []
+
+    def small(*args, rows_at_once, **kwargs):
+        rows.append(rows_at_once)
+        if rows_at_once > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, rows_at_once=rows_at_once, **kwargs)
+
+    monkeypatch.setattr(train, "evaluate", small)
+    out = tmp_path / "run"
+    assert train.main(["--steps", "2", "--eval-every", "1", "--out", str(out), *SMALL]) == 0
+    lines = [line for line in read(out / "metrics.jsonl") if line["phase"] == "eval"]
+    assert [line["pass_at_k"] is None for line in lines] == [False, True, False] and rows == [8, 4, 4, 4]
+    assert "--sample-batch goes from 8 to 4" in capsys.readouterr().out
+
+
 def trainer(tmp_path, *args):
     """A Trainer on the embedded model, set up as main does it."""
     o = fill(parse(["--out", str(tmp_path), *SMALL, *args]))
