@@ -43,10 +43,12 @@ def plan(args):
         raise ValueError(f"{min(clash)} cannot stand after --, compare.py sets it")
     updates = [["--updates", str(n)] for n in args.off_policy] or [[]]
     clips = [["--option", f"eps_low={low}", "--option", f"eps_high={high}"] for low, high in args.eps] or [[]]
-    runs = []
+    usual, runs = fill(parse(args.rest))["updates"], []
     # Seeds outermost: an evening that ends early leaves every algorithm with equally many.
     for seed, update, clip, algo in itertools.product(args.seeds, updates, clips, args.algos):
-        name = "-".join([algo, f"s{seed}", *(f"u{n}" for n in update[1:]), *(c.replace("=", "") for c in clip[1::2])])
+        # A variant that is the default has the name, and so the folder, of the run without variants.
+        varied = [f"u{n}" for n in update[1:] if int(n) != usual] + [c.replace("=", "") for c in clip[1::2]]
+        name = "-".join([algo, f"s{seed}", *varied])
         out = args.out / name
         flags = [*args.rest, *update, *clip, "--algo", algo, "--seed", str(seed), "--out", str(out)]
         asked, done = fill(parse(flags)), False  # refuses what train.py would refuse

@@ -102,8 +102,11 @@ def test_other_options_are_not_taken_for_done(trainer, tmp_path, capsys):
 
 
 def test_variants(trainer, tmp_path):
-    line = ["--algos", "grpo,gspo", "--seeds", "0,1", "--out", str(tmp_path), "--off-policy", "1,4,16"]
+    line = ["--algos", "grpo,gspo", "--seeds", "0,1", "--out", str(tmp_path)]
+    assert compare.main(line) == 0 and len(trainer.asked) == 4
+    line += ["--off-policy", "1,4,16"]
     assert compare.main(line) == 0
+    assert len(trainer.asked) == 12  # 4 updates are the default: those runs are done
     runs = plot.group(plot.read_csv(tmp_path / "off-policy.csv"))
     assert list(runs) == ["1 update a rollout", "4 updates a rollout", "16 updates a rollout"]
     assert all([len(seeds) for seeds in algos.values()] == [2, 2] for algos in runs.values())
