@@ -50,7 +50,7 @@ OPTIONS = {
     "evaluation and output": [
         ("eval_every", int, 25, 50, "steps between evaluations on held-out problems; 0: only before and after"),
         ("eval_n", int, 500, 200, "how many held-out problems"),
-        ("k", int, 8, 8, "of avg@k and pass@k, before and after training; 0 leaves both out"),
+        ("k", int, 4, 4, "of avg@k and pass@k, before and after training; 0 leaves both out"),
         ("eval_samples", int, 0, 0, "completions a problem that avg@k and pass@k are estimated from; 0: k"),
         ("samples_every", int, 10, 10, "steps between groups of completions in samples.jsonl; 0: none"),
         ("save_every", int, 20, 50, "steps between checkpoints; 0: none, and no --resume"),

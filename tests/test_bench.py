@@ -1,0 +1,67 @@
+"""bench.py in miniature: what it measures is measured, and the ratios are ours over the other's."""
+
+import json
+
+import pytest
+import torch
+
+import bench
+
+SPEEDS = {
+    "plain": {"peak": 8000, "seconds": 40.0}, "head": {"peak": 4000, "seconds": 30.0},
+    "row": {"peak": 1000, "seconds": 44.0},
+    "ours": {"step_s": 10.0, "tokens_per_s": 90.0, "peak_mib": 1500.0, "rollout_s": 4.0},
+    "trl": {"step_s": 20.0, "tokens_per_s": 45.0, "peak_mib": 6000.0},
+}  # fmt: skip
+
+
+def test_ratios_are_ours_over_the_others(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "measure", lambda name, argv: dict(SPEEDS[name]))
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(bench.importlib.metadata, "version", lambda name: "1.16.0")
+    argv = ["--only", "logprobs,step", "--peer", "--model", "folder", "--json", str(tmp_path / "found.json")]
+    bench.main(argv)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["logprobs"] == {"memory_ratio": 1 / 8, "time_ratio": 1.1}
+    assert found["step"]["tokens_per_s"] == 90 and found["step"]["peak_mib"] == 1500
+    assert found["peer"]["tokens_per_s_ratio"] == 2 and found["peer"]["memory_ratio"] == 1 / 4
+    assert "2.00x the tokens/s, 0.25x the memory" in capsys.readouterr().out
+
+
+def test_the_embedded_model_is_measured(tmp_path, capsys):
+    bench.main(["--only", "rollout,step", "--steps", "1", "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["step"]["tokens_per_s"] > 0 and 50 < found["step"]["peak_mib"] < 5000
+    assert 0.3 < found["rollout"]["tokens_per_s_ratio"] < 10
+    assert "128 rows" in capsys.readouterr().out
+
+
+def test_the_ways_held_against_each_other_are_one_gradient(monkeypatch):
+    monkeypatch.setattr(bench, "SMOLLM2", bench.SMOLLM2 | {"num_hidden_layers": 1, "vocab_size": 50})
+    grads = []
+    for size, through_head in ((4, False), (4, True), (1, True)):
+        model, batch, push = bench.smollm2("cpu", 4, 6)
+        bench.backward(model, batch, push, size, through_head=through_head)
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0], rtol=1e-3, atol=1e-4)
+    found = bench.bf16_error(None, "cpu", rows=4, tokens=6)
+    assert set(found) == {"autocast/4", "autocast/2", "master/4", "master/2"}
+    assert all(0 < off < 0.1 for off in found.values())
+    for kind in ("autocast", "master"):
+        assert bench.bf16_update(None, "cpu", kind, rows=4, tokens=6, repeats=1)["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--only", "speed"], "no part 'speed'"),
+        (["--peer"], "--model FOLDER"),
+        (["--peer", "--only", "rollout", "--model", "x"], "the part step"),
+    ],
+)
+def test_a_wrong_command_is_one_line(argv, told, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(argv)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and told in err
