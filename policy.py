@@ -340,7 +340,7 @@ def _same(model, tolerance, one, other):
     return bool((a - b).abs().max() < tolerance)
 
 
-def rows_that_fit(model, tokens, budget=2**31, checkpointing=False):
+def rows_that_fit(model, tokens, budget=7 * 2**28, checkpointing=False):
     """How many rows of so many tokens go into one forward and backward pass with `budget` bytes of activations.
 
     A guess from the shapes, on the safe side; on CUDA an out-of-memory error corrects it by halving.
