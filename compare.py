@@ -60,7 +60,8 @@ def plan(args):
                 held, done = config["options"], config["status"] == "done"
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{out}: its config.json cannot be read; delete the run or pass --overwrite") from None
-            for key in sorted(asked.keys() - {"out", "overwrite", "resume"}):
+            # How many draws its evaluations make changes nothing of a run but its pass@k.
+            for key in sorted(asked.keys() - {"out", "overwrite", "resume", "k", "eval_samples"}):
                 if held.get(key) != asked[key]:
                     was = f"{key} {held.get(key)!r}, not {asked[key]!r}"
                     raise ValueError(f"{out} was made with {was}: pass another --out, or --overwrite")

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 from transformers.utils import logging as hf_logging
 
 hf_logging.disable_progress_bar()  # "Loading weights" and the like, in the middle of our own lines
-LOGITS_AT_ONCE = 2**25  # entries of one chunk of logits: 128 MiB in fp32
+LOGITS_AT_ONCE = 2**24  # entries of one chunk of logits: 64 MiB in fp32
 
 
 @dataclass
@@ -230,7 +230,9 @@ class HeadLogprobs(torch.autograd.Function):
                 grad_bias += z.sum(0)
             z = z.to(head.dtype)
             grad_h[rows] = z @ head
-            if grad_weight is not None:
+            if grad_weight is not None and grad_weight.dtype == z.dtype:
+                grad_weight.addmm_(z.T, h[rows])  # in place: z^T h is as large as the head
+            elif grad_weight is not None:
                 grad_weight += z.T @ h[rows]
         return grad_h, grad_weight, grad_bias, None, None, None
 

@@ -107,6 +107,7 @@ def test_variants(trainer, tmp_path):
     line += ["--off-policy", "1,4,16"]
     assert compare.main(line) == 0
     assert len(trainer.asked) == 12  # 4 updates are the default: those runs are done
+    assert compare.main([*line, "--", "--k", "0"]) == 0 and len(trainer.asked) == 12  # nor do more draws make others
     runs = plot.group(plot.read_csv(tmp_path / "off-policy.csv"))
     assert list(runs) == ["1 update a rollout", "4 updates a rollout", "16 updates a rollout"]
     assert all([len(seeds) for seeds in algos.values()] == [2, 2] for algos in runs.values())
