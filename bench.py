@@ -281,8 +281,9 @@ MEASUREMENTS = {
 def measure(name, argv):
     """What the measurement returns, run in a fresh process of this file."""
     line = [sys.executable, __file__, *argv, "--measure", name]
-    # glibc keeps freed blocks that it did not map by themselves; so the peak is what was in use, not what was kept.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    # glibc keeps freed blocks that it did not map by themselves: map those of 4 MiB and more, so that the peak is what
+    # was in use and not what was kept.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**22)}
     done = subprocess.run(line, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"bench.py: {name} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
