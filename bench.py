@@ -13,6 +13,7 @@ its own, and what is compared runs in turn: on a busy machine trust the ratios, 
 import argparse
 import contextlib
 import copy
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -160,11 +161,13 @@ def shared_options(args):
 
 
 def rollout(args, device, repeats=3):
-    """Sampling one step's completions, tokens/s, each prompt run once for its group and each row by itself.
+    """Sampling one step's completions: plain generate, with a static cache, and ours, each prompt run once.
 
-    The same completions are drawn. Returns {"plain", "ours": tokens/s, "prompt": share of our time that goes before the
-    first token, "token": ms a token after that, "weights": ms to read every weight once, as a product with a vector}.
+    The same completions are drawn. Returns {"plain", "static", "ours": tokens/s, "prompt": share of our time that goes
+    before the first token, "token": ms a token after that, "weights": ms to read every weight once, as a product with a
+    vector, "ops": the share of time of the four costliest operations, "rows": of completions}.
     """
+    import policy
     import train
     from policy import sample
 
@@ -186,6 +189,12 @@ def rollout(args, device, repeats=3):
     plain, mask = timed(share_prompts=False)
     ours, _ = timed()
     first, _ = timed(max_new_tokens=1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        sample(model, prompts, o["group_size"], temperature=1.0, **limits)
+    ops = {op.key.removeprefix("aten::").strip("_"): op.self_cpu_time_total for op in profiled.key_averages()}
+    ops = dict(sorted(((op, spent / sum(ops.values())) for op, spent in ops.items()), key=lambda x: -x[1])[:4])
+    policy.GenerationConfig = functools.partial(policy.GenerationConfig, cache_implementation="static")
+    static, _ = timed(share_prompts=False)
     matrices = [p.detach() for p in model.parameters() if p.dim() == 2]
     vectors = [torch.randn(p.shape[1], dtype=p.dtype, device=device) for p in matrices]
     reads = []
@@ -195,7 +204,8 @@ def rollout(args, device, repeats=3):
             matrix @ vector
         reads.append(clock(device) - started)
     count, longest = mask.sum().item(), mask.sum(1).max().item()
-    found = {"plain": count / plain, "ours": count / ours, "prompt": first / ours, "weights": 1000 * min(reads)}
+    found = {"plain": count / plain, "static": count / static, "ours": count / ours, "prompt": first / ours}
+    found |= {"weights": 1000 * min(reads), "ops": ops}
     return found | {"token": 1000 * (ours - first) / max(1, longest - 1), "rows": len(mask)}
 
 
@@ -282,8 +292,8 @@ def measure(name, argv):
     """What the measurement returns, run in a fresh process of this file."""
     line = [sys.executable, __file__, *argv, "--measure", name]
     # glibc keeps freed blocks that it did not map by themselves: map those of 4 MiB and more, so that the peak is what
-    # was in use and not what was kept.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**22)}
+    # was in use and not what was kept. The rollout's peak is not asked for.
+    environment = os.environ | ({} if name == "rollout" else {"MALLOC_MMAP_THRESHOLD_": str(2**22)})
     done = subprocess.run(line, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"bench.py: {name} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
@@ -322,9 +332,11 @@ def print_weights(args, argv):
 def print_rollout(args, argv):
     got = measure("rollout", argv)
     print(f"rollout: {args.model}, {args.dtype}, {got['rows']} rows")
-    print(f"  generate as it comes {got['plain']:.0f} tokens/s, each prompt run once {got['ours']:.0f} tokens/s "
-          f"({got['ours'] / got['plain']:.2f}x); {got['prompt']:.0%} of that before the first token")  # fmt: skip
-    print(f"  a token of every row {got['token']:.1f} ms; reading the weights once {got['weights']:.1f} ms")
+    print(f"  generate as it comes {got['plain']:.0f} tokens/s, with a static cache {got['static']:.0f}")
+    print(f"  each prompt run once {got['ours']:.0f} tokens/s ({got['ours'] / got['plain']:.2f}x)")
+    print(f"  of that before the first token {got['prompt']:.0%}; a token of every row {got['token']:.1f} ms, "
+          f"reading the weights once {got['weights']:.1f} ms")  # fmt: skip
+    print("  mostly in", ", ".join(f"{op} {share:.0%}" for op, share in got["ops"].items()))
     return {"tokens_per_s": got["ours"], "tokens_per_s_ratio": got["ours"] / got["plain"]}
 
 
