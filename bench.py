@@ -160,7 +160,7 @@ def shared_options(args):
     return fill(parse(["--preset", "gsm8k", "--algo", "grpo", "--updates", "1", *line]))
 
 
-def rollout(args, device, repeats=3):
+def rollout(args, device, repeats=2):
     """Sampling one step's completions: plain generate, with a static cache, and ours, each prompt run once.
 
     The same completions are drawn. Returns {"plain", "static", "ours": tokens/s, "prompt": share of our time that goes
