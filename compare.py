@@ -131,7 +131,7 @@ def table(runs):
     ks = sorted({int(k) for run in runs for k in values(run, "eval", "k") if k})
     lines = [
         ["method", "seeds", "accuracy before", "final accuracy", "final less GRPO's"]
-        + [f"pass@{'/'.join(map(str, ks))}", "entropy left", "length", "seconds"]
+        + [f"pass@{'/'.join(map(str, ks)) or 'k'}", "entropy left", "length", "seconds"]
     ]
     lines.append(["---"] * len(lines[0]))
     for variant, algos in group(runs).items():
