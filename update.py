@@ -33,7 +33,7 @@ class Updater:
         if not self.through_head:
             print("this architecture does more to its logits than a linear head does: taking them whole")
         # Checkpointing runs a layer again without its cache, so there a prompt must be run with each of its rows.
-        self.share_prompts = prompts_can_be_shared(model) and not options["gradient_checkpointing"]
+        self.share_prompts = not options["gradient_checkpointing"] and prompts_can_be_shared(model)
         if options["gradient_checkpointing"]:
             # its name before transformers 5.20 or so, and its name since
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
