@@ -85,24 +85,26 @@ def logprobs(args, device, through_head, size, rows=4, tokens=512):
 def bf16_update(args, device, kind, rows=8, tokens=96, size=2, repeats=3):
     """An update of a SmolLM2-135M-shaped model in micro-batches of `size`, and what sampling needs made ready after it.
 
-    kind: "autocast" is fp32 weights and a bf16 copy that samples; "master" is bf16 weights, which sample too, and an
-    fp32 copy that AdamW updates. Returns {"peak": MiB, "seconds": the best of `repeats`}.
+    kind: "autocast" is fp32 weights, of which a bf16 copy is made to sample; "master" is bf16 weights, which sample
+    too, and an fp32 copy that AdamW updates. Returns {"peak": MiB, "seconds": the best of `repeats`}.
     """
     trained, batch, push = smollm2(device, rows, tokens)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
-    bf16, seconds = copy.deepcopy(trained).bfloat16(), []
-    pairs = list(zip(trained.parameters(), bf16.parameters(), strict=True))
+    bf16, seconds = copy.deepcopy(trained).bfloat16() if kind == "master" else None, []
     for _ in range(repeats):
         started = clock(device)
-        backward(trained if kind == "autocast" else bf16, batch, push, size, autocast=kind == "autocast")
-        for p, q in pairs:
-            if kind == "master":
+        backward(bf16 or trained, batch, push, size, autocast=kind == "autocast")
+        if bf16:
+            for p, q in zip(trained.parameters(), bf16.parameters(), strict=True):
                 p.grad, q.grad = q.grad.float(), None
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            for p, q in pairs:
-                q.copy_(p)
+        if bf16:
+            with torch.no_grad():
+                for p, q in zip(trained.parameters(), bf16.parameters(), strict=True):
+                    q.copy_(p)
+        else:
+            copy.deepcopy(trained).bfloat16()
         seconds.append(clock(device) - started)
     return {"peak": peak_bytes(device) / 2**20, "seconds": min(seconds)}
 
@@ -215,30 +217,38 @@ def ours(args, device):
 
     o = shared_options(args)
     model, tokenizer, limits, problems, _ = train.set_up(o)
-    trainer = train.Trainer(o, model, tokenizer, limits, problems)
+    trainer, prompts = train.Trainer(o, model, tokenizer, limits, problems), []
+
+    def reward(text, problem, length):
+        prompts.append(tokenizer.decode(problem["prompt_ids"]))
+        return worth(text), worth(text)
+
     if args.peer:
-        trainer.reward = lambda text, *_: (worth(text),) * 2
+        trainer.reward = reward
     lines = [trainer.step(step)[0] for step in range(1, 2 + args.steps)][1:]
     rows, rollouts = o["prompts"] * o["group_size"], [line["rollout_s"] for line in lines]
     found = summary(
         [line["rollout_s"] + line["update_s"] for line in lines], [line["length"] * rows for line in lines], model
     )
-    return found | {"rollout_s": sum(rollouts) / len(rollouts)}
+    return found | {"rollout_s": sum(rollouts) / len(rollouts), "prompts": prompts}
 
 
 def trl(args, device):
-    """The same by TRL's GRPOTrainer: same model, prompts, G, new tokens, micro-batch, dtype and steps."""
+    """The same by TRL's GRPOTrainer: same model, prompts in order, G, new tokens, micro-batch, dtype and steps."""
+    import types
+
     import datasets
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     import train
-    from data import encode_prompt
 
     o = shared_options(args)
     model, tokenizer, _, problems, _ = train.set_up(o)
-    prompts = [tokenizer.decode(encode_prompt(tokenizer, p["question"], o["prompt"])) for p in problems[:256]]
-    batch, times, tokens = args.prompts * args.group_size, [], []
+    walk = types.SimpleNamespace(o=o, problems=problems, cursor=0)
+    problems = train.Trainer.next_problems(walk, args.prompts * (1 + args.steps))  # those that our trainer comes to
+    prompts = [tokenizer.decode(p["prompt_ids"]) for p in problems]
+    batch, times, tokens, seen = args.prompts * args.group_size, [], [], []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -247,7 +257,8 @@ def trl(args, device):
         def on_step_end(self, *_, **__):
             times[-1] = clock(device) - times[-1]
 
-    def reward(completions, completion_ids, **_):
+    def reward(prompts, completions, completion_ids, **_):
+        seen.extend(prompts)
         tokens.append(sum(map(len, completion_ids)))
         return [worth(text) for text in completions]
 
@@ -255,8 +266,8 @@ def trl(args, device):
         config = GRPOConfig(
             output_dir=out, max_steps=1 + args.steps, per_device_train_batch_size=args.micro_batch,
             gradient_accumulation_steps=batch // args.micro_batch, num_generations=args.group_size,
-            max_completion_length=args.max_new_tokens, learning_rate=o["lr"], beta=0.0, loss_type="grpo",
-            temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, bf16=args.dtype == "bf16",
+            shuffle_dataset=False, max_completion_length=args.max_new_tokens, learning_rate=o["lr"], beta=0.0,
+            loss_type="grpo", temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, bf16=args.dtype == "bf16",
             use_cpu=device == "cpu", gradient_checkpointing=False, report_to=[], save_strategy="no", disable_tqdm=True,
         )  # fmt: skip
         trainer = GRPOTrainer(
@@ -264,7 +275,7 @@ def trl(args, device):
             train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
         )  # fmt: skip
         trainer.train()
-    return summary(times[1:], tokens[1 : 1 + len(times[1:])], model)
+    return summary(times[1:], tokens[1 : 1 + len(times[1:])], model) | {"prompts": seen}
 
 
 def summary(seconds, tokens, model):
@@ -343,6 +354,9 @@ def print_rollout(args, argv):
 def print_step(args, argv):
     print(f"step: {args.model}, {args.dtype}, mean of {args.steps}")
     found = {name: measure(name, argv) for name in ("ours", *["trl"] * args.peer)}
+    prompts = [got.pop("prompts") for got in found.values()]
+    if prompts[0] != prompts[-1]:
+        sys.exit("bench.py: the two trainers were not given the same prompts: nothing here compares them")
     for name, got in found.items():
         name = "train.py" if name == "ours" else f"TRL {importlib.metadata.version('trl')}"
         speed = f"{got['tokens_per_s']:7.1f} tokens/s {got['peak_mib']:6.0f} MiB, {got['step_s']:.2f} s a step"

@@ -46,9 +46,6 @@ class Trainer:
         self.advantage_options, loss_options = split_options(self.algo, options["option"])
         longest = max(len(p["prompt_ids"]) for p in problems) + options["max_new_tokens"]
         self.updater = Updater(model, self.algo, loss_options, options, longest)
-        # generate reads every weight once a token, and a bf16 copy has half the bytes. What is trained stays fp32: at
-        # lr 1e-6 an update is below half a bf16 ulp.
-        self.sampler = copy.deepcopy(model).bfloat16() if options["dtype"] == "bf16" else model
         self.cursor = 0  # prompts drawn so far
 
     def step(self, step):
@@ -123,12 +120,10 @@ class Trainer:
         ))  # fmt: skip
 
     def sampling_model(self):
-        """What generate runs: the policy itself, or its bf16 copy brought up to date."""
-        if self.sampler is not self.model:
-            with torch.no_grad():
-                for copied, weight in zip(self.sampler.parameters(), self.model.parameters(), strict=True):
-                    copied.copy_(weight)
-        return self.sampler
+        """What generate runs: the policy itself, or a bf16 copy, made anew so that no update has to hold it."""
+        # generate reads every weight once a token, and bf16 has half the bytes. What is trained stays fp32: at lr 1e-6
+        # an update is below half a bf16 ulp.
+        return copy.deepcopy(self.model).bfloat16() if self.o["dtype"] == "bf16" else self.model
 
     def reward(self, text, problem, length):
         """(is it right, what is trained on): `correct`, and DAPO's overlong punishment where it is asked for."""

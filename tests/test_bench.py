@@ -10,8 +10,8 @@ import bench
 SPEEDS = {
     "plain": {"peak": 8000, "seconds": 40.0}, "head": {"peak": 4000, "seconds": 30.0},
     "row": {"peak": 1000, "seconds": 44.0},
-    "ours": {"step_s": 10.0, "tokens_per_s": 90.0, "peak_mib": 1500.0, "rollout_s": 4.0},
-    "trl": {"step_s": 20.0, "tokens_per_s": 45.0, "peak_mib": 6000.0},
+    "ours": {"step_s": 10.0, "tokens_per_s": 90.0, "peak_mib": 1500.0, "rollout_s": 4.0, "prompts": ["a", "a"]},
+    "trl": {"step_s": 20.0, "tokens_per_s": 45.0, "peak_mib": 6000.0, "prompts": ["a", "a"]},
 }  # fmt: skip
 
 
@@ -26,6 +26,14 @@ def test_ratios_are_ours_over_the_others(monkeypatch, tmp_path, capsys):
     assert found["step"]["tokens_per_s"] == 90 and found["step"]["peak_mib"] == 1500
     assert found["peer"]["tokens_per_s_ratio"] == 2 and found["peer"]["memory_ratio"] == 1 / 4
     assert "2.00x the tokens/s, 0.25x the memory" in capsys.readouterr().out
+
+
+def test_other_prompts_are_not_compared(monkeypatch):
+    speeds = SPEEDS | {"trl": SPEEDS["trl"] | {"prompts": ["a", "b"]}}
+    monkeypatch.setattr(bench, "measure", lambda name, argv: dict(speeds[name]))
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(SystemExit, match="not given the same prompts"):
+        bench.main(["--only", "step", "--peer", "--model", "folder"])
 
 
 def test_the_embedded_model_is_measured(tmp_path, capsys):

@@ -139,7 +139,7 @@ def test_beta_and_the_kl_mask_get_what_they_need(tmp_path):
 
 def test_bf16_samples_from_a_copy_and_trains_fp32(tmp_path):
     t = trainer(tmp_path, "--dtype", "bf16", "--prompts", "8", "--max-new-tokens", "40", "--lr", "1e-6")
-    assert t.sampler.dtype == torch.bfloat16 and t.model.dtype == torch.float32
+    assert t.sampling_model().dtype == torch.bfloat16 and t.model.dtype == torch.float32
     before = t.model.lm_head.weight.clone()
     torch.manual_seed(0)
     line, _, _ = t.step(1)
