@@ -72,6 +72,17 @@ class Updater:
                 share_prompts=self.share_prompts,
             )  # fmt: skip
 
+    def pieces(self, rollout, rows, size):
+        """The indices `rows` in micro-batches, groups of equal rewards apart from the others.
+
+        An update leaves those groups out. Were they in the micro-batches that were measured, the rows beside them would
+        now be padded otherwise, in bf16 be rounded otherwise, and have ratios off 1 by that alone.
+        """
+        groups = rollout.rewards.view(-1, self.o["group_size"])
+        dull = (groups == groups[:, :1]).all(1).repeat_interleave(groups.shape[1]).cpu()[rows]
+        parts = [part for part in (rows[~dull], rows[dull]) if len(part)]
+        return [piece for part in parts for piece in micro_batches(rollout, part, size, self.share_prompts)]
+
     def measure(self, rollout, mini_batches):
         """Fill in old_logprobs, entropy and, if wanted, ref_logprobs, [B, T], in the micro-batches of the updates."""
 
@@ -80,7 +91,7 @@ class Updater:
             dtype = torch.promote_types(self.model.dtype, torch.float32)
             logprobs, entropy = torch.zeros(2, *rollout.mask.shape, dtype=dtype, device=rollout.mask.device)
             for rows in mini_batches:
-                for piece in micro_batches(rollout, rows, size, self.share_prompts):
+                for piece in self.pieces(rollout, rows, size):
                     logprobs[piece], entropy[piece] = self.forward(rollout, piece, model or self.model)
             return logprobs, entropy
 
@@ -103,8 +114,7 @@ class Updater:
         signal = r.mask & (r.advantages.view(len(r.prompts), -1) != 0)  # [B, T]
         # A row without any advantage has no push, whatever its log-probabilities, unless a KL pushes it.
         live = signal.any(1).cpu() | (self.reference is not None)
-        pieces = [piece[live[piece]] for piece in micro_batches(r, rows, size, self.share_prompts)]
-        pieces = [piece for piece in pieces if len(piece)]
+        pieces = [piece for piece in self.pieces(r, rows, size) if live[piece].any()]
         entropy, in_one = r.entropy.clone(), len(pieces) == 1 and not first
         self.optimizer.zero_grad()
         self.model.train(self.o["gradient_checkpointing"])  # transformers checkpoints only in train mode; no dropout
@@ -130,9 +140,10 @@ class Updater:
         if loss.isfinite() and push.isfinite().all():
             for piece in pieces:
                 if not in_one:
-                    piece = piece[pushed[piece]]
-                    if not len(piece):
+                    if not pushed[piece].any():
                         continue
+                    if not first:  # then the ratio is taken from this very pass
+                        piece = piece[pushed[piece]]
                     graph, _ = self.forward(r, piece, self.model, False)
                 if first:
                     stats["ratio"] += (graph.detach() - r.old_logprobs[piece]).exp()[r.mask[piece]].tolist()

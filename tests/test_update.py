@@ -172,6 +172,31 @@ def test_rows_without_push_are_not_run(rows_run):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("size", ["8", "3"])
+def test_rows_left_out_do_not_pad_the_others_otherwise(size, monkeypatch):
+    """In bf16 another padding rounds otherwise, and the ratio is off by that: rows run beside the same rows again."""
+    runs = []
+
+    def recorded(model, prompts, completions, mask, **options):
+        runs.append((torch.is_grad_enabled(), completions.tolist(), mask.tolist()))
+        return token_logprobs(model, prompts, completions, mask, **options)
+
+    monkeypatch.setattr(update, "token_logprobs", recorded)
+    r = rollout(dtype=torch.float32)
+    r.rewards = torch.tensor([0.0, 0, 0, 0, 0, 1, 0, 0])  # the first group is all wrong
+    u = updater(tiny_model(), "grpo", updates=1, micro_batch=size)
+    u.measure(r, [torch.arange(B)])
+    r.advantages = u.algo.advantages(r.rewards, G)
+    measured = [run[1:] for run in runs]
+    assert sum(len(ids) for ids, _ in measured) == B
+    runs.clear()
+    u.update(r, torch.arange(B), first=True)
+    assert runs and all(grad and tuple(run) in measured for grad, *run in runs)
+    runs.clear()
+    u.update(r, torch.arange(B), first=False)
+    assert runs and all(grad or tuple(run) in measured for grad, *run in runs)  # the backward pass may have fewer rows
+
+
 def test_clip_frac_counts_tokens_with_advantage_and_no_push():
     model, r = tiny_model(), rollout(dtype=torch.float32)
     u = updater(model, "grpo", updates=1)
