@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import torch
@@ -91,19 +92,18 @@ def bf16_update(args, device, kind, rows=8, tokens=96, size=2, repeats=3):
     trained, batch, push = smollm2(device, rows, tokens)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
     bf16, seconds = copy.deepcopy(trained).bfloat16() if kind == "master" else None, []
+    pairs = list(zip(trained.parameters(), bf16.parameters(), strict=True)) if bf16 else []
     for _ in range(repeats):
         started = clock(device)
         backward(bf16 or trained, batch, push, size, autocast=kind == "autocast")
-        if bf16:
-            for p, q in zip(trained.parameters(), bf16.parameters(), strict=True):
-                p.grad, q.grad = q.grad.float(), None
+        for p, q in pairs:
+            p.grad, q.grad = q.grad.float(), None
         optimizer.step()
         optimizer.zero_grad()
-        if bf16:
-            with torch.no_grad():
-                for p, q in zip(trained.parameters(), bf16.parameters(), strict=True):
-                    q.copy_(p)
-        else:
+        with torch.no_grad():
+            for p, q in pairs:
+                q.copy_(p)
+        if not bf16:
             copy.deepcopy(trained).bfloat16()
         seconds.append(clock(device) - started)
     return {"peak": peak_bytes(device) / 2**20, "seconds": min(seconds)}
@@ -235,8 +235,6 @@ def ours(args, device):
 
 def trl(args, device):
     """The same by TRL's GRPOTrainer: same model, prompts in order, G, new tokens, micro-batch, dtype and steps."""
-    import types
-
     import datasets
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
