@@ -120,7 +120,10 @@ def bf16_error(args, device, rows=8, tokens=96, size=2):
         for at_once in (rows, size):
             model.zero_grad()
             backward(model, batch, push, at_once, autocast=kind == "autocast")
-            off = sum((p.grad.float() - g).square().sum() for p, g in zip(model.parameters(), want, strict=True))
+            off = sum(
+                (p.grad.float() - g).square().sum()
+                for p, g in zip(model.parameters(), want, strict=True)
+            )
             found[f"{kind}/{at_once}"] = (off / sum(g.square().sum() for g in want)).sqrt().item()
     return found
 
@@ -131,16 +134,24 @@ def smollm2(device, rows, tokens):
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SMOLLM2)).to(device).eval()
-    return model, random_batch(SMOLLM2["vocab_size"], rows, tokens, device), torch.randn(rows, tokens, device=device)
+    return (
+        model,
+        random_batch(SMOLLM2["vocab_size"], rows, tokens, device),
+        torch.randn(rows, tokens, device=device),
+    )
 
 
 def backward(model, batch, push, size, autocast=False, through_head=True):
     """Forward and backward of the batch, `size` rows at a time."""
-    from policy import token_logprobs
+    from trainer.logprobs import token_logprobs
 
     prompts, ids, mask = batch
     for piece in torch.arange(len(prompts)).split(size):
-        with torch.autocast(ids.device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
+        with (
+            torch.autocast(ids.device.type, torch.bfloat16)
+            if autocast
+            else contextlib.nullcontext()
+        ):
             of_piece = [prompts[i] for i in piece], ids[piece], mask[piece]
             out, _ = token_logprobs(model, *of_piece, through_head=through_head)
         out.backward(gradient=push[piece])
@@ -153,12 +164,14 @@ def worth(text):
 
 def shared_options(args):
     """train.py's options of the work that --model and the rest describe."""
-    from options import fill, parse
+    from trainer.options import fill, parse
 
     if args.model == "tiny":
         return fill(parse(["--preset", "tiny", "--dtype", args.dtype, "--algo", "grpo"]))
     names = ("model", "data", "prompts", "group_size", "max_new_tokens", "micro_batch", "dtype")
-    line = [part for name in names for part in ("--" + name.replace("_", "-"), str(getattr(args, name)))]
+    line = [
+        part for name in names for part in ("--" + name.replace("_", "-"), str(getattr(args, name)))
+    ]
     return fill(parse(["--preset", "gsm8k", "--algo", "grpo", "--updates", "1", *line]))
 
 
@@ -169,9 +182,9 @@ def rollout(args, device, repeats=2):
     before the first token, "token": ms a token after that, "weights": ms to read every weight once, as a product with a
     vector, "ops": the share of time of the four costliest operations, "rows": of completions}.
     """
-    import policy
     import train
-    from policy import sample
+    from trainer import policy
+    from trainer.policy import sample
 
     o = shared_options(args)
     model, _, limits, problems, _ = train.set_up(o)
@@ -193,9 +206,18 @@ def rollout(args, device, repeats=2):
     first, _ = timed(max_new_tokens=1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
         sample(model, prompts, o["group_size"], temperature=1.0, **limits)
-    ops = {op.key.removeprefix("aten::").strip("_"): op.self_cpu_time_total for op in profiled.key_averages()}
-    ops = dict(sorted(((op, spent / sum(ops.values())) for op, spent in ops.items()), key=lambda x: -x[1])[:4])
-    policy.GenerationConfig = functools.partial(policy.GenerationConfig, cache_implementation="static")
+    ops = {
+        op.key.removeprefix("aten::").strip("_"): op.self_cpu_time_total
+        for op in profiled.key_averages()
+    }
+    ops = dict(
+        sorted(((op, spent / sum(ops.values())) for op, spent in ops.items()), key=lambda x: -x[1])[
+            :4
+        ]
+    )
+    policy.GenerationConfig = functools.partial(
+        policy.GenerationConfig, cache_implementation="static"
+    )
     static, _ = timed(share_prompts=False)
     matrices = [p.detach() for p in model.parameters() if p.dim() == 2]
     vectors = [torch.randn(p.shape[1], dtype=p.dtype, device=device) for p in matrices]
@@ -206,7 +228,12 @@ def rollout(args, device, repeats=2):
             matrix @ vector
         reads.append(clock(device) - started)
     count, longest = mask.sum().item(), mask.sum(1).max().item()
-    found = {"plain": count / plain, "static": count / static, "ours": count / ours, "prompt": first / ours}
+    found = {
+        "plain": count / plain,
+        "static": count / static,
+        "ours": count / ours,
+        "prompt": first / ours,
+    }
     found |= {"weights": 1000 * min(reads), "ops": ops}
     return found | {"token": 1000 * (ours - first) / max(1, longest - 1), "rows": len(mask)}
 
@@ -228,7 +255,9 @@ def ours(args, device):
     lines = [trainer.step(step)[0] for step in range(1, 2 + args.steps)][1:]
     rows, rollouts = o["prompts"] * o["group_size"], [line["rollout_s"] for line in lines]
     found = summary(
-        [line["rollout_s"] + line["update_s"] for line in lines], [line["length"] * rows for line in lines], model
+        [line["rollout_s"] + line["update_s"] for line in lines],
+        [line["length"] * rows for line in lines],
+        model,
     )
     return found | {"rollout_s": sum(rollouts) / len(rollouts), "prompts": prompts}
 
@@ -244,7 +273,9 @@ def trl(args, device):
     o = shared_options(args)
     model, tokenizer, _, problems, _ = train.set_up(o)
     walk = types.SimpleNamespace(o=o, problems=problems, cursor=0)
-    problems = train.Trainer.next_problems(walk, args.prompts * (1 + args.steps))  # those that our trainer comes to
+    problems = train.Trainer.next_problems(
+        walk, args.prompts * (1 + args.steps)
+    )  # those that our trainer comes to
     prompts = [tokenizer.decode(p["prompt_ids"]) for p in problems]
     batch, times, tokens, seen = args.prompts * args.group_size, [], [], []
 
@@ -305,7 +336,9 @@ def measure(name, argv):
     environment = os.environ | ({} if name == "rollout" else {"MALLOC_MMAP_THRESHOLD_": str(2**22)})
     done = subprocess.run(line, capture_output=True, text=True, env=environment)
     if done.returncode:
-        sys.exit(f"bench.py: {name} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        sys.exit(
+            f"bench.py: {name} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}"
+        )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -313,7 +346,9 @@ def measure(name, argv):
 
 
 def print_logprobs(args, argv):
-    print("logprobs: Qwen2.5-0.5B-shaped, random weights, 4 x 512 completion tokens, forward and backward, fp32")
+    print(
+        "logprobs: Qwen2.5-0.5B-shaped, random weights, 4 x 512 completion tokens, forward and backward, fp32"
+    )
     found = {name: measure(name, argv) for name in ("plain", "head", "row")}
     texts = (
         "logits whole, 4 rows at once",
@@ -322,7 +357,9 @@ def print_logprobs(args, argv):
     )
     for got, text in zip(found.values(), texts, strict=True):
         memory, seconds = (got[key] / found["plain"][key] for key in ("peak", "seconds"))
-        print(f"  {text:36} {got['peak']:6.0f} MiB ({memory:.2f}) {got['seconds']:7.1f} s ({seconds:.2f})")
+        print(
+            f"  {text:36} {got['peak']:6.0f} MiB ({memory:.2f}) {got['seconds']:7.1f} s ({seconds:.2f})"
+        )
     return {"memory_ratio": memory, "time_ratio": seconds}
 
 
@@ -330,18 +367,25 @@ def print_weights(args, argv):
     print(
         "weights: SmolLM2-135M-shaped, random weights, an update of 8 x 96 tokens in micro-batches of 2, bf16 compute"
     )
-    found, error = {name: measure(name, argv) for name in ("autocast", "master")}, measure("error", argv)
+    found, error = (
+        {name: measure(name, argv) for name in ("autocast", "master")},
+        measure("error", argv),
+    )
     texts = ("autocast, a bf16 copy samples", "bf16 weights, an fp32 master copy")
     for (name, got), text in zip(found.items(), texts, strict=True):
         off = f"gradient off by {error[name + '/8']:.4f}, in micro-batches {error[name + '/2']:.4f}"
         print(f"  {text:36} {got['peak']:6.0f} MiB {got['seconds']:7.2f} s   {off}")
-    return {f"{key}_ratio": found["autocast"][key] / found["master"][key] for key in ("peak", "seconds")}
+    return {
+        f"{key}_ratio": found["autocast"][key] / found["master"][key] for key in ("peak", "seconds")
+    }
 
 
 def print_rollout(args, argv):
     got = measure("rollout", argv)
     print(f"rollout: {args.model}, {args.dtype}, {got['rows']} rows")
-    print(f"  generate as it comes {got['plain']:.0f} tokens/s, with a static cache {got['static']:.0f}")
+    print(
+        f"  generate as it comes {got['plain']:.0f} tokens/s, with a static cache {got['static']:.0f}"
+    )
     print(f"  each prompt run once {got['ours']:.0f} tokens/s ({got['ours'] / got['plain']:.2f}x)")
     print(f"  of that before the first token {got['prompt']:.0%}; a token of every row {got['token']:.1f} ms, "
           f"reading the weights once {got['weights']:.1f} ms")  # fmt: skip
@@ -354,14 +398,23 @@ def print_step(args, argv):
     found = {name: measure(name, argv) for name in ("ours", *["trl"] * args.peer)}
     prompts = [got.pop("prompts") for got in found.values()]
     if prompts[0] != prompts[-1]:
-        sys.exit("bench.py: the two trainers were not given the same prompts: nothing here compares them")
+        sys.exit(
+            "bench.py: the two trainers were not given the same prompts: nothing here compares them"
+        )
     for name, got in found.items():
         name = "train.py" if name == "ours" else f"TRL {importlib.metadata.version('trl')}"
         speed = f"{got['tokens_per_s']:7.1f} tokens/s {got['peak_mib']:6.0f} MiB, {got['step_s']:.2f} s a step"
-        print(f"  {name:10} {speed}" + (f", {got['rollout_s']:.2f} of them rollout" if "rollout_s" in got else ""))
+        print(
+            f"  {name:10} {speed}"
+            + (f", {got['rollout_s']:.2f} of them rollout" if "rollout_s" in got else "")
+        )
     if args.peer:
-        speed, memory = (found["ours"][key] / found["trl"][key] for key in ("tokens_per_s", "peak_mib"))
-        print(f"  train.py / TRL: {speed:.2f}x the tokens/s, {memory:.2f}x the memory above weights and AdamW's state")
+        speed, memory = (
+            found["ours"][key] / found["trl"][key] for key in ("tokens_per_s", "peak_mib")
+        )
+        print(
+            f"  train.py / TRL: {speed:.2f}x the tokens/s, {memory:.2f}x the memory above weights and AdamW's state"
+        )
         found["trl"] |= {"tokens_per_s_ratio": speed, "memory_ratio": memory}
     return found
 
@@ -371,22 +424,43 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser("bench.py", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", metavar="PART,...", default=",".join(PARTS), help=f"of {', '.join(PARTS)}; default: all"
+        "--only",
+        metavar="PART,...",
+        default=",".join(PARTS),
+        help=f"of {', '.join(PARTS)}; default: all",
     )
     parser.add_argument(
-        "--peer", action="store_true", help="let TRL's GRPOTrainer do the same steps; needs --model FOLDER"
+        "--peer",
+        action="store_true",
+        help="let TRL's GRPOTrainer do the same steps; needs --model FOLDER",
     )
-    parser.add_argument("--model", default="tiny", help="of rollout and step: tiny, or a folder (default tiny)")
     parser.add_argument(
-        "--data", default="gsm8k", help="with --model FOLDER: what train.py's --data takes (default gsm8k)"
+        "--model", default="tiny", help="of rollout and step: tiny, or a folder (default tiny)"
+    )
+    parser.add_argument(
+        "--data",
+        default="gsm8k",
+        help="with --model FOLDER: what train.py's --data takes (default gsm8k)",
     )
     parser.add_argument("--prompts", type=int, default=2, help="with --model FOLDER (default 2)")
     parser.add_argument("--group-size", type=int, default=8, help="the same (default 8)")
     parser.add_argument("--max-new-tokens", type=int, default=96, help="the same (default 96)")
     parser.add_argument("--micro-batch", type=int, default=8, help="the same (default 8)")
-    parser.add_argument("--steps", type=int, default=3, help="timed training steps, after one to warm up (default 3)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of rollout and step (default fp32)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there; a ratio is ours over the other's")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=3,
+        help="timed training steps, after one to warm up (default 3)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of rollout and step (default fp32)",
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the figures there; a ratio is ours over the other's"
+    )
     parser.add_argument("--measure", choices=MEASUREMENTS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -397,7 +471,9 @@ def main(argv=None):
     if unknown := [part for part in parts if part not in PARTS]:
         parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
     if args.peer and ("step" not in parts or args.model == "tiny"):
-        parser.error("--peer goes with the part step, and with --model FOLDER, a model of some size")
+        parser.error(
+            "--peer goes with the part step, and with --model FOLDER, a model of some size"
+        )
     if args.peer and importlib.util.find_spec("trl") is None:
         parser.error("--peer needs TRL: pip install trl")
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {os.cpu_count()} cores"
@@ -406,7 +482,11 @@ def main(argv=None):
     found = {}
     for part in parts:
         got = globals()[f"print_{part}"](args, argv)
-        found |= {part: got} if part != "step" else {"step": got["ours"]} | ({"peer": got["trl"]} if args.peer else {})
+        found |= (
+            {part: got}
+            if part != "step"
+            else {"step": got["ours"]} | ({"peer": got["trl"]} if args.peer else {})
+        )
         if args.json:  # after each part: they take minutes
             Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
 

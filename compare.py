@@ -17,8 +17,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from options import ALGORITHMS, fill, parse
-from plot import Parser, group, plot_runs, read_runs, style, write_csv
+from plot import Parser, plot_runs, style
+from trainer.options import ALGORITHMS, fill, parse
+from trainer.runs import group, read_runs, write_csv
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
 # Student's t at 97.5% for 1, 2, ... degrees of freedom; beyond the last, that one: a little too wide.
@@ -42,12 +43,16 @@ def plan(args):
     if clash:
         raise ValueError(f"{min(clash)} cannot stand after --, compare.py sets it")
     updates = [["--updates", str(n)] for n in args.off_policy] or [[]]
-    clips = [["--option", f"eps_low={low}", "--option", f"eps_high={high}"] for low, high in args.eps] or [[]]
+    clips = [
+        ["--option", f"eps_low={low}", "--option", f"eps_high={high}"] for low, high in args.eps
+    ] or [[]]
     usual, runs = fill(parse(args.rest))["updates"], []
     # Seeds outermost: an evening that ends early leaves every algorithm with equally many.
     for seed, update, clip, algo in itertools.product(args.seeds, updates, clips, args.algos):
         # A variant that is the default has the name, and so the folder, of the run without variants.
-        varied = [f"u{n}" for n in update[1:] if int(n) != usual] + [c.replace("=", "") for c in clip[1::2]]
+        varied = [f"u{n}" for n in update[1:] if int(n) != usual] + [
+            c.replace("=", "") for c in clip[1::2]
+        ]
         name = "-".join([algo, f"s{seed}", *varied])
         out = args.out / name
         flags = [*args.rest, *update, *clip, "--algo", algo, "--seed", str(seed), "--out", str(out)]
@@ -59,12 +64,16 @@ def plan(args):
                 config = json.loads((out / "config.json").read_text(encoding="utf-8"))
                 held, done = config["options"], config["status"] == "done"
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{out}: its config.json cannot be read; delete the run or pass --overwrite") from None
+                raise ValueError(
+                    f"{out}: its config.json cannot be read; delete the run or pass --overwrite"
+                ) from None
             # How many draws its evaluations make changes nothing of a run but its pass@k.
             for key in sorted(asked.keys() - {"out", "overwrite", "resume", "k", "eval_samples"}):
                 if held.get(key) != asked[key]:
                     was = f"{key} {held.get(key)!r}, not {asked[key]!r}"
-                    raise ValueError(f"{out} was made with {was}: pass another --out, or --overwrite")
+                    raise ValueError(
+                        f"{out} was made with {was}: pass another --out, or --overwrite"
+                    )
             flags = ["--resume", str(out)]
         runs.append((out, [sys.executable, str(TRAIN), *flags], done))
     return runs
@@ -77,13 +86,23 @@ def train_all(runs, jobs):
     threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {}
 
     def train(out, command):
-        result = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True, errors="replace")
-        lines = result.stderr.replace("\r", "\n").split("\n")  # progress bars end their lines with \r
-        return out, result.returncode, next((line for line in reversed(lines) if line.strip()), "no message")
+        result = subprocess.run(
+            command, env=os.environ | threads, capture_output=True, text=True, errors="replace"
+        )
+        lines = result.stderr.replace("\r", "\n").split(
+            "\n"
+        )  # progress bars end their lines with \r
+        return (
+            out,
+            result.returncode,
+            next((line for line in reversed(lines) if line.strip()), "no message"),
+        )
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            for future in as_completed([pool.submit(train, out, command) for out, command, ready in runs if not ready]):
+            for future in as_completed(
+                [pool.submit(train, out, command) for out, command, ready in runs if not ready]
+            ):
                 out, status, message = future.result()
                 if status == 0:
                     done.append(out)
@@ -138,14 +157,22 @@ def table(runs):
         grpo = {run["seed"]: at_end(run, "eval", "accuracy") for run in algos.get("grpo", [])}
         for algo, seeds in algos.items():
             final = [at_end(run, "eval", "accuracy") for run in seeds]
-            pairs = [(mine, grpo.get(run["seed"])) for mine, run in zip(final, seeds, strict=True) if algo != "grpo"]
+            pairs = [
+                (mine, grpo.get(run["seed"]))
+                for mine, run in zip(final, seeds, strict=True)
+                if algo != "grpo"
+            ]
             lines.append(
                 [
                     style(algo)[0] + (f", {variant}" if variant else ""),
                     str(len(seeds)),
                     cell([next(iter(values(run, "eval", "accuracy")), None) for run in seeds], 3),
                     cell(final, 3),
-                    cell([mine - theirs for mine, theirs in pairs if None not in (mine, theirs)], 3, "+"),
+                    cell(
+                        [mine - theirs for mine, theirs in pairs if None not in (mine, theirs)],
+                        3,
+                        "+",
+                    ),
                     cell([at_end(run, "eval", "pass_at_k") for run in seeds], 3),
                     cell([at_end(run, "train", "entropy", LAST) for run in seeds], 3),
                     cell([at_end(run, "train", "length", LAST) for run in seeds], 1),
@@ -170,7 +197,9 @@ def parse_args(argv):
     def algos(text):
         unknown = [name for name in text.split(",") if name not in ALGORITHMS]
         if unknown:
-            raise argparse.ArgumentTypeError(f"no algorithm {unknown[0]!r}; there are {', '.join(ALGORITHMS)}")
+            raise argparse.ArgumentTypeError(
+                f"no algorithm {unknown[0]!r}; there are {', '.join(ALGORITHMS)}"
+            )
         return list(dict.fromkeys(text.split(",")))
 
     def counts(text):
@@ -181,17 +210,41 @@ def parse_args(argv):
         return [(low, high) for low, high in pairs if float(low) + float(high)]
 
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("compare.py", "%(prog)s [options] [-- TRAIN-OPTIONS]", __doc__, EXAMPLES, formatter_class=raw)
-    parser.add_argument("--algos", type=algos, metavar="A,B", help="default: all seven; with --eps: tepo")
-    parser.add_argument("--seeds", type=counts, metavar="N,N", default=[0, 1, 2], help="default: 0,1,2")
-    parser.add_argument(
-        "--off-policy", type=counts, metavar="N,N", default=[], help="updates a rollout, each a variant"
+    parser = Parser(
+        "compare.py",
+        "%(prog)s [options] [-- TRAIN-OPTIONS]",
+        __doc__,
+        EXAMPLES,
+        formatter_class=raw,
     )
-    parser.add_argument("--eps", type=clips, metavar="LOW/HIGH,...", default=[], help="clip ranges, each a variant")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, the cores split among them")
+    parser.add_argument(
+        "--algos", type=algos, metavar="A,B", help="default: all seven; with --eps: tepo"
+    )
+    parser.add_argument(
+        "--seeds", type=counts, metavar="N,N", default=[0, 1, 2], help="default: 0,1,2"
+    )
+    parser.add_argument(
+        "--off-policy",
+        type=counts,
+        metavar="N,N",
+        default=[],
+        help="updates a rollout, each a variant",
+    )
+    parser.add_argument(
+        "--eps", type=clips, metavar="LOW/HIGH,...", default=[], help="clip ranges, each a variant"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at a time, the cores split among them",
+    )
     text = "folder for the runs, the figure, the table and the .csv; default: runs/compare"
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), metavar="DIR", help=text)
-    parser.add_argument("--overwrite", action="store_true", help="train again what --out holds already")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="train again what --out holds already"
+    )
     text = "print the table of these run folders or .csv files, and stop"
     parser.add_argument("--table", nargs="+", metavar="RUN", help=text)
     split = argv.index("--") if "--" in argv else len(argv)
@@ -214,7 +267,10 @@ def main(argv=None):
         args.out.mkdir(parents=True, exist_ok=True)
         done = train_all(runs, args.jobs)
         if done:
-            stem = "-".join(["off-policy"] * bool(args.off_policy) + ["eps"] * bool(args.eps)) or "methods"
+            stem = (
+                "-".join(["off-policy"] * bool(args.off_policy) + ["eps"] * bool(args.eps))
+                or "methods"
+            )
             files = [args.out / f"{stem}.{kind}" for kind in ("png", "csv", "md")]
             read = read_runs(done)
             plot_runs(read, files[0])

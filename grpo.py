@@ -34,7 +34,9 @@ def split_groups(rewards, group_size):
             f"rewards must be [B] with B a multiple of a group_size of at least 2; "
             f"got rewards {list(rewards.shape)}, group_size {group_size}"
         )
-    return rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, group_size)
+    return (
+        rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, group_size)
+    )
 
 
 def prepare(logprobs, old_logprobs, advantages, mask, **others):
@@ -44,7 +46,9 @@ def prepare(logprobs, old_logprobs, advantages, mask, **others):
     order, mask as 0/1; `others` that are None stay None. Raises ValueError with the shapes if they do not fit.
     """
     shape = logprobs.shape
-    tensors = {"old_logprobs": old_logprobs, "mask": mask} | {k: v for k, v in others.items() if v is not None}
+    tensors = {"old_logprobs": old_logprobs, "mask": mask} | {
+        k: v for k, v in others.items() if v is not None
+    }
     fits = logprobs.ndim == 2 and all(x.shape == shape for x in tensors.values())
     if not fits or advantages.shape not in (shape, shape[:1]):
         tensors = {"logprobs": logprobs} | tensors | {"advantages": advantages}
@@ -99,19 +103,35 @@ def advantages(rewards, group_size, *, entropy=None, mask=None):
     A group whose rewards are all equal gets exactly 0. Raises ValueError if group_size is below 2 or does not divide B.
     """
     r = split_groups(rewards, group_size)  # [B/G, G]
-    constant = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)  # told by max = min: a std is never exactly 0
+    constant = r.amax(1, keepdim=True) == r.amin(
+        1, keepdim=True
+    )  # told by max = min: a std is never exactly 0
     # A_i = (r_i - mean r) / (std r + 1e-4)
     a = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)
     return a.masked_fill(constant, 0).flatten()  # [B]
 
 
-def loss(logprobs, old_logprobs, advantages, mask, *, eps_low=0.2, eps_high=0.2, beta=0.0, ref_logprobs=None):
+def loss(
+    logprobs,
+    old_logprobs,
+    advantages,
+    mask,
+    *,
+    eps_low=0.2,
+    eps_high=0.2,
+    beta=0.0,
+    ref_logprobs=None,
+):
     """All [B, T], advantages [B] or [B, T] -> scalar to be minimised. beta > 0 needs ref_logprobs [B, T], the log-
     probabilities under the frozen start policy. Raises ValueError on shapes that do not fit and on a missing reference.
     """
     if beta and ref_logprobs is None:
-        raise ValueError(f"beta {beta} needs ref_logprobs, the log-probabilities under the frozen start policy")
-    logp, old, A, mask, ref = prepare(logprobs, old_logprobs, advantages, mask, ref_logprobs=ref_logprobs)
+        raise ValueError(
+            f"beta {beta} needs ref_logprobs, the log-probabilities under the frozen start policy"
+        )
+    logp, old, A, mask, ref = prepare(
+        logprobs, old_logprobs, advantages, mask, ref_logprobs=ref_logprobs
+    )
     ratio = exp_ratio(logp - old)  # w_{i,t}  [B, T]
     # - 1/B sum_i 1/|o_i| sum_t min(w A, clamp(w, 1 - eps_low, 1 + eps_high) A)
     policy_loss = -sequence_mean(clip_term(ratio, A, eps_low, eps_high), mask)

@@ -32,16 +32,25 @@ from grpo import clip_term, exp_ratio, prepare, row_mean, sequence_mean, split_g
 from gtpo import normalize_sets, share
 
 
-def advantages(rewards, group_size, *, entropy=None, mask=None, beta1=1.0, beta2=0.1, normalize="zeros"):
+def advantages(
+    rewards, group_size, *, entropy=None, mask=None, beta1=1.0, beta2=0.1, normalize="zeros"
+):
     """rewards [B], entropy (nats, of the sampling policy) and mask [B, T] -> [B].
 
     Raises ValueError if entropy or mask is missing or does not fit, on an unknown normalize, and on a group_size below
     2 or that does not divide B.
     """
-    if entropy is None or mask is None or entropy.shape != mask.shape or mask.shape[:-1] != rewards.shape:
+    if (
+        entropy is None
+        or mask is None
+        or entropy.shape != mask.shape
+        or mask.shape[:-1] != rewards.shape
+    ):
         shapes = [None if x is None else list(x.shape) for x in (rewards, entropy, mask)]
         raise ValueError(f"GRPO-S needs rewards [B], entropy [B, T] and mask [B, T]; got {shapes}")
-    r = split_groups(rewards.to(torch.promote_types(rewards.dtype, entropy.dtype)), group_size)  # [P, G]
+    r = split_groups(
+        rewards.to(torch.promote_types(rewards.dtype, entropy.dtype)), group_size
+    )  # [P, G]
     on = mask != 0  # [B, T]
     H = entropy.detach().to(r.dtype).masked_fill(~on, 0)
     H = row_mean(H, on).clamp(min=1e-6).view_as(r)  # H_i  [P, G]
@@ -62,7 +71,9 @@ def loss(logprobs, old_logprobs, advantages, mask, *, eps_low=0.2, eps_high=0.28
     that do not fit, advantages [B, T] among them.
     """
     if advantages.ndim != 1:
-        raise ValueError(f"GRPO-S takes one advantage a sequence, [B]; got {list(advantages.shape)}")
+        raise ValueError(
+            f"GRPO-S takes one advantage a sequence, [B]; got {list(advantages.shape)}"
+        )
     logp, old, A, mask = prepare(logprobs, old_logprobs, advantages, mask)
     ratio = row_mean(exp_ratio(logp - old), mask)[:, None]  # w_i  [B, 1]
     # - 1/B sum_i min(w A, clamp(w, 1 - eps_low, 1 + eps_high) A), constant along the row

@@ -36,7 +36,9 @@ def loss(logprobs, old_logprobs, advantages, mask, *, eps_low=3e-4, eps_high=4e-
     """
     per_token = advantages.ndim == 2
     logp, old, A, mask = prepare(logprobs, old_logprobs, advantages, mask)
-    ratio = exp_ratio(row_mean(logp - old, mask))[:, None]  # s_i  [B, 1]: a mean of log-ratios, never their sum
+    ratio = exp_ratio(row_mean(logp - old, mask))[
+        :, None
+    ]  # s_i  [B, 1]: a mean of log-ratios, never their sum
     if per_token:
         ratio = ratio.detach() * (logp - logp.detach()).exp()  # s_{i,t}  [B, T]
     # - 1/B sum_i 1/|o_i| sum_t min(s A, clamp(s, 1 - eps_low, 1 + eps_high) A); with A [B] the inner mean is of equals

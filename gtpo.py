@@ -43,7 +43,9 @@ def standardise(x, on):
     n = on.sum(1, keepdim=True)
     mean = (x * on).sum(1, keepdim=True) / n.clamp(min=1)
     std = (((x - mean) * on).square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
-    equal = x.masked_fill(~on, -torch.inf).amax(1, keepdim=True) <= x.masked_fill(~on, torch.inf).amin(1, keepdim=True)
+    equal = x.masked_fill(~on, -torch.inf).amax(1, keepdim=True) <= x.masked_fill(
+        ~on, torch.inf
+    ).amin(1, keepdim=True)
     return ((x - mean) / (std + 1e-4)).masked_fill(equal, 0)
 
 
@@ -65,16 +67,25 @@ def share(x, members):
     return x / total.masked_fill(count == 0, 1) * count
 
 
-def advantages(rewards, group_size, *, entropy=None, mask=None, alpha1=1.0, alpha2=0.1, normalize="zeros"):
+def advantages(
+    rewards, group_size, *, entropy=None, mask=None, alpha1=1.0, alpha2=0.1, normalize="zeros"
+):
     """rewards [B], entropy (nats, of the sampling policy) and mask [B, T] -> [B, T], 0 where mask is off.
 
     Raises ValueError if entropy or mask is missing or does not fit, on an unknown normalize, and on a group_size below
     2 or that does not divide B.
     """
-    if entropy is None or mask is None or entropy.shape != mask.shape or mask.shape[:-1] != rewards.shape:
+    if (
+        entropy is None
+        or mask is None
+        or entropy.shape != mask.shape
+        or mask.shape[:-1] != rewards.shape
+    ):
         shapes = [None if x is None else list(x.shape) for x in (rewards, entropy, mask)]
         raise ValueError(f"GTPO needs rewards [B], entropy [B, T] and mask [B, T]; got {shapes}")
-    r = split_groups(rewards.to(torch.promote_types(rewards.dtype, entropy.dtype)), group_size)[..., None]  # [P, G, 1]
+    r = split_groups(rewards.to(torch.promote_types(rewards.dtype, entropy.dtype)), group_size)[
+        ..., None
+    ]  # [P, G, 1]
     on = (mask != 0).view(*r.shape[:2], -1)  # [P, G, T]
     H = entropy.detach().to(r.dtype).view_as(on).masked_fill(~on, 1).clamp(min=1e-6)  # [P, G, T]
     right = r > 0.5
@@ -86,7 +97,9 @@ def advantages(rewards, group_size, *, entropy=None, mask=None, alpha1=1.0, alph
     # r- = -alpha1 - alpha2 (1/H) / sum_{O-} (1/H) h_t
     r_minus = minus * (-alpha1 - alpha2 * share(1 / H, minus))
     # A+- = (r+- - mean R+-) / std R+-
-    a = normalize_sets(*(x.flatten(1) for x in (r_plus, r_minus, plus, minus)), normalize)  # [P, G * T]
+    a = normalize_sets(
+        *(x.flatten(1) for x in (r_plus, r_minus, plus, minus)), normalize
+    )  # [P, G * T]
     return a.view(mask.shape)
 
 

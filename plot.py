@@ -6,9 +6,7 @@ that train.py wrote or from a .csv of many runs, the compact form that compare.p
 """
 
 import argparse
-import csv
 import importlib
-import json
 import math
 import os
 import re
@@ -18,10 +16,14 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.figure import Figure  # not pyplot: no global state, no display, fit to be called within a trainer
+from matplotlib.figure import (
+    Figure,  # not pyplot: no global state, no display, fit to be called within a trainer
+)
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image  # a dependency of matplotlib
+
+from trainer.runs import average, finite, group, read_jsonl, read_runs
 
 # Okabe and Ito's colours, less their yellow, lost on white; dashes and markers tell the methods apart in grey.
 STYLES = {  # algo: name, colour, dashes, marker
@@ -40,139 +42,6 @@ PANELS = (  # metric, title, unit
     ("clip_frac", "Clip fraction", "share of tokens"),
 )
 MAX_BYTES = 300_000  # of a picture that is to be committed
-COLUMNS = ("accuracy", "ci_lo", "ci_hi", "entropy", "length", "clip_frac", "pass_at_k", "k", "n", "seconds")
-# Options that leave an experiment what it is; any other in which runs of one algorithm differ makes them variants.
-SAME = """algo preset seed option out overwrite resume steps device micro_batch sample_batch gradient_checkpointing
-    eval_every eval_n eval_only eval_samples k samples_every save_every""".split()  # noqa: SIM905
-
-
-# Reading and writing runs
-
-
-def read_jsonl(path):
-    """[(line number, object), ...]. A torn last line is left out: the run is writing it, or was killed while it did.
-    Raises ValueError at any other line that is no JSON object."""
-    lines, objects = path.read_text(encoding="utf-8", errors="replace").split("\n"), []
-    for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line) if line.strip() else {}
-            if not isinstance(value, dict):
-                raise ValueError
-        except ValueError:
-            if number == len(lines):  # no newline behind it
-                break
-            raise ValueError(f"{path}: line {number} is not a JSON object") from None
-        if value:
-            objects.append((number, value))
-    return objects
-
-
-def finite(value):
-    """A float, or None for what cannot be drawn: null, NaN, an empty cell."""
-    return None if value in (None, "") or not math.isfinite(float(value)) else float(value)
-
-
-def add_row(run, row, where):
-    """Appends a line of metrics to a run; ValueError, saying where, if it is none."""
-    try:
-        values = {column: finite(row.get(column)) for column in COLUMNS}
-        run["rows"].append({"phase": row["phase"], "step": int(row["step"])} | values)
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{where} is not a line of metrics") from None
-
-
-def read_folder(folder):
-    """The run in a folder of train.py. Raises ValueError."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"{folder}: no metrics.jsonl in it, so it is not a run of train.py")
-    try:
-        options = json.loads((folder / "config.json").read_text(encoding="utf-8"))["options"]
-        settings = {k: v for k, v in options.items() if k not in SAME} | options.get("option", {})
-        run = {"algo": options["algo"], "seed": int(options["seed"]), "settings": settings, "rows": []}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{folder}: config.json is missing or does not say algo and seed") from None
-    for number, row in read_jsonl(path):
-        low, high = row.get("ci95") or (None, None)
-        seconds = (row.get("rollout_s") or 0) + (row.get("update_s") or 0)
-        add_row(run, row | {"ci_lo": low, "ci_hi": high, "seconds": seconds}, f"{path}: line {number}")
-    return run
-
-
-def read_csv(path):
-    """The runs in a file of `write_csv`, in its order. Raises ValueError."""
-    runs = {}
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        for number, row in enumerate(csv.DictReader(file), 2):
-            where = f"{path}: line {number}"
-            try:
-                algo, seed, settings = key = row["algo"], int(row["seed"]), row["settings"]
-                settings = dict(pair.split("=", 1) for pair in settings.split(";") if pair)
-                settings = {k: json.loads(v) for k, v in settings.items()}
-            except (KeyError, TypeError, ValueError, AttributeError):
-                raise ValueError(f"{where} is not a line of compare.py's metrics") from None
-            add_row(runs.setdefault(key, {"algo": algo, "seed": seed, "settings": settings, "rows": []}), row, where)
-    if not runs:
-        raise ValueError(f"{path}: no metrics in it")
-    return list(runs.values())
-
-
-def read_runs(paths):
-    """All runs of some folders and .csv files. Raises ValueError, one line, for a path that holds none."""
-    runs = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise ValueError(f"{path}: no such run")
-        runs += [read_folder(path)] if path.is_dir() else read_csv(path)
-    return runs
-
-
-def write_csv(runs, path):
-    """The numbers behind a figure, one line a step: small enough to commit, enough to draw the figure again."""
-    keys = differing(runs)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        out = csv.writer(file, lineterminator="\n")
-        out.writerow(["algo", "seed", "settings", "phase", "step", *COLUMNS])
-        for run in runs:
-            settings = ";".join(f"{k}={json.dumps(run['settings'][k])}" for k in keys if k in run["settings"])
-            for row in run["rows"]:
-                cells = ("" if row[column] is None else f"{row[column]:.4g}" for column in COLUMNS)
-                out.writerow([run["algo"], run["seed"], settings, row["phase"], row["step"], *cells])
-
-
-# Grouping runs and averaging seeds
-
-
-def differing(runs):
-    """The settings in which runs of one algorithm differ: they make a figure's variants."""
-    pairs = [(a["settings"], b["settings"]) for a in runs for b in runs if a["algo"] == b["algo"]]
-    return list(dict.fromkeys(k for a, b in pairs for k in a if k not in b or a[k] != b[k]))
-
-
-def group(runs):
-    """{variant: {algo: [runs, differing in the seed alone]}}, algorithms in the order of STYLES; a lone variant is "".
-    Raises ValueError where a run comes twice, which would pass for one seed more."""
-    keys, groups = differing(runs), {}
-    for run in sorted(runs, key=lambda run: [*STYLES, run["algo"]].index(run["algo"])):
-        values = {k: run["settings"][k] for k in keys if k in run["settings"]}
-        words = [f"{k} = {v}" if k != "updates" else f"{v} update{'s' * (v != 1)} a rollout" for k, v in values.items()]
-        rank = [(v, "") if isinstance(v := values.get(k), int | float) else (-math.inf, str(v)) for k in keys]
-        variant = tuple(rank), ", ".join(words) or ("defaults" if keys else "")
-        seeds = groups.setdefault(variant, {}).setdefault(run["algo"], [])
-        if any(other["seed"] == run["seed"] for other in seeds):
-            raise ValueError(f"two runs of {run['algo']}, seed {run['seed']}, same settings: leave one out")
-        seeds.append(run)
-    return {variant[1]: groups[variant] for variant in sorted(groups)}
-
-
-def average(runs, phase, metric):
-    """Steps [N] at which every run has a value, and the mean, lowest and highest [N] over the runs. Runs without any
-    value do not count."""
-    curves = [{r["step"]: r[metric] for r in run["rows"] if r["phase"] == phase} for run in runs]
-    curves = [curve for c in curves if (curve := {step: v for step, v in c.items() if v is not None})]
-    steps = sorted(set.intersection(*map(set, curves))) if curves else []
-    values = np.array([[curve[step] for step in steps] for curve in curves])  # [runs, N]
-    return (np.array(steps), values.mean(0), values.min(0), values.max(0)) if steps else (np.empty(0),) * 4
 
 
 # Learning curves
@@ -192,7 +61,9 @@ def save(figure, out):
     try:
         figure.savefig(part, dpi=160)
         if part.suffix == ".png" and part.stat().st_size > MAX_BYTES:
-            Image.open(part).convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE).save(part)
+            Image.open(part).convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE).save(
+                part
+            )
         os.replace(part, out)
     finally:
         part.unlink(missing_ok=True)
@@ -212,7 +83,18 @@ def draw_metric(ax, metric, algos):
         if len(runs) == 1:
             low, high = average(runs, "eval", "ci_lo")[1], average(runs, "eval", "ci_hi")[1]
         bars = np.abs([mean - low, high - mean]) if len(low) == len(mean) == len(high) else None
-        ax.errorbar(steps, mean, bars, color=colour, ls=dashes, lw=1.4, marker=marker, ms=4, elinewidth=0.9, zorder=z)
+        ax.errorbar(
+            steps,
+            mean,
+            bars,
+            color=colour,
+            ls=dashes,
+            lw=1.4,
+            marker=marker,
+            ms=4,
+            elinewidth=0.9,
+            zorder=z,
+        )
 
 
 def plot_runs(runs, out):
@@ -221,14 +103,18 @@ def plot_runs(runs, out):
     runs: folders, .csv files, or what `read_runs` returns. Runs that differ in the seed alone are averaged; variants of
     one algorithm stand side by side. A run without lines yet makes empty panels. Raises ValueError at what is no run.
     """
-    runs = [run for item in runs for run in ([item] if isinstance(item, dict) else read_runs([item]))]
+    runs = [
+        run for item in runs for run in ([item] if isinstance(item, dict) else read_runs([item]))
+    ]
     groups = group(runs)
     if len(groups) > 1:
         figure = Figure(figsize=(max(8, 2.7 * len(groups)), 9), layout="constrained")
         columns = list(figure.subplots(4, len(groups), sharex=True, sharey="row").T)
     else:
         figure = Figure(figsize=(8, 6.2), layout="constrained")
-        axes = figure.subplot_mosaic([["accuracy"] * 3, ["entropy", "length", "clip_frac"]], height_ratios=(1.4, 1))
+        axes = figure.subplot_mosaic(
+            [["accuracy"] * 3, ["entropy", "length", "clip_frac"]], height_ratios=(1.4, 1)
+        )
         columns = [[axes[metric] for metric, _, _ in PANELS]]
     for i, (variant, algos) in enumerate(groups.items()):
         for j, (metric, title, unit) in enumerate(PANELS):
@@ -238,22 +124,40 @@ def plot_runs(runs, out):
                 ax.set(title=title, ylabel=unit, xlabel="training step")
             else:
                 ax.set_title(variant if j == 0 else "", fontsize=10)
-                ax.set(ylabel=f"{title}\n[{unit}]" if i == 0 else "", xlabel="training step" if j == 3 else "")
-            if metric == "clip_frac":  # 0 with some, 0.001 or 0.3 with others: logarithmic, and linear below 0.001
+                ax.set(
+                    ylabel=f"{title}\n[{unit}]" if i == 0 else "",
+                    xlabel="training step" if j == 3 else "",
+                )
+            if (
+                metric == "clip_frac"
+            ):  # 0 with some, 0.001 or 0.3 with others: logarithmic, and linear below 0.001
                 ax.set_yscale("symlog", linthresh=1e-3, linscale=0.5)
-                ax.set(ylim=(-1e-4, 1), yticks=(ticks := (0, 0.001, 0.01, 0.1, 1)), yticklabels=map(str, ticks))
+                ax.set(
+                    ylim=(-1e-4, 1),
+                    yticks=(ticks := (0, 0.001, 0.01, 0.1, 1)),
+                    yticklabels=map(str, ticks),
+                )
             if metric == "accuracy":
                 ax.set_ylim(-0.02, 1.02)
             ax.xaxis.get_major_locator().set_params(integer=True)
             ax.grid(alpha=0.25)
             ax.spines[["top", "right"]].set_visible(False)
-    used = [style(algo) for algo in dict.fromkeys(algo for algos in groups.values() for algo in algos)]
-    lines = [Line2D([], [], label=name, color=c, ls=ls, marker=m, lw=1.4, ms=4) for name, c, ls, m in used]
+    used = [
+        style(algo) for algo in dict.fromkeys(algo for algos in groups.values() for algo in algos)
+    ]
+    lines = [
+        Line2D([], [], label=name, color=c, ls=ls, marker=m, lw=1.4, ms=4)
+        for name, c, ls, m in used
+    ]
     look = {"frameon": False, "fontsize": 9, "handlelength": 3.2, "columnspacing": 1.1}
     figure.legend(handles=lines, loc="outside upper center", ncols=7, **look)
     seeds = sorted({len(runs) for algos in groups.values() for runs in algos.values()})
     several = " to ".join(str(n) for n in seeds[:: max(1, len(seeds) - 1)])
-    bars = f"Means of {several} seeds; bands and bars: lowest to highest seed. " if seeds[-1] > 1 else ""
+    bars = (
+        f"Means of {several} seeds; bands and bars: lowest to highest seed. "
+        if seeds[-1] > 1
+        else ""
+    )
     bars += "One seed: bars are its 95% Wilson interval." if seeds[0] == 1 else ""
     note = "Accuracy: markers are greedy, on held-out problems; thin lines are the sampled training rollouts."
     figure.supxlabel(f"{note}\n{bars}", fontsize=8)
@@ -275,16 +179,22 @@ def fit_entropy(entropy, accuracy):
 
 def plot_entropy(runs, out):
     """Draws accuracy against entropy [nats] of every training step, a panel a method, with the fit; prints the fits."""
-    methods = [(name, algo, runs) for name, algos in group(runs).items() for algo, runs in algos.items()]
+    methods = [
+        (name, algo, runs) for name, algos in group(runs).items() for algo, runs in algos.items()
+    ]
     high, wide = math.ceil(len(methods) / 4), min(4, len(methods))
     figure = Figure(figsize=(8, 2.6 * high + 0.6), layout="constrained")
     axes = figure.subplots(high, wide, sharex=True, sharey=True, squeeze=False)
-    last = max((r["step"] for _, _, runs in methods for run in runs for r in run["rows"]), default=1)
+    last = max(
+        (r["step"] for _, _, runs in methods for run in runs for r in run["rows"]), default=1
+    )
     print(f"{'R = -a exp(H) + b':<32} {'a':>8} {'b':>8} {'R2':>6} {'points':>7}")
     for ax, (variant, algo, runs) in zip(axes.flat, methods, strict=False):
         rows = [row for run in runs for row in run["rows"] if row["phase"] == "train"]
         points = [(row["entropy"], row["accuracy"], row["step"]) for row in rows]
-        entropy, accuracy, step = np.array([p for p in points if None not in p]).reshape(-1, 3).T  # [N] each
+        entropy, accuracy, step = (
+            np.array([p for p in points if None not in p]).reshape(-1, 3).T
+        )  # [N] each
         a, b, r2 = fit_entropy(entropy, accuracy)
         name = style(algo)[0] + (f", {variant}" if variant else "")
         print(f"{name:<32} {a:8.3f} {b:8.3f} {r2:6.2f} {len(step):7d}")
@@ -297,7 +207,9 @@ def plot_entropy(runs, out):
         ax.tick_params(labelbottom=True)
     for ax in axes.flat[len(methods) :]:
         ax.set_axis_off()
-    figure.supxlabel("entropy H [nats per token]; line: least-squares fit R = −a exp(H) + b", fontsize=9)
+    figure.supxlabel(
+        "entropy H [nats per token]; line: least-squares fit R = −a exp(H) + b", fontsize=9
+    )
     figure.supylabel("accuracy R of the training rollouts", fontsize=9)
     figure.colorbar(shown, ax=axes, label="training step", aspect=40, pad=0.01)
     save(figure, out)
@@ -325,9 +237,13 @@ def push(algo, rewards, entropy, logprobs, old_logprobs, mask):
     import torch  # here: the curves do without it
 
     module = importlib.import_module(algo)
-    advantages = module.advantages(rewards, len(rewards), entropy=entropy, mask=mask)  # [G] or [G, T]
+    advantages = module.advantages(
+        rewards, len(rewards), entropy=entropy, mask=mask
+    )  # [G] or [G, T]
     logprobs = logprobs.detach().clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(module.loss(logprobs, old_logprobs, advantages, mask), logprobs)  # [G, T]
+    (gradient,) = torch.autograd.grad(
+        module.loss(logprobs, old_logprobs, advantages, mask), logprobs
+    )  # [G, T]
     return -gradient, (advantages.reshape(len(rewards), -1) != 0) & (mask != 0) & (gradient == 0)
 
 
@@ -344,9 +260,13 @@ def read_group(path, step=None):
                 continue
             lists = [row["logprobs"], row["old_logprobs"], row["entropy"]]
             if all(len(x) == len(row["tokens"]) and None not in map(finite, x) for x in lists):
-                groups.setdefault((row["step"], row["prompt"]), []).append(row | {"right": row["reward"] > 0.5})
+                groups.setdefault((row["step"], row["prompt"]), []).append(
+                    row | {"right": row["reward"] > 0.5}
+                )
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{path}: line {number} is not a completion with tokens and logprobs") from None
+            raise ValueError(
+                f"{path}: line {number} is not a completion with tokens and logprobs"
+            ) from None
     for (at, _), rows in groups.items():
         right = sum(row["right"] for row in rows)
         ratios = np.concatenate([np.subtract(row["logprobs"], row["old_logprobs"]) for row in rows])
@@ -363,15 +283,30 @@ def draw_tokens(ax, y, tokens, shade, clipped, colours):
     """One completion as a line of cells, wide as their text; shade [T] in -1..1, clipped [T] tokens hatched."""
     x, width = 0.0, ax.get_xlim()[1]
     for token, value, silent in zip(tokens, shade, clipped, strict=True):
-        text = re.sub("^<.+>$", "EOS", token).replace("Ġ", " ").replace("Ċ", "\n").replace("\n", "↵").strip() or "␣"
+        text = (
+            re.sub("^<.+>$", "EOS", token)
+            .replace("Ġ", " ")
+            .replace("Ċ", "\n")
+            .replace("\n", "↵")
+            .strip()
+            or "␣"
+        )
         wide = len(text) + 0.7  # in characters, as the axis
         if x + wide > width - 2:
             ax.text(x + 0.4, y + 0.5, "…", va="center", fontsize=8)
             break
-        look = {"fc": colours(0.5 + 0.38 * value), "ec": "white", "lw": 0.4}  # the map's ends are too dark to read on
+        look = {
+            "fc": colours(0.5 + 0.38 * value),
+            "ec": "white",
+            "lw": 0.4,
+        }  # the map's ends are too dark to read on
         look |= {"ec": "#999999", "hatch": "//////"} if silent else {}
         ax.add_patch(Rectangle((x, y + 0.04), wide, 0.92, **look))
-        look = {"family": "DejaVu Sans Mono", "fontsize": 7.2, "color": "white" if abs(value) > 0.75 else "black"}
+        look = {
+            "family": "DejaVu Sans Mono",
+            "fontsize": 7.2,
+            "color": "white" if abs(value) > 0.75 else "black",
+        }
         ax.text(x + wide / 2, y + 0.52, text, ha="center", va="center", parse_math=False, **look)
         x += wide
 
@@ -383,21 +318,33 @@ def plot_credit(path, out, step=None, shown=2):
     from torch.nn.utils.rnn import pad_sequence
 
     rows = read_group(Path(path), step)
-    given = {k: [torch.tensor(row[k]).double() for row in rows] for k in ("entropy", "logprobs", "old_logprobs")}
+    given = {
+        k: [torch.tensor(row[k]).double() for row in rows]
+        for k in ("entropy", "logprobs", "old_logprobs")
+    }
     given["mask"] = [torch.ones(len(row["tokens"])) for row in rows]
     given = {k: pad_sequence(x, batch_first=True) for k, x in given.items()}  # [G, T] each
     rewards = torch.tensor([row["reward"] for row in rows]).double()  # [G]
     picked = []  # the right ones first; of each kind the shortest, the longest and what lies between
     for right in True, False:
-        kind = sorted((i for i, row in enumerate(rows) if row["right"] == right), key=lambda i: len(rows[i]["tokens"]))
-        picked += [kind[j] for j in sorted({round(j) for j in np.linspace(0, len(kind) - 1, shown)})]
+        kind = sorted(
+            (i for i, row in enumerate(rows) if row["right"] == right),
+            key=lambda i: len(rows[i]["tokens"]),
+        )
+        picked += [
+            kind[j] for j in sorted({round(j) for j in np.linspace(0, len(kind) - 1, shown)})
+        ]
 
     panels = [("Entropy", "of the policy that sampled, nats", given["entropy"], given["mask"] < 0)]
-    panels += [(STYLES[algo][0], note, *push(algo, rewards, **given)) for algo, note in NOTES.items()]
+    panels += [
+        (STYLES[algo][0], note, *push(algo, rewards, **given)) for algo, note in NOTES.items()
+    ]
     panel = 0.29 + 0.19 * len(picked)  # inches, title and rows
     height = 0.42 + len(panels) * panel + 0.5
     figure = Figure(figsize=(8, height))
-    caption = f"Step {rows[0]['step']}, {len(picked)} of {len(rows)} completions of: {rows[0]['prompt']}"
+    caption = (
+        f"Step {rows[0]['step']}, {len(picked)} of {len(rows)} completions of: {rows[0]['prompt']}"
+    )
     caption = "\n".join(textwrap.wrap(caption, 116, max_lines=2, placeholder=" …"))
     figure.text(0.01, 1 - 0.08 / height, caption, va="top", fontsize=8.5, parse_math=False)
     for i, (name, note, values, clipped) in enumerate(panels, 1):
@@ -408,9 +355,21 @@ def plot_credit(path, out, step=None, shown=2):
         if name == "Entropy":
             colours, sign = colormaps["PRGn_r"], ""
         ax.set_title(f"{name}: {note}", loc="left", fontsize=9, pad=3)
-        ax.set_title(f"full colour = {sign}{top:.2g}" if top else "nothing is pushed", loc="right", fontsize=8, pad=3)
+        ax.set_title(
+            f"full colour = {sign}{top:.2g}" if top else "nothing is pushed",
+            loc="right",
+            fontsize=8,
+            pad=3,
+        )
         for y, row in enumerate(picked):
-            ax.text(-1, y + 0.5, "right" if rows[row]["right"] else "WRONG", ha="right", va="center", fontsize=8)
+            ax.text(
+                -1,
+                y + 0.5,
+                "right" if rows[row]["right"] else "WRONG",
+                ha="right",
+                va="center",
+                fontsize=8,
+            )
             shade, silent = (values[row] / (top or 1)).tolist(), clipped[row].tolist()
             tokens = rows[row]["tokens"]
             draw_tokens(ax, y, tokens, shade[: len(tokens)], silent[: len(tokens)], colours)
@@ -419,7 +378,10 @@ def plot_credit(path, out, step=None, shown=2):
         ("less likely", -1, None),
         ("clipped: exactly 0", 0, "//////"),
     )
-    keys = [Patch(fc=colormaps["RdBu"](0.5 + 0.38 * v), ec="#999999", hatch=h, label=label) for label, v, h in keys]
+    keys = [
+        Patch(fc=colormaps["RdBu"](0.5 + 0.38 * v), ec="#999999", hatch=h, label=label)
+        for label, v, h in keys
+    ]
     look = {
         "frameon": False,
         "fontsize": 8.5,
@@ -449,13 +411,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv=None):
-    parser = Parser("plot.py", None, "Draw runs of train.py.", EXAMPLES, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of train.py, or .csv of compare.py")
+    parser = Parser(
+        "plot.py",
+        None,
+        "Draw runs of train.py.",
+        EXAMPLES,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folder of train.py, or .csv of compare.py"
+    )
     text = "picture to write; default curves.png, entropy.png or credit.png,\nin RUN if there is one, else here"
     parser.add_argument("--out", metavar="FILE", type=Path, help=text)
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
-        "--entropy", action="store_true", help="accuracy against entropy, with the fit of arXiv 2505.22617"
+        "--entropy",
+        action="store_true",
+        help="accuracy against entropy, with the fit of arXiv 2505.22617",
     )
     text = "one group of RUN's samples.jsonl (or of that file) under the seven losses"
     kind.add_argument("--credit", action="store_true", help=text)

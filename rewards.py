@@ -36,7 +36,13 @@ BOX = r"\boxed{"
 _ASCII = dict(zip("‒–−﹣－＋，．／’", "-----+,./'", strict=True))
 _ASCII = "".join(
     _ASCII.get(char)
-    or (str(unicodedata.decimal(char)) if char.isdecimal() else "$" if unicodedata.category(char) == "Sc" else char)
+    or (
+        str(unicodedata.decimal(char))
+        if char.isdecimal()
+        else "$"
+        if unicodedata.category(char) == "Sc"
+        else char
+    )
     for char in map(chr, range(0x20000))
 )
 _LINE_END = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
@@ -63,7 +69,9 @@ _NUMERAL = re.compile(
     """,
     re.VERBOSE,
 )
-_MINUS = re.compile(r"(?<![0-9A-Za-z)])-(?:\\?\$ ?)?\.?\Z")  # what stands before the first digit of a negative number
+_MINUS = re.compile(
+    r"(?<![0-9A-Za-z)])-(?:\\?\$ ?)?\.?\Z"
+)  # what stands before the first digit of a negative number
 _POINT = re.compile(r"(?<![A-Za-z.])\.\Z")  # ... and of .5
 
 
@@ -91,7 +99,9 @@ def correct(completion: str, answer: str) -> float:
         truth = _value(numerals[0]) if len(numerals) == 1 else None
     if truth is None:
         shown = answer if len(answer) <= 80 else answer[:40] + " ... " + answer[-40:]
-        raise ValueError(f"no number to compare with in the answer {shown!r}: expected '#### 72' at its end, or '72'")
+        raise ValueError(
+            f"no number to compare with in the answer {shown!r}: expected '#### 72' at its end, or '72'"
+        )
     return float(extract_answer(completion) == truth)
 
 

@@ -44,12 +44,22 @@ def loss(
     nats. Raises ValueError on shapes that do not fit and on missing entropies.
     """
     if kl_coef and (entropy is None or old_entropy is None):
-        raise ValueError(f"kl_coef {kl_coef} needs entropy and old_entropy, the policy's and the sampling policy's")
+        raise ValueError(
+            f"kl_coef {kl_coef} needs entropy and old_entropy, the policy's and the sampling policy's"
+        )
     per_token = advantages.ndim == 2
     logp, old, A, mask, ref, H, H_old = prepare(
-        logprobs, old_logprobs, advantages, mask, ref_logprobs=ref_logprobs, entropy=entropy, old_entropy=old_entropy
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        ref_logprobs=ref_logprobs,
+        entropy=entropy,
+        old_entropy=old_entropy,
     )
-    ratio = exp_ratio(row_mean(logp - old, mask))[:, None]  # s_i  [B, 1]: a mean of log-ratios, never their sum
+    ratio = exp_ratio(row_mean(logp - old, mask))[
+        :, None
+    ]  # s_i  [B, 1]: a mean of log-ratios, never their sum
     if per_token:
         ratio = ratio.detach() * (logp - logp.detach()).exp()  # [B, T]
     # - 1/sum_i |o_i| sum_i sum_t min(s A, clamp(s, 1 - eps_low, 1 + eps_high) A)
@@ -58,4 +68,6 @@ def loss(
         return policy_loss
     # M = 1[A > 0] 1[H < H_old - 1e-4];  + kl_coef 1/sum_i |o_i| sum_{i,t} M k3
     decreasing = (A > 0) & (H < H_old - 1e-4)  # [B, T]
-    return policy_loss + kl_coef * token_mean(decreasing * k3(old if ref is None else ref, logp), mask)
+    return policy_loss + kl_coef * token_mean(
+        decreasing * k3(old if ref is None else ref, logp), mask
+    )

@@ -19,17 +19,26 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import checkpoint
-from data import checksum, encode_problems, load_problems, offline_without_network, split_overlap
-from evaluate import decode, evaluate, evaluate_only
-from options import ALLOWED_ON_RESUME, fill, parse, split_options
 from plot import plot_runs
-from policy import Rollout, context_length, load_policy, prompts_can_be_shared, sample
-from records import group_to_show, metrics_line, peak_mib, sample_lines
 from rewards import correct, overlong_penalty
-from update import Updater
+from trainer import checkpoint
+from trainer.data import (
+    checksum,
+    encode_problems,
+    load_problems,
+    offline_without_network,
+    split_overlap,
+)
+from trainer.evaluate import decode, evaluate, evaluate_only
+from trainer.logprobs import prompts_can_be_shared
+from trainer.options import ALLOWED_ON_RESUME, fill, parse, split_options
+from trainer.policy import Rollout, context_length, load_policy, sample
+from trainer.records import group_to_show, metrics_line, peak_mib, sample_lines
+from trainer.update import Updater
 
-BAD_STEPS = 3  # so many optimizer steps in a row with a loss or gradient that is not finite end the run
+BAD_STEPS = (
+    3  # so many optimizer steps in a row with a loss or gradient that is not finite end the run
+)
 
 
 class BadReward(Exception):
@@ -41,7 +50,13 @@ class Trainer:
 
     def __init__(self, options, model, tokenizer, limits, problems):
         """limits: what policy.sample takes besides. problems: to train on, with "prompt_ids"."""
-        self.o, self.model, self.tokenizer, self.limits, self.problems = options, model, tokenizer, limits, problems
+        self.o, self.model, self.tokenizer, self.limits, self.problems = (
+            options,
+            model,
+            tokenizer,
+            limits,
+            problems,
+        )
         self.algo = importlib.import_module(options["algo"])
         self.advantage_options, loss_options = split_options(self.algo, options["option"])
         longest = max(len(p["prompt_ids"]) for p in problems) + options["max_new_tokens"]
@@ -51,7 +66,9 @@ class Trainer:
     def step(self, step):
         """One rollout and its updates. Returns (its line for metrics.jsonl, the rollout, rows to blame for a skip)."""
         o, updater, started = self.o, self.updater, time.perf_counter()
-        lr = updater.optimizer.param_groups[0]["lr"] = o["lr"] * min(1.0, step / max(1, o["warmup"]))
+        lr = updater.optimizer.param_groups[0]["lr"] = o["lr"] * min(
+            1.0, step / max(1, o["warmup"])
+        )
 
         # 1 Sample G completions of each prompt, and 2 reward them. (--dynamic-sampling repeats the two.)
         rollout, sampled = self.sample_and_reward()
@@ -63,19 +80,32 @@ class Trainer:
         mini_batches = torch.arange(batch).split(batch // o["updates"])
         updater.measure(rollout, mini_batches)
         rollout.advantages = self.algo.advantages(
-            rollout.rewards, o["group_size"], entropy=rollout.entropy, mask=rollout.mask, **self.advantage_options
+            rollout.rewards,
+            o["group_size"],
+            entropy=rollout.entropy,
+            mask=rollout.mask,
+            **self.advantage_options,
         )
 
         # 4 Update: one optimizer step on each mini-batch.
         updates = []
         for rows in mini_batches * o["epochs"]:
-            updates.append(updater.update(rollout, rows, first=not any(u["moved"] for u in updates)))
+            updates.append(
+                updater.update(rollout, rows, first=not any(u["moved"] for u in updates))
+            )
             if updater.bad_steps == BAD_STEPS:
                 break
         seconds = time.perf_counter() - started
         tokens = sum(batch.mask.sum().item() for batch in sampled)
-        line = {"phase": "train", "step": step} | metrics_line(rollout, sampled, updates, o["group_size"])
-        line |= {"lr": lr, "rollout_s": rollout_s, "update_s": seconds - rollout_s, "tokens_per_s": tokens / seconds}
+        line = {"phase": "train", "step": step} | metrics_line(
+            rollout, sampled, updates, o["group_size"]
+        )
+        line |= {
+            "lr": lr,
+            "rollout_s": rollout_s,
+            "update_s": seconds - rollout_s,
+            "tokens_per_s": tokens / seconds,
+        }
         bad_rows = sorted({row for update in updates for row in update["bad_rows"]})
         return line | {"peak_mib": peak_mib(self.model.device)}, rollout, bad_rows
 
@@ -92,7 +122,9 @@ class Trainer:
             batch.texts = decode(self.tokenizer, batch)
             graded = zip(batch.texts, batch.problems, batch.mask.sum(1).tolist(), strict=True)
             right, rewards = zip(*(self.reward(*row) for row in graded), strict=True)
-            batch.right, batch.rewards = (torch.tensor(x, device=self.model.device) for x in (right, rewards))
+            batch.right, batch.rewards = (
+                torch.tensor(x, device=self.model.device) for x in (right, rewards)
+            )
             sampled.append(batch)
             for i in range(0, len(rewards), G):
                 equal = min(rewards[i : i + G]) == max(rewards[i : i + G])
@@ -131,7 +163,9 @@ class Trainer:
         if self.o["overlong_cache"]:
             reward += overlong_penalty(length, self.o["max_new_tokens"], self.o["overlong_cache"])
         if not -1 <= reward <= 1:
-            raise BadReward(f"the reward {reward} is not a number in [-1, 1]; it was given to {text!r}")
+            raise BadReward(
+                f"the reward {reward} is not a number in [-1, 1]; it was given to {text!r}"
+            )
         return right, reward
 
 
@@ -148,7 +182,9 @@ def loop(trainer, out, held_out, start):
         os.write(2, b"\ninterrupted: finishing this step, then saving; once more to stop at once\n")
 
     def evaluation(step):
-        k = o["k"] if step in (0, o["steps"]) else 0  # that many draws take as long as many a training step
+        k = (
+            o["k"] if step in (0, o["steps"]) else 0
+        )  # that many draws take as long as many a training step
         result = trainer.updater.halving("sample_batch", lambda rows: evaluate(
             trainer.sampling_model(), trainer.tokenizer, held_out, k=k, samples=o["eval_samples"], rows_at_once=rows,
             temperature=o["temperature"], seed=o["seed"] + 10_000, quiet=False, **trainer.limits,
@@ -169,13 +205,21 @@ def loop(trainer, out, held_out, start):
     signal.signal(signal.SIGINT, interrupt)
     if not (metrics.exists() and metrics.stat().st_size):
         evaluation(0)
-    bar = tqdm(range(start + 1, o["steps"] + 1), initial=start, total=o["steps"], desc=o["algo"], unit="step")
+    bar = tqdm(
+        range(start + 1, o["steps"] + 1),
+        initial=start,
+        total=o["steps"],
+        desc=o["algo"],
+        unit="step",
+    )
     with bar:  # closed, whatever happens, before anything else is printed
         for step in bar:
             line, rollout, bad_rows = trainer.step(step)
             checkpoint.append_lines(metrics, [line])
             speed = f"{line['tokens_per_s']:.0f} tokens/s"
-            bar.set_postfix_str(f"accuracy {line['accuracy']:.2f}, entropy {line['entropy']:.2f}, {speed}")
+            bar.set_postfix_str(
+                f"accuracy {line['accuracy']:.2f}, entropy {line['entropy']:.2f}, {speed}"
+            )
             show = group_to_show(rollout, o["group_size"]) if _due(step, o["samples_every"]) else []
             lines = sample_lines(step, rollout, show, trainer.tokenizer)
             lines += sample_lines(step, rollout, bad_rows, trainer.tokenizer, skipped=True)
@@ -211,9 +255,16 @@ def summary(out, seconds):
     """Before -> after, with the intervals, and where the files lie."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     evals = [row for row in rows if row["phase"] == "eval"]
-    told = [f"{e['accuracy']:.3f} (95%: {e['ci95'][0]:.3f}-{e['ci95'][1]:.3f})" for e in (evals[0], evals[-1])]
-    print(f"greedy accuracy on {evals[-1]['n']} held-out problems: {told[0]} -> {told[1]}, in {seconds:.0f} s")
-    print(f"{out}: curves.png, metrics.jsonl, samples.jsonl, config.json, and the trained model in model/")
+    told = [
+        f"{e['accuracy']:.3f} (95%: {e['ci95'][0]:.3f}-{e['ci95'][1]:.3f})"
+        for e in (evals[0], evals[-1])
+    ]
+    print(
+        f"greedy accuracy on {evals[-1]['n']} held-out problems: {told[0]} -> {told[1]}, in {seconds:.0f} s"
+    )
+    print(
+        f"{out}: curves.png, metrics.jsonl, samples.jsonl, config.json, and the trained model in model/"
+    )
 
 
 def main(argv=None):
@@ -230,7 +281,11 @@ def main(argv=None):
         trainer, start = Trainer(o, model, tokenizer, limits, train), 0
         if "resume" in given:
             state = checkpoint.load(out, model, trainer.updater.optimizer, say=print)
-            start, trainer.cursor, trainer.updater.bad_steps = state["step"], state["cursor"], state["bad_steps"]
+            start, trainer.cursor, trainer.updater.bad_steps = (
+                state["step"],
+                state["cursor"],
+                state["bad_steps"],
+            )
             print(f"resuming {out} after step {start} of {o['steps']}")
         else:
             checkpoint.clear(out, o["model"])
@@ -246,7 +301,11 @@ def main(argv=None):
             checkpoint.write_json(out / "config.json", config | {"status": "done"})
             summary(out, time.perf_counter() - started)
         return status
-    except (OSError, MemoryError, BadReward) as error:  # any other exception is a bug of ours: let it be seen
+    except (
+        OSError,
+        MemoryError,
+        BadReward,
+    ) as error:  # any other exception is a bug of ours: let it be seen
         return refuse(f"{error}; when that is mended: {resume_command(out)}")
 
 
@@ -267,7 +326,11 @@ def begun(given, argv):
     other = {"tiny": "--preset gsm8k trains Qwen2.5-0.5B on GSM8K, which wants a GPU",
              "gsm8k": "--preset tiny trains the embedded model in minutes, GPU or not"}[o["preset"]]  # fmt: skip
     print(f"preset {o['preset']} ({why}): {o['model']} on {o['data']}; {other}")
-    name = f"eval-{Path(o['model']).name}-{Path(o['data']).stem}" if o["eval_only"] else f"{o['algo']}-{o['preset']}"
+    name = (
+        f"eval-{Path(o['model']).name}-{Path(o['data']).stem}"
+        if o["eval_only"]
+        else f"{o['algo']}-{o['preset']}"
+    )
     out = Path(o["out"] or f"runs/{name}-s{o['seed']}")
     checkpoint.check_folder(out)
     if not o["overwrite"] and not o["eval_only"] and checkpoint.holds_run(out):
@@ -278,9 +341,21 @@ def begun(given, argv):
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    machine = torch.cuda.get_device_name() if cuda else f"{platform.processor() or platform.machine()} CPU"
-    config = {"options": o, "versions": versions, "machine": f"{machine}, {torch.get_num_threads()} threads"}
-    return o, out, config | {"command": shlex.join(["python", "train.py", *argv]), "status": "running"}
+    machine = (
+        torch.cuda.get_device_name()
+        if cuda
+        else f"{platform.processor() or platform.machine()} CPU"
+    )
+    config = {
+        "options": o,
+        "versions": versions,
+        "machine": f"{machine}, {torch.get_num_threads()} threads",
+    }
+    return (
+        o,
+        out,
+        config | {"command": shlex.join(["python", "train.py", *argv]), "status": "running"},
+    )
 
 
 def resumed(given):
@@ -298,7 +373,9 @@ def resumed(given):
     if given.get("steps", steps) < steps:
         raise ValueError(f"--resume {out}: it has {steps} steps, and --steps may only be raised")
     given["resume"] = str(out)
-    config["options"] = fill(saved | {name: given[name] for name in ALLOWED_ON_RESUME if name in given})
+    config["options"] = fill(
+        saved | {name: given[name] for name in ALLOWED_ON_RESUME if name in given}
+    )
     return config["options"], out, config | {"status": "running"}
 
 
@@ -307,7 +384,9 @@ def set_up(o):
     torch.manual_seed(o["seed"])
     offline_without_network(o["model"], o["data"])
     test = load_problems(o["data"], "test")[: o["eval_n"]]
-    train, overlap = ([], 0) if o["eval_only"] else split_overlap(load_problems(o["data"], "train"), test)
+    train, overlap = (
+        ([], 0) if o["eval_only"] else split_overlap(load_problems(o["data"], "train"), test)
+    )
     model, tokenizer, eos_ids, pad_id = load_policy(o["model"], o["device"])
     longest = context_length(model) - o["max_new_tokens"]
     how = o["prompt"], longest, len(model.get_input_embeddings().weight)

@@ -28,11 +28,11 @@ from trl.models.utils import disable_gradient_checkpointing
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import encode_problems, load_problems  # noqa: E402
 from grpo import k3, token_mean  # noqa: E402
-from options import DEFAULTS, TYPES, Parser, fill, parameters, split_options  # noqa: E402
-from policy import context_length, load_policy  # noqa: E402
 from rewards import correct, overlong_penalty  # noqa: E402
+from trainer.data import encode_problems, load_problems  # noqa: E402
+from trainer.options import DEFAULTS, TYPES, Parser, fill, parameters, split_options  # noqa: E402
+from trainer.policy import context_length, load_policy  # noqa: E402
 
 # The options of train.py that mean the same here.
 OPTIONS = (
@@ -58,7 +58,9 @@ class Trainer(GRPOTrainer):
         options = dict(options or {})
         fields = GRPOConfig.__dataclass_fields__
         if ignored := [name for name in REPLACED if getattr(args, name) != fields[name].default]:
-            raise ValueError(f"{ignored[0]} has no effect on {algo}: its options are those of {algo}.py")
+            raise ValueError(
+                f"{ignored[0]} has no effect on {algo}: its options are those of {algo}.py"
+            )
         if args.steps_per_generation % args.gradient_accumulation_steps:
             raise ValueError(
                 f"steps_per_generation {args.steps_per_generation} must be a multiple of gradient_accumulation_steps "
@@ -66,7 +68,9 @@ class Trainer(GRPOTrainer):
             )
         self.algo = importlib.import_module(algo)
         self.advantage_options, self.loss_options = split_options(self.algo, options)
-        args.beta = options.get("beta", 0.0)  # makes TRL load the reference and compute ref_per_token_logps
+        args.beta = options.get(
+            "beta", 0.0
+        )  # makes TRL load the reference and compute ref_per_token_logps
         super().__init__(args=args, **kwargs)
 
     def logprobs(self, model, batch):
@@ -80,12 +84,17 @@ class Trainer(GRPOTrainer):
         return logprobs, entropy
 
     def logprobs_without_graph(self, batch):
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+        ):
             return self.logprobs(self.model, batch)
 
     def everywhere(self, x):
         """[b, ...] of this process -> [B, ...] of all of them in order; a second dimension is padded with 0."""
-        return self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1) if x.ndim > 1 else x)
+        return self.accelerator.gather(
+            self.accelerator.pad_across_processes(x, dim=1) if x.ndim > 1 else x
+        )
 
     def own(self, x, like):
         """The rows of [B, ...] that are this process's, as wide as `like`."""
@@ -94,7 +103,9 @@ class Trainer(GRPOTrainer):
         return x[:, : like.shape[1]] if x.ndim > 1 else x
 
     def _calculate_rewards(self, *args, **kwargs):
-        self.rewards_per_func = super()._calculate_rewards(*args, **kwargs)  # [B, functions], of all processes
+        self.rewards_per_func = super()._calculate_rewards(
+            *args, **kwargs
+        )  # [B, functions], of all processes
         return self.rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
@@ -102,7 +113,9 @@ class Trainer(GRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)
         batch["mask"] = batch["completion_mask"] * batch.get("tool_mask", 1)
         batch["old_per_token_logps"], batch["entropy"] = self.logprobs_without_graph(batch)
-        rewards = (self.rewards_per_func * self.reward_weights.to(self.rewards_per_func.device)).nansum(1)  # [B]
+        rewards = (
+            self.rewards_per_func * self.reward_weights.to(self.rewards_per_func.device)
+        ).nansum(1)  # [B]
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         advantages = self.algo.advantages(
             rewards, group_size, entropy=self.everywhere(batch["entropy"]), mask=self.everywhere(batch["mask"]),
@@ -118,7 +131,9 @@ class Trainer(GRPOTrainer):
         if self.model.training and accumulated > 1 and self._step % accumulated == 0:
             start = self._step % self.args.steps_per_generation
             window = self._buffered_inputs[start : start + accumulated]
-            if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:  # nothing has moved yet
+            if (
+                self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+            ):  # nothing has moved yet
                 pairs = [(x["old_per_token_logps"], x["entropy"]) for x in window]
             else:
                 pairs = [self.logprobs_without_graph(x) for x in window]
@@ -132,12 +147,22 @@ class Trainer(GRPOTrainer):
             return torch.cat([x[name] for x in window]) if name in window[0] else None
 
         advantages, weight = whole("advantages"), whole("importance_sampling_ratio")
-        if weight is not None:  # vLLM's correction, [b, 1] or [b, t]: a factor of each token's term of the loss
+        if (
+            weight is not None
+        ):  # vLLM's correction, [b, 1] or [b, t]: a factor of each token's term of the loss
             one_each = weight.shape[1] == 1 and advantages.ndim == 1
-            advantages = advantages * weight[:, 0] if one_each else advantages.view(len(weight), -1) * weight
+            advantages = (
+                advantages * weight[:, 0] if one_each else advantages.view(len(weight), -1) * weight
+            )
         logp = self.everywhere(logprobs.detach()).requires_grad_()  # [B, T]
-        old, A, mask = map(self.everywhere, (whole("old_per_token_logps"), advantages, whole("mask")))
-        others = {"entropy": entropy, "old_entropy": whole("entropy"), "ref_logprobs": whole("ref_per_token_logps")}
+        old, A, mask = map(
+            self.everywhere, (whole("old_per_token_logps"), advantages, whole("mask"))
+        )
+        others = {
+            "entropy": entropy,
+            "old_entropy": whole("entropy"),
+            "ref_logprobs": whole("ref_per_token_logps"),
+        }
         wanted = [name for name in parameters(self.algo.loss) if others.get(name) is not None]
         others = {name: self.everywhere(others[name]) for name in wanted}
         with torch.enable_grad():
@@ -155,11 +180,17 @@ class Trainer(GRPOTrainer):
     def _compute_loss(self, model, inputs):
         """The second half: a scalar whose value is the mini-batch's loss, and its gradient this micro-batch's share."""
         logprobs, entropy = self.logprobs(model, inputs)
-        if "push" not in inputs:  # the mini-batch is one micro-batch a process, or this is an evaluation
+        if (
+            "push" not in inputs
+        ):  # the mini-batch is one micro-batch a process, or this is an evaluation
             self.push([inputs], logprobs, entropy)
         push, loss = inputs.pop("push"), inputs.pop("loss")
-        share = (logprobs * push).sum() * self.accelerator.num_processes  # gradients are averaged over processes
-        reported = loss / (self.current_gradient_accumulation_steps if self.model.training else 1)  # summed by TRL
+        share = (
+            logprobs * push
+        ).sum() * self.accelerator.num_processes  # gradients are averaged over processes
+        reported = loss / (
+            self.current_gradient_accumulation_steps if self.model.training else 1
+        )  # summed by TRL
         return share + (reported - share).detach()
 
 
@@ -171,7 +202,10 @@ def reward(options):
         values = [correct(text, truth) for text, truth in zip(texts, answer, strict=True)]
         if options["overlong_cache"]:
             limits = options["max_new_tokens"], options["overlong_cache"]
-            values = [v + overlong_penalty(len(ids), *limits) for v, ids in zip(values, completion_ids, strict=True)]
+            values = [
+                v + overlong_penalty(len(ids), *limits)
+                for v, ids in zip(values, completion_ids, strict=True)
+            ]
         return values
 
     return reward
@@ -184,7 +218,10 @@ def rows(tokenizer, problems, template):
         prompts = [[{"role": "user", "content": text}] for text in texts]
     else:
         prompts = [text + "\n" for text in texts]
-    return [{"prompt": prompt, "answer": p["answer"]} for prompt, p in zip(prompts, problems, strict=True)]
+    return [
+        {"prompt": prompt, "answer": p["answer"]}
+        for prompt, p in zip(prompts, problems, strict=True)
+    ]
 
 
 def parse(argv):
@@ -194,11 +231,18 @@ def parse(argv):
         allow_abbrev=False, argument_default=argparse.SUPPRESS,
         epilog="Every other --flag is a field of TRL's GRPOConfig: --use_vllm true --gradient_checkpointing false ...",
     )  # fmt: skip
-    parser.add_argument("--preset", choices=tuple(DEFAULTS), default="gsm8k", help="train.py's defaults (gsm8k)")
-    for name in OPTIONS:
-        parser.add_argument("--" + name.replace("_", "-"), type=TYPES[name], metavar=TYPES[name].__name__.upper())
     parser.add_argument(
-        "--option", action="append", metavar="NAME=VALUE", help="an option of the algorithm; repeatable"
+        "--preset", choices=tuple(DEFAULTS), default="gsm8k", help="train.py's defaults (gsm8k)"
+    )
+    for name in OPTIONS:
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=TYPES[name], metavar=TYPES[name].__name__.upper()
+        )
+    parser.add_argument(
+        "--option",
+        action="append",
+        metavar="NAME=VALUE",
+        help="an option of the algorithm; repeatable",
     )
     given, rest = parser.parse_known_args(argv)
     given = vars(given)
@@ -207,7 +251,9 @@ def parse(argv):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     mini_batch = o["prompts"] * o["group_size"] // o["updates"]
     each = mini_batch // processes
-    auto = next((size for size in range(8, 0, -1) if each % size == 0), 1)  # TRL does not measure what fits
+    auto = next(
+        (size for size in range(8, 0, -1) if each % size == 0), 1
+    )  # TRL does not measure what fits
     micro_batch = auto if o["micro_batch"] == "auto" else int(o["micro_batch"])
     if mini_batch % (micro_batch * processes):
         raise ValueError(
@@ -246,7 +292,9 @@ def parse(argv):
 def main(argv=None):
     o, config = parse(argv)
     problems = load_problems(o["data"], "train")
-    model, tokenizer, _, _ = load_policy(o["model"])  # fp32 weights, dropout off; accelerate moves them
+    model, tokenizer, _, _ = load_policy(
+        o["model"]
+    )  # fp32 weights, dropout off; accelerate moves them
     longest = context_length(model) - o["max_new_tokens"]
     problems, dropped = encode_problems(tokenizer, problems, o["prompt"], longest)
     if dropped:
@@ -263,4 +311,6 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(print("trl_trainer.py: error:", " ".join(str(error).split()), file=sys.stderr) or 2)
+        sys.exit(
+            print("trl_trainer.py: error:", " ".join(str(error).split()), file=sys.stderr) or 2
+        )

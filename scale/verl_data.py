@@ -19,7 +19,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_)
 
 def rows(name, split, template):
     """The problems of load_problems(name, split) as verl's rows; verl applies the chat template."""
-    from data import load_problems  # here: a reward worker needs none of it
+    from trainer.data import load_problems  # here: a reward worker needs none of it
 
     return [
         {
@@ -35,15 +35,19 @@ def rows(name, split, template):
 def main(argv=None):
     from datasets import Dataset
 
-    from options import DEFAULTS
+    from trainer.options import DEFAULTS
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="gsm8k", help="as in train.py")
     parser.add_argument("--prompt", default=DEFAULTS["gsm8k"]["prompt"], help="as in train.py")
-    parser.add_argument("--out", type=Path, required=True, help="the folder for train.parquet and test.parquet")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the folder for train.parquet and test.parquet"
+    )
     args = parser.parse_args(argv)
     for split in ("train", "test"):
-        Dataset.from_list(rows(args.data, split, args.prompt)).to_parquet(args.out / f"{split}.parquet")
+        Dataset.from_list(rows(args.data, split, args.prompt)).to_parquet(
+            args.out / f"{split}.parquet"
+        )
 
 
 if __name__ == "__main__":

@@ -15,8 +15,12 @@ compute_advantage = PPOTrainer._compute_advantage
 
 
 def compute_advantage_with_entropy(self, batch, metrics):
-    data = transfer_queue.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["entropy"])
-    verl_losses.sampling_entropy = data.to_padded_tensor()["entropy"]  # rows and width as response_mask's
+    data = transfer_queue.kv_batch_get(
+        keys=batch.keys, partition_id=batch.partition_id, select_fields=["entropy"]
+    )
+    verl_losses.sampling_entropy = data.to_padded_tensor()[
+        "entropy"
+    ]  # rows and width as response_mask's
     return compute_advantage(self, batch, metrics)
 
 

@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: evaluate.py must not hide a package of that name
+sys.path.append(
+    str(Path(__file__).resolve().parent.parent)
+)  # last: evaluate.py must not hide a package of that name
 
 AVERAGE = {
     "tepo": "token-mean", "dapo": "token-mean", "gtpo": "token-mean",
@@ -40,18 +42,27 @@ def policy_loss(algo):
         loss_agg_mode="token-mean", config=None, rollout_is_weights=None,
     ):  # fmt: skip
         if loss_agg_mode != AVERAGE[algo]:
-            raise ValueError(f"{algo} averages by {AVERAGE[algo]}: set actor.loss_agg_mode to it, not {loss_agg_mode}")
+            raise ValueError(
+                f"{algo} averages by {AVERAGE[algo]}: set actor.loss_agg_mode to it, not {loss_agg_mode}"
+            )
         mask = response_mask != 0
-        if rollout_is_weights is not None:  # the loss is linear in the advantages: this weighs each token's term
+        if (
+            rollout_is_weights is not None
+        ):  # the loss is linear in the advantages: this weighs each token's term
             advantages = advantages * rollout_is_weights
         if algo == "grpo_s":  # one advantage a sequence; verl carries it on every token
             advantages = (advantages * mask).sum(1) / mask.sum(1).clamp(min=1)
-        low, high = (config.clip_ratio if x is None else x for x in (config.clip_ratio_low, config.clip_ratio_high))
+        low, high = (
+            config.clip_ratio if x is None else x
+            for x in (config.clip_ratio_low, config.clip_ratio_high)
+        )
         value = module.loss(log_prob, old_log_prob, advantages, mask, eps_low=low, eps_high=high)
 
         info = config.global_batch_info
         by_tokens = AVERAGE[algo] == "token-mean"
-        here, key = (mask.sum(), "batch_num_tokens") if by_tokens else (len(mask), "global_batch_size")
+        here, key = (
+            (mask.sum(), "batch_num_tokens") if by_tokens else (len(mask), "global_batch_size")
+        )
         total, gpus = info.get(key), info.get("dp_size", 1)
         if total is None and gpus > 1:
             raise ValueError(f"{algo} needs {key} in global_batch_info on {gpus} GPUs")
@@ -78,7 +89,9 @@ def estimator(algo):
     module = importlib.import_module(algo)
 
     def advantages(token_level_rewards, response_mask, index, config=None, **_):
-        if algo in ("gtpo", "grpo_s") and (sampling_entropy is None or sampling_entropy.shape != response_mask.shape):
+        if algo in ("gtpo", "grpo_s") and (
+            sampling_entropy is None or sampling_entropy.shape != response_mask.shape
+        ):
             raise ValueError(
                 f"{algo} needs the sampling policy's entropies, which verl does not hand to estimators: set "
                 f"VERL_USE_EXTERNAL_MODULES=verl_losses,verl_entropy"
@@ -89,7 +102,9 @@ def estimator(algo):
             rows = torch.from_numpy(np.flatnonzero(index == prompt))
             if len(rows) > 1:
                 entropy = None if sampling_entropy is None else sampling_entropy[rows]
-                a = module.advantages(rewards[rows], len(rows), entropy=entropy, mask=response_mask[rows])
+                a = module.advantages(
+                    rewards[rows], len(rows), entropy=entropy, mask=response_mask[rows]
+                )
                 A[rows] = a if a.ndim == 2 else a[:, None].expand(-1, A.shape[1])
         A = A * response_mask
         return A, A

@@ -20,7 +20,10 @@ CONTEXT.set_forkserver_preload(["child", "child_preload"])
 
 def start(argv, log, *fault):
     """A process that runs `train.py argv` on one thread, its stdout and stderr in the file `log`."""
-    here = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}  # for the server, which starts once
+    here = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }  # for the server, which starts once
     before = {name: os.environ.get(name) for name in here}
     os.environ.update(here)
     try:
@@ -46,13 +49,17 @@ def _run(argv, log, fault):
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(fd, "w"), line_buffering=True) for fd in (1, 2))
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(io.FileIO(fd, "w"), line_buffering=True) for fd in (1, 2)
+    )
     import torch
     from tqdm import tqdm
 
     import train
 
-    tqdm.set_lock(threading.RLock())  # its own is shared with the other forks: one killed while it draws would keep it
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own is shared with the other forks: one killed while it draws would keep it
     torch.set_num_threads(1)
     train.correct = parity
     train.plot_runs = lambda *_: None  # half of the time, and tested elsewhere
@@ -89,7 +96,10 @@ def write_line_counts(path):
 
 
 def count_lines(tell):
-    files, count = {str(ROOT / name) for name in ("train.py", "update.py", "checkpoint.py")}, 0
+    files, count = (
+        {str(ROOT / name) for name in ("train.py", "trainer/update.py", "trainer/checkpoint.py")},
+        0,
+    )
 
     def in_ours(frame, event, _):
         nonlocal count
@@ -103,7 +113,7 @@ def count_lines(tell):
 
 def kill_in_write(what):
     """SIGKILL with a checkpoint's model or state half written, or just before or after it gets its name."""
-    import checkpoint
+    from trainer import checkpoint
 
     def half(path):
         data = Path(path).read_bytes()
@@ -116,7 +126,9 @@ def kill_in_write(what):
     if what == "model":
         checkpoint.save_model = after(checkpoint.save_model, lambda model, path: half(path))
     elif what == "state":
-        checkpoint.torch.save = after(checkpoint.torch.save, lambda state, file: file.flush() or half(file.name))
+        checkpoint.torch.save = after(
+            checkpoint.torch.save, lambda state, file: file.flush() or half(file.name)
+        )
     else:
         rename = os.replace
 

@@ -18,7 +18,9 @@ def at(advantages, i, t):
     return advantages[i][t] if isinstance(advantages[i], list) else advantages[i]
 
 
-branches = set()  # (sign of A, side of the clip) seen by clip_term: a test asks that its batches reach all six
+branches = (
+    set()
+)  # (sign of A, side of the clip) seen by clip_term: a test asks that its batches reach all six
 
 
 def clip_term(ratio, a, eps_low, eps_high):
@@ -64,13 +66,18 @@ def sequence_ratio(logprobs, old, mask, i):
 
 def token_carrier(logprobs, old, mask, i, t):
     """stopgrad(s_i) pi / stopgrad(pi): worth s_i, moved by this token alone."""
-    return sequence_ratio(logprobs, old, mask, i).detach() * (logprobs[i, t] - logprobs[i, t].detach()).exp()
+    return (
+        sequence_ratio(logprobs, old, mask, i).detach()
+        * (logprobs[i, t] - logprobs[i, t].detach()).exp()
+    )
 
 
 # ---- losses --------------------------------------------------------------------------------------------------
 
 
-def grpo_loss(logprobs, old, advantages, mask, *, eps_low=0.2, eps_high=0.2, ref_logprobs=None, beta=0.0):
+def grpo_loss(
+    logprobs, old, advantages, mask, *, eps_low=0.2, eps_high=0.2, ref_logprobs=None, beta=0.0
+):
     def x(i, t):
         ratio = (logprobs[i, t] - old[i][t]).exp()
         kl = k3(logprobs[i, t], ref_logprobs[i][t]) if beta else 0.0
@@ -81,7 +88,9 @@ def grpo_loss(logprobs, old, advantages, mask, *, eps_low=0.2, eps_high=0.2, ref
 
 def dapo_loss(logprobs, old, advantages, mask, *, eps_low=0.2, eps_high=0.28):
     def x(i, t):
-        return -clip_term((logprobs[i, t] - old[i][t]).exp(), at(advantages, i, t), eps_low, eps_high)
+        return -clip_term(
+            (logprobs[i, t] - old[i][t]).exp(), at(advantages, i, t), eps_low, eps_high
+        )
 
     return token_mean(x, mask)
 
@@ -93,13 +102,17 @@ def gspo_loss(logprobs, old, advantages, mask, *, eps_low=3e-4, eps_high=4e-4):
     if isinstance(advantages[0], list):  # GSPO-token
 
         def x(i, t):
-            return -clip_term(token_carrier(logprobs, old, mask, i, t), advantages[i][t], eps_low, eps_high)
+            return -clip_term(
+                token_carrier(logprobs, old, mask, i, t), advantages[i][t], eps_low, eps_high
+            )
 
         return sequence_mean(x, mask)
     total = 0.0
     for i, row in enumerate(mask):
         if any(row):
-            total = total - clip_term(sequence_ratio(logprobs, old, mask, i), advantages[i], eps_low, eps_high)
+            total = total - clip_term(
+                sequence_ratio(logprobs, old, mask, i), advantages[i], eps_low, eps_high
+            )
     return total / len(mask)
 
 
@@ -212,7 +225,9 @@ def grpo_s_shaped(rewards, group, entropy, mask, beta1, beta2):
     right = [i for i in group if rewards[i] > 0.5]
     wrong = [i for i in group if not rewards[i] > 0.5]
     h = {i: max(fmean(entropy[i][t] for t in tokens(mask[i])), 1e-6) for i in group}
-    r_plus = {i: beta1 * rewards[i] + beta2 * h[i] / sum(h[k] for k in right) * len(right) for i in right}
+    r_plus = {
+        i: beta1 * rewards[i] + beta2 * h[i] / sum(h[k] for k in right) * len(right) for i in right
+    }
     r_minus = {j: -beta1 - beta2 / h[j] / sum(1 / h[k] for k in wrong) * len(wrong) for j in wrong}
     return r_plus, r_minus
 
@@ -231,7 +246,9 @@ def normalised(r_plus, r_minus, normalize):
     return out | dict(zip(r_minus, standardise(minus, pools[1]), strict=True))
 
 
-def gtpo_advantages(rewards, group_size, entropy, mask, *, alpha1=1.0, alpha2=0.1, normalize="zeros"):
+def gtpo_advantages(
+    rewards, group_size, entropy, mask, *, alpha1=1.0, alpha2=0.1, normalize="zeros"
+):
     out = [[0.0] * len(mask[0]) for _ in rewards]
     for group in groups(len(rewards), group_size):
         shaped = gtpo_shaped(rewards, group, entropy, mask, alpha1, alpha2)
@@ -240,7 +257,9 @@ def gtpo_advantages(rewards, group_size, entropy, mask, *, alpha1=1.0, alpha2=0.
     return out
 
 
-def grpo_s_advantages(rewards, group_size, entropy, mask, *, beta1=1.0, beta2=0.1, normalize="zeros"):
+def grpo_s_advantages(
+    rewards, group_size, entropy, mask, *, beta1=1.0, beta2=0.1, normalize="zeros"
+):
     out = [0.0] * len(rewards)
     for group in groups(len(rewards), group_size):
         shaped = grpo_s_shaped(rewards, group, entropy, mask, beta1, beta2)

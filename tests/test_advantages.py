@@ -17,7 +17,10 @@ import tepo
 import trgrpo
 
 MODULES = {m.__name__: m for m in (grpo, dapo, gspo, tepo, gtpo, grpo_s, trgrpo)}
-SHAPED = {"gtpo": (gtpo, reference.gtpo_advantages), "grpo_s": (grpo_s, reference.grpo_s_advantages)}
+SHAPED = {
+    "gtpo": (gtpo, reference.gtpo_advantages),
+    "grpo_s": (grpo_s, reference.grpo_s_advantages),
+}
 NORMALIZE = ("zeros", "within", "joint")
 every_shaped = pytest.mark.parametrize("name", SHAPED)
 every_normalize = pytest.mark.parametrize("normalize", NORMALIZE)
@@ -35,7 +38,9 @@ def make_groups(seed=0, B=12, T=6, rewards=(0.0, 1.0)):
 
 
 def close(actual, expected, rtol=1e-9, atol=1e-12):
-    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=rtol, atol=atol)
+    torch.testing.assert_close(
+        actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=rtol, atol=atol
+    )
 
 
 def per_row(a, mask):
@@ -52,7 +57,9 @@ def per_row(a, mask):
 def test_grpo_by_hand():
     a = grpo.advantages(torch.tensor([1.0, 0.0, 0.0, 0.0, 3.0, 3.0, 5.0, 5.0]).double(), 4)
     one, two = 0.5 + 1e-4, math.sqrt(4 / 3) + 1e-4  # std with Bessel's correction, + 1e-4
-    close(a, [0.75 / one, -0.25 / one, -0.25 / one, -0.25 / one, -1 / two, -1 / two, 1 / two, 1 / two])
+    close(
+        a, [0.75 / one, -0.25 / one, -0.25 / one, -0.25 / one, -1 / two, -1 / two, 1 / two, 1 / two]
+    )
 
 
 @pytest.mark.parametrize("group_size", [2, 3, 4, 12])
@@ -73,8 +80,12 @@ def test_a_group_of_equal_rewards_gets_exactly_0(dtype):
             assert not grpo.advantages(r, group_size).any()
             a = grpo.advantages(torch.cat([r, torch.arange(group_size).to(dtype), r]), group_size)
             assert not a[:group_size].any() and not a[-group_size:].any()
-            assert a[group_size : 2 * group_size].all() or group_size % 2  # the group between them is not touched
-    assert mean_is_off and std_is_off  # the trap is there: in floats neither r - mean nor std is exactly 0
+            assert (
+                a[group_size : 2 * group_size].all() or group_size % 2
+            )  # the group between them is not touched
+    assert (
+        mean_is_off and std_is_off
+    )  # the trap is there: in floats neither r - mean nor std is exactly 0
 
 
 @every_algorithm
@@ -98,7 +109,9 @@ def test_shared_advantages_are_those_of_grpo(name):
 
 # O+: rows 0 and 1, of 2 tokens and 1; O-: rows 2 and 3, of 1 and 2
 REWARDS = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
-H = torch.tensor([[3.0, 2.0], [1.0, 9.0], [0.5, 9.0], [1.5, 0.2]], dtype=torch.float64)  # the nines are padding
+H = torch.tensor(
+    [[3.0, 2.0], [1.0, 9.0], [0.5, 9.0], [1.5, 0.2]], dtype=torch.float64
+)  # the nines are padding
 MASK = torch.tensor([[1, 1], [1, 0], [1, 0], [1, 1]])
 
 
@@ -143,11 +156,20 @@ def test_docstring_numbers():
     mask, entropy = MASK[[0, 1, 2]], H[[0, 1, 2]]
     a = gtpo.advantages(REWARDS[[0, 1, 2]], 3, entropy=entropy, mask=mask)
     plus, minus = [1.15, 1.1, 1.05, 0], [0, 0, 0, -1.1]
-    close(a, [[standardised(x, plus) for x in plus[:2]], [standardised(1.05, plus), 0], [standardised(-1.1, minus), 0]])
+    close(
+        a,
+        [
+            [standardised(x, plus) for x in plus[:2]],
+            [standardised(1.05, plus), 0],
+            [standardised(-1.1, minus), 0],
+        ],
+    )
     close(a, [[0.5892, 0.4985], [0.4079, 0], [-1.4997, 0]], rtol=0, atol=5e-5)
     for a in (
         grpo.advantages(torch.tensor([1.0, 0.0]), 2),
-        grpo_s.advantages(torch.tensor([1.0, 0.0]), 2, entropy=torch.tensor([[1.5, 0.5], [0.5, 0]]), mask=MASK[:2]),
+        grpo_s.advantages(
+            torch.tensor([1.0, 0.0]), 2, entropy=torch.tensor([[1.5, 0.5], [0.5, 0]]), mask=MASK[:2]
+        ),
     ):
         close(a, [0.7070, -0.7070], rtol=0, atol=5e-5)
 
@@ -164,7 +186,10 @@ def test_shaped_advantages_equal_the_slow_loop(name, normalize, group_size, weig
     keys = ("alpha1", "alpha2") if name == "gtpo" else ("beta1", "beta2")
     options = dict(zip(keys, weights, strict=True)) | {"normalize": normalize}
     for seed in range(3):
-        for rewards in ((0.0, 1.0), (0.0, 0.3, 0.5, 0.51, 1.2)):  # shaped rewards: r_i stands in r+ only; 0.5 is wrong
+        for rewards in (
+            (0.0, 1.0),
+            (0.0, 0.3, 0.5, 0.51, 1.2),
+        ):  # shaped rewards: r_i stands in r+ only; 0.5 is wrong
             r, entropy, mask = make_groups(seed, rewards=rewards)
             entropy[seed] = 0.0  # clamped to 1e-6 nats before it divides
             got = module.advantages(r, group_size, entropy=entropy, mask=mask, **options)
@@ -197,13 +222,17 @@ def test_gtpo_conserves_reward_at_every_position():
         plus, minus = mask[:, t] & (r == 1), mask[:, t] & (r == 0)
         close(shaped[plus, t].sum(), (alpha1 + alpha2) * plus.sum().double())
         close(shaped[minus, t].sum(), -(alpha1 + alpha2) * minus.sum().double())
-    assert shaped[mask].std() > 0.1 and shaped[:, 0].unique().numel() == 8  # the bonus does differ between tokens
+    assert (
+        shaped[mask].std() > 0.1 and shaped[:, 0].unique().numel() == 8
+    )  # the bonus does differ between tokens
 
 
 def test_entropy_pays_more_where_right_and_costs_less_where_wrong():
     entropy, mask = torch.tensor([[2.0], [1.0], [2.0], [1.0]]), torch.ones(4, 1)
     for module in (gtpo, grpo_s):
-        a = module.advantages(torch.tensor([1.0, 1.0, 0.0, 0.0]), 4, entropy=entropy, mask=mask).flatten()
+        a = module.advantages(
+            torch.tensor([1.0, 1.0, 0.0, 0.0]), 4, entropy=entropy, mask=mask
+        ).flatten()
         assert a[0] > a[1] > 0 > a[2] > a[3]
 
 
@@ -235,7 +264,9 @@ def test_zeros_turns_the_sign_of_the_least_weighted_tokens_of_a_large_set():
         share[right] = (a[:right] < 0).float().mean().item()
     assert 0.35 < share[15] < 0.5
     assert share[14] == share[8] == 0  # 14/16 < 1/1.1
-    joint = gtpo.advantages((torch.arange(16) < 15).float(), 16, entropy=entropy, mask=mask, normalize="joint")
+    joint = gtpo.advantages(
+        (torch.arange(16) < 15).float(), 16, entropy=entropy, mask=mask, normalize="joint"
+    )
     assert (joint[:15] > 0).all()
     # the mirror of it is worse: 1/H spreads wider than H, and most tokens of 15 wrong answers get A > 0
     a = gtpo.advantages((torch.arange(16) >= 15).float(), 16, entropy=entropy, mask=mask)
@@ -249,7 +280,9 @@ def test_gtpo_without_entropy_bonus_has_one_advantage_a_sequence(normalize):
     for row in per_row(a, mask):
         assert max(row) - min(row) < 1e-12
     if normalize == "within":  # 0.1, whose mean is not 0.1 in floats
-        assert not gtpo.advantages(r, 4, entropy=entropy, mask=mask, alpha1=0.1, alpha2=0.0, normalize=normalize).any()
+        assert not gtpo.advantages(
+            r, 4, entropy=entropy, mask=mask, alpha1=0.1, alpha2=0.0, normalize=normalize
+        ).any()
 
 
 # ---- groups of one kind, empty rows, the mask ----------------------------------------------------------------
@@ -264,10 +297,18 @@ def test_a_group_all_right_or_all_wrong_gets_exactly_0(name, normalize, reward):
     r[:4], r[4:] = reward, torch.tensor([1.0, 0, 1, 0])
     a = advantages(r, 4, entropy=entropy, mask=mask, normalize=normalize)
     assert not a[:4].any()
-    assert torch.equal(a[4:], advantages(r[4:], 4, entropy=entropy[4:], mask=mask[4:], normalize=normalize))
+    assert torch.equal(
+        a[4:], advantages(r[4:], 4, entropy=entropy[4:], mask=mask[4:], normalize=normalize)
+    )
     assert a[4:].any()
     # nor do different rewards on one side of 0.5 make two sets
-    a = advantages(torch.tensor([0.6, 1.0, 0.7, 0.9]), 4, entropy=entropy[:4], mask=mask[:4], normalize=normalize)
+    a = advantages(
+        torch.tensor([0.6, 1.0, 0.7, 0.9]),
+        4,
+        entropy=entropy[:4],
+        mask=mask[:4],
+        normalize=normalize,
+    )
     assert not a.any()
 
 
@@ -281,7 +322,10 @@ def test_an_empty_row_is_in_neither_set(name, normalize):
         mask[2] = False
         keep = torch.tensor([0, 1, 3, 4])
         a = advantages(r, 5, entropy=entropy, mask=mask, normalize=normalize)
-        close(a[keep], advantages(r[keep], 4, entropy=entropy[keep], mask=mask[keep], normalize=normalize))
+        close(
+            a[keep],
+            advantages(r[keep], 4, entropy=entropy[keep], mask=mask[keep], normalize=normalize),
+        )
         assert not a[2].any()
 
 
@@ -292,14 +336,20 @@ def test_a_set_whose_only_rows_are_empty_is_no_second_set(name, normalize, rewar
     r, entropy, mask = make_groups(7, B=4)
     r[:], r[1] = reward, 1 - reward
     mask[1] = False
-    assert not SHAPED[name][0].advantages(r, 4, entropy=entropy, mask=mask, normalize=normalize).any()
+    assert (
+        not SHAPED[name][0].advantages(r, 4, entropy=entropy, mask=mask, normalize=normalize).any()
+    )
 
 
 @every_shaped
 @every_normalize
 def test_a_batch_without_a_token_is_0(name, normalize):
     r, entropy, mask = make_groups(8)
-    assert not SHAPED[name][0].advantages(r, 4, entropy=entropy, mask=mask & False, normalize=normalize).any()
+    assert (
+        not SHAPED[name][0]
+        .advantages(r, 4, entropy=entropy, mask=mask & False, normalize=normalize)
+        .any()
+    )
 
 
 @every_normalize
@@ -321,7 +371,9 @@ def test_what_stands_where_mask_is_0_changes_nothing(name, normalize):
     mask[3] = False
     want = advantages(r, 4, entropy=entropy, mask=mask, normalize=normalize)
     for poison in (math.nan, math.inf, -math.inf, 1e30, -1.0):
-        got = advantages(r, 4, entropy=entropy.masked_fill(~mask, poison), mask=mask, normalize=normalize)
+        got = advantages(
+            r, 4, entropy=entropy.masked_fill(~mask, poison), mask=mask, normalize=normalize
+        )
         assert torch.equal(got, want) and got.isfinite().all()
     if name == "gtpo":
         assert not want[~mask].any() and want[mask].any()
@@ -335,8 +387,12 @@ def test_entropies_of_0_stay_finite(name):
     for dtype in (torch.float32, torch.float64):
         a = SHAPED[name][0].advantages(r.to(dtype), 4, entropy=entropy.to(dtype) * 0, mask=mask)
         assert a.isfinite().all() and a.any()
-        equal = SHAPED[name][0].advantages(r.to(dtype), 4, entropy=entropy.to(dtype) * 0 + 1, mask=mask)
-        close(a, equal, rtol=1e-5, atol=1e-5)  # all equally sure: shared out equally, as with any other constant
+        equal = SHAPED[name][0].advantages(
+            r.to(dtype), 4, entropy=entropy.to(dtype) * 0 + 1, mask=mask
+        )
+        close(
+            a, equal, rtol=1e-5, atol=1e-5
+        )  # all equally sure: shared out equally, as with any other constant
 
 
 @every_algorithm
@@ -382,7 +438,10 @@ def test_signature(name):
 def test_rewards_that_do_not_fit(name, shape, group_size, says):
     with pytest.raises(ValueError, match=says):
         MODULES[name].advantages(
-            torch.zeros(shape), group_size, entropy=torch.ones(*shape, 5), mask=torch.ones(*shape, 5)
+            torch.zeros(shape),
+            group_size,
+            entropy=torch.ones(*shape, 5),
+            mask=torch.ones(*shape, 5),
         )
 
 
@@ -401,7 +460,9 @@ def test_rewards_that_do_not_fit(name, shape, group_size, says):
 )
 def test_entropy_and_mask_missing_or_misshapen(name, options, says):
     with pytest.raises(ValueError, match=says):
-        SHAPED[name][0].advantages(torch.tensor([1.0, 0, 1, 0]), 2, **{k: torch.ones(v) for k, v in options.items()})
+        SHAPED[name][0].advantages(
+            torch.tensor([1.0, 0, 1, 0]), 2, **{k: torch.ones(v) for k, v in options.items()}
+        )
 
 
 @every_shaped
@@ -409,5 +470,9 @@ def test_unknown_normalize(name):
     for bad in ("zero", "Zeros", "", None):
         with pytest.raises(ValueError, match="zeros.*within.*joint"):
             SHAPED[name][0].advantages(
-                torch.tensor([1.0, 0.0]), 2, entropy=torch.ones(2, 3), mask=torch.ones(2, 3), normalize=bad
+                torch.tensor([1.0, 0.0]),
+                2,
+                entropy=torch.ones(2, 3),
+                mask=torch.ones(2, 3),
+                normalize=bad,
             )

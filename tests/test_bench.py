@@ -19,7 +19,15 @@ def test_ratios_are_ours_over_the_others(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "measure", lambda name, argv: dict(SPEEDS[name]))
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(bench.importlib.metadata, "version", lambda name: "1.16.0")
-    argv = ["--only", "logprobs,step", "--peer", "--model", "folder", "--json", str(tmp_path / "found.json")]
+    argv = [
+        "--only",
+        "logprobs,step",
+        "--peer",
+        "--model",
+        "folder",
+        "--json",
+        str(tmp_path / "found.json"),
+    ]
     bench.main(argv)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["logprobs"] == {"memory_ratio": 1 / 8, "time_ratio": 1.1}
@@ -45,7 +53,9 @@ def test_the_embedded_model_is_measured(tmp_path, capsys):
 
 
 def test_the_ways_held_against_each_other_are_one_gradient(monkeypatch):
-    monkeypatch.setattr(bench, "SMOLLM2", bench.SMOLLM2 | {"num_hidden_layers": 1, "vocab_size": 50})
+    monkeypatch.setattr(
+        bench, "SMOLLM2", bench.SMOLLM2 | {"num_hidden_layers": 1, "vocab_size": 50}
+    )
     grads = []
     for size, through_head in ((4, False), (4, True), (1, True)):
         model, batch, push = bench.smollm2("cpu", 4, 6)

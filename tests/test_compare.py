@@ -16,7 +16,8 @@ from test_plot import check_picture, write_run
 
 import compare
 import plot
-from options import ALGORITHMS, fill, parse
+from trainer.options import ALGORITHMS, fill, parse
+from trainer.runs import group, read_csv, read_runs
 
 
 @pytest.fixture
@@ -35,9 +36,13 @@ def trainer(monkeypatch):
         time.sleep(0.05)
         with lock:
             seen.running -= 1
-        folder = compare.Path(flags[flags.index("--resume" if "--resume" in flags else "--out") + 1])
+        folder = compare.Path(
+            flags[flags.index("--resume" if "--resume" in flags else "--out") + 1]
+        )
         if folder.name in seen.fail:
-            return SimpleNamespace(returncode=2, stderr="step 1\rstep 2\ntrain.py: error: no disk\n \n")
+            return SimpleNamespace(
+                returncode=2, stderr="step 1\rstep 2\ntrain.py: error: no disk\n \n"
+            )
         if "--resume" in flags:
             options = json.loads((folder / "config.json").read_text())["options"]
         else:
@@ -62,13 +67,18 @@ def test_default_is_seven_by_three(trainer, tmp_path, capsys):
         assert {name for name, value in given.items() if value} <= {"algo", "seed", "out"}
         assert flags[-1] == str(tmp_path / f"{given['algo']}-s{given['seed']}")
     check_picture(tmp_path / "methods.png", 1280)
-    assert len(plot.read_csv(tmp_path / "methods.csv")) == 21
+    assert len(read_csv(tmp_path / "methods.csv")) == 21
     text = (tmp_path / "methods.md").read_text()
-    assert text == compare.table(plot.read_runs([tmp_path / "methods.csv"])) and text in capsys.readouterr().out
+    assert (
+        text == compare.table(read_runs([tmp_path / "methods.csv"]))
+        and text in capsys.readouterr().out
+    )
     assert [line.split("|")[1:3] for line in text.splitlines()[2:9]] == [
         [f" {plot.STYLES[algo][0]} ", " 3 "] for algo in plot.STYLES
     ]
-    assert (tmp_path / "methods.csv").stat().st_size < 200_000  # 100 steps each, committed under docs
+    assert (
+        tmp_path / "methods.csv"
+    ).stat().st_size < 200_000  # 100 steps each, committed under docs
 
 
 def test_done_is_skipped_and_interrupted_resumed(trainer, tmp_path):
@@ -95,7 +105,11 @@ def test_other_options_are_not_taken_for_done(trainer, tmp_path, capsys):
     for more in (["--lr", "0.5"], ["--option", "eps_low=0.1"], ["--group-size", "4"]):
         assert compare.main([*line, "--", *more]) == 2
         told = capsys.readouterr().err
-        assert told.count("\n") == 1 and more[0].strip("-").replace("-", "_") in told and "--overwrite" in told
+        assert (
+            told.count("\n") == 1
+            and more[0].strip("-").replace("-", "_") in told
+            and "--overwrite" in told
+        )
     assert trainer.asked == []
     (tmp_path / "tepo-s0" / "config.json").write_text('{"opti')
     assert compare.main(line) == 2 and "cannot be read" in capsys.readouterr().err
@@ -107,19 +121,23 @@ def test_variants(trainer, tmp_path):
     line += ["--off-policy", "1,4,16"]
     assert compare.main(line) == 0
     assert len(trainer.asked) == 12  # 4 updates are the default: those runs are done
-    assert compare.main([*line, "--", "--k", "0"]) == 0 and len(trainer.asked) == 12  # nor do more draws make others
-    runs = plot.group(plot.read_csv(tmp_path / "off-policy.csv"))
+    assert (
+        compare.main([*line, "--", "--k", "0"]) == 0 and len(trainer.asked) == 12
+    )  # nor do more draws make others
+    runs = group(read_csv(tmp_path / "off-policy.csv"))
     assert list(runs) == ["1 update a rollout", "4 updates a rollout", "16 updates a rollout"]
     assert all([len(seeds) for seeds in algos.values()] == [2, 2] for algos in runs.values())
     assert (tmp_path / "off-policy.md").read_text().count("GSPO, 16 updates a rollout") == 1
     check_picture(tmp_path / "off-policy.png", 1296)
     trainer.asked.clear()
-    assert compare.main(["--eps", "0.2/0.28,3e-4/4e-4", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    assert (
+        compare.main(["--eps", "0.2/0.28,3e-4/4e-4", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    )
     assert [parse(flags)["option"] for flags in trainer.asked] == [
         {"eps_low": "0.2", "eps_high": "0.28"}, {"eps_low": "3e-4", "eps_high": "4e-4"}
     ]  # fmt: skip
     assert {parse(flags)["algo"] for flags in trainer.asked} == {"tepo"}
-    titles = list(plot.group(plot.read_csv(tmp_path / "eps.csv")))
+    titles = list(group(read_csv(tmp_path / "eps.csv")))
     assert titles == ["eps_low = 0.0003, eps_high = 0.0004", "eps_low = 0.2, eps_high = 0.28"]
 
 
@@ -129,7 +147,10 @@ def test_failed_run_is_told_and_the_rest_go_on(trainer, tmp_path, capsys):
     told = capsys.readouterr()
     assert f"{tmp_path / 'gspo-s0'} failed with exit status 2: train.py: error: no disk" in told.err
     assert len(trainer.asked) == 3 and "TEPO" in told.out and "GSPO |" not in told.out
-    assert {run["algo"] for run in plot.read_csv(tmp_path / "methods.csv")} == {"tepo", "grpo"}
+    assert {run["algo"] for run in read_csv(tmp_path / "methods.csv")} == {
+        "tepo",
+        "grpo",
+    }
 
 
 def test_jobs_share_the_cores(trainer, tmp_path, monkeypatch):
@@ -155,7 +176,9 @@ def test_jobs_share_the_cores(trainer, tmp_path, monkeypatch):
         (["--out", "a-file"], "a-file"),
     ],
 )
-def test_refuses_in_one_line_before_anything_runs(trainer, tmp_path, monkeypatch, capsys, args, told):
+def test_refuses_in_one_line_before_anything_runs(
+    trainer, tmp_path, monkeypatch, capsys, args, told
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a-file").write_text("")
     try:
@@ -163,7 +186,12 @@ def test_refuses_in_one_line_before_anything_runs(trainer, tmp_path, monkeypatch
     except SystemExit as exit:
         status = exit.code
     err = capsys.readouterr().err
-    assert status == 2 and told in err and err.count("\n") == 1 and err.startswith("compare.py: error: ")
+    assert (
+        status == 2
+        and told in err
+        and err.count("\n") == 1
+        and err.startswith("compare.py: error: ")
+    )
     assert trainer.asked == []
 
 
@@ -192,13 +220,18 @@ def test_t_interval_covers():
 def test_table_by_hand(tmp_path):
     """Final accuracies 0.32, 0.44, 0.56 of TEPO, and of GRPO 0.02 less at every seed: mean 0.44, t-interval
     4.303 * 0.12 / sqrt(3) = 0.298; the difference is 0.020 ± 0, which the two intervals alone would never show."""
-    tepo = plot.read_runs([write_run(tmp_path / f"t{s}", "tepo", s) for s in range(3)])
-    grpo = plot.read_runs([write_run(tmp_path / f"g{s}", "grpo", s) for s in range(3)])
+    tepo = read_runs([write_run(tmp_path / f"t{s}", "tepo", s) for s in range(3)])
+    grpo = read_runs([write_run(tmp_path / f"g{s}", "grpo", s) for s in range(3)])
     for run in grpo:
         for row in run["rows"]:
             row["accuracy"] -= 0.02
-    next(row for row in tepo[0]["rows"] if row["phase"] == "train")["seconds"] = 500.0  # the laptop was closed
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in compare.table(tepo + grpo).splitlines()[:4]]
+    next(row for row in tepo[0]["rows"] if row["phase"] == "train")["seconds"] = (
+        500.0  # the laptop was closed
+    )
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in compare.table(tepo + grpo).splitlines()[:4]
+    ]
     assert lines[0] == ["method", "seeds", "accuracy before", "final accuracy", "final less GRPO's", "pass@4"] + [
         "entropy left", "length", "seconds"
     ]  # fmt: skip
@@ -209,7 +242,7 @@ def test_table_by_hand(tmp_path):
     assert lines[3] == ["TEPO", "3", "0.200 ± 0.000", "0.440 ± 0.298", "+0.020 ± 0.000", *rest]
     one = compare.table(tepo[:1]).splitlines()[2]
     assert "| 0.320 | – |" in one  # one seed carries no interval
-    waiting = plot.read_runs([write_run(tmp_path / "w", steps=0)])
+    waiting = read_runs([write_run(tmp_path / "w", steps=0)])
     waiting[0]["rows"].clear()
     assert compare.table(waiting).splitlines()[2].count("–") == 7
 
@@ -239,7 +272,9 @@ def test_ctrl_c_ends_with_130_and_starts_no_more(tmp_path):
         "--out",
         str(tmp_path / "r"),
     ]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "r" / "tepo-s0").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -270,7 +305,7 @@ def test_compare_in_miniature(tmp_path):
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     check_picture(tmp_path / "methods.png", 1280)
-    runs = plot.read_csv(tmp_path / "methods.csv")
+    runs = read_csv(tmp_path / "methods.csv")
     assert [(run["algo"], run["seed"]) for run in runs] == [("tepo", 0), ("gspo", 0)]
     for run in runs:
         assert [(row["phase"], row["step"]) for row in run["rows"]] == [

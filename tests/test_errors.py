@@ -16,12 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-import checkpoint
-import data
 import train
-from options import ALGORITHMS, DEFAULTS
-from policy import load_policy
 from tiny.problems import problems
+from trainer import checkpoint, data
+from trainer.options import ALGORITHMS, DEFAULTS
+from trainer.policy import load_policy
 
 TINY = child.ROOT / "tiny"
 WORDS = "--preset tiny --steps 4 --prompts 2 --group-size 2 --updates 2 --max-new-tokens 8".split()  # noqa: SIM905
@@ -44,7 +43,9 @@ def file(tmp_path):
 
 
 def write(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8"
+    )
 
 
 def error_line(capsys, *argv, status=2):
@@ -73,7 +74,10 @@ def one_line(text):
         ("--algo trgpro", "did you mean trgrpo?"),
         ("--algo zzzz", "no algorithm 'zzzz'; There are tepo,"),
         ("--group-size 1", "--group-size 1: the least is 2 (one completion has no group"),
-        ("--prompts 3 --group-size 3 --updates 4", "--updates 4 does not divide the 9 completions of a step"),
+        (
+            "--prompts 3 --group-size 3 --updates 4",
+            "--updates 4 does not divide the 9 completions of a step",
+        ),
         ("--updates 0", "--updates 0: the least is 1"),
         ("--temperature 0", "--temperature 0.0: it must be above 0 and finite"),
         ("--temperature nan", "--temperature nan"),
@@ -158,16 +162,24 @@ GOOD = '{"question": "1+1?", "answer": "#### 2"}'
         ([GOOD, '{"question": "1+1?", "answer": 2}'], "line 2: need"),
         ([GOOD, '{"question": "1+1?", "answer": null}'], "line 2: need"),
         ([GOOD, '{"question": " ", "answer": "2"}'], "line 2: the question is empty"),
-        ([GOOD, '{"question": "q", "answer": "two"}'], "line 2: no number to compare with in the answer 'two'"),
+        (
+            [GOOD, '{"question": "q", "answer": "two"}'],
+            "line 2: no number to compare with in the answer 'two'",
+        ),
         ([GOOD, '{"question": "q", "answer": "2 or 3"}'], "line 2: no number"),
         ([GOOD, '{"question": "q", "answer": "2 #### "}'], "line 2: no number"),
-        ([GOOD, r'{"question": "half \ud83d a pair", "answer": "2"}'], r"line 2: '\ud83d' is no character"),
+        (
+            [GOOD, r'{"question": "half \ud83d a pair", "answer": "2"}'],
+            r"line 2: '\ud83d' is no character",
+        ),
         ([GOOD], "holds one problem; two are the least"),
         ([GOOD, GOOD], "holds one problem; two are the least"),
     ],
 )
 def test_bad_data(capsys, monkeypatch, tmp_path, rows, line):
-    monkeypatch.setattr(train, "load_policy", lambda *_: pytest.fail("refused only after the model was loaded"))
+    monkeypatch.setattr(
+        train, "load_policy", lambda *_: pytest.fail("refused only after the model was loaded")
+    )
     path = tmp_path / "bad.jsonl"
     write(path, rows)
     found = error_line(capsys, *WORDS, "--data", path, "--out", tmp_path / "run")
@@ -178,12 +190,16 @@ def test_bad_data(capsys, monkeypatch, tmp_path, rows, line):
 def test_data_that_are_no_text(capsys, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(GOOD.encode("utf-16"))
-    assert f"cannot read {path}" in error_line(capsys, *WORDS, "--data", path, "--out", tmp_path / "run")
+    assert f"cannot read {path}" in error_line(
+        capsys, *WORDS, "--data", path, "--out", tmp_path / "run"
+    )
 
 
 def test_data_that_are_not_there(capsys, tmp_path):
     words = [*WORDS, "--out", tmp_path / "run", "--data"]
-    assert f"cannot read {tmp_path / 'no.jsonl'}" in error_line(capsys, *words, tmp_path / "no.jsonl")
+    assert f"cannot read {tmp_path / 'no.jsonl'}" in error_line(
+        capsys, *words, tmp_path / "no.jsonl"
+    )
     (tmp_path / "train.jsonl").write_text(GOOD)
     assert "holds no test.jsonl" in error_line(capsys, *words, tmp_path)
     (tmp_path / "test.jsonl").write_text(GOOD)
@@ -202,14 +218,20 @@ def test_duplicates_and_overlap(capsys, tmp_path):
     assert "train.jsonl: 2 problems repeat a question; the first of each is kept" in printed
     assert "dropped problems: 1 of training that are held out too" in printed
     found = data.load_problems(str(tmp_path), "train")
-    assert [(row["question"], row["answer"]) for row in found] == [("1+1?", "2"), ("2+1?", "3"), ("3+1?", "4")]
+    assert [(row["question"], row["answer"]) for row in found] == [
+        ("1+1?", "2"),
+        ("2+1?", "3"),
+        ("3+1?", "4"),
+    ]
 
 
 def test_one_file_is_split_for_good(tmp_path, capsys):
     """The last tenth is held out, duplicates or not; both calls see the same split, and one tells of the duplicates."""
     rows = [{"question": f"{n % 30}+1?", "answer": str(n % 30 + 1)} for n in range(40)]
     write(tmp_path / "all.jsonl", rows)
-    train_rows, test_rows = (data.load_problems(str(tmp_path / "all.jsonl"), split) for split in ("train", "test"))
+    train_rows, test_rows = (
+        data.load_problems(str(tmp_path / "all.jsonl"), split) for split in ("train", "test")
+    )
     assert train_rows + test_rows == rows[:30] and len(test_rows) == 3
     assert capsys.readouterr().out.count("10 problems repeat a question") == 1
 
@@ -225,7 +247,10 @@ def test_long_prompts_are_dropped_and_counted(capsys, tmp_path):
         asked[n] = {"question": text, "answer": "5"}
     rows = [*asked.values(), {"question": "5" * 9000, "answer": "5"}]
     write(tmp_path / "train.jsonl", [*rows, {"question": "1+1?", "answer": "2"}])
-    write(tmp_path / "test.jsonl", [{"question": "2+1?", "answer": "3"}, {"question": "6" * 9000, "answer": "6"}])
+    write(
+        tmp_path / "test.jsonl",
+        [{"question": "2+1?", "answer": "3"}, {"question": "6" * 9000, "answer": "6"}],
+    )
     words = [*WORDS, "--data", tmp_path, "--steps", "1", "--out", tmp_path / "run"]
     assert train.main([str(word) for word in words]) == 0
     assert "prompts over 248 tokens: 2 of training, 1 held out" in capsys.readouterr().out
@@ -257,16 +282,35 @@ SCRIPTS = {
 def test_text_in_any_script(tmp_path, capsys):
     """Read, encoded whole, trained on and written down as it was."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    rows = [{"question": text, "answer": "٣" if name == "Arabic" else "3"} for name, text in SCRIPTS.items()]
+    rows = [
+        {"question": text, "answer": "٣" if name == "Arabic" else "3"}
+        for name, text in SCRIPTS.items()
+    ]
     write(tmp_path / "train.jsonl", ["\ufeff" + json.dumps(rows[0], ensure_ascii=False), *rows[1:]])
-    write(tmp_path / "test.jsonl", [{"question": text + "2", "answer": "2"} for text in SCRIPTS.values()])
+    write(
+        tmp_path / "test.jsonl",
+        [{"question": text + "2", "answer": "2"} for text in SCRIPTS.values()],
+    )
     for row in data.load_problems(str(tmp_path), "train"):
         text = tokenizer.decode(data.encode_prompt(tokenizer, row["question"], "{question}"))
         assert text == unicodedata.normalize("NFC", row["question"]) + "\n"
-    words = [*WORDS, "--data", tmp_path, "--steps", "1", "--prompts", len(rows), "--samples-every", "1"]
+    words = [
+        *WORDS,
+        "--data",
+        tmp_path,
+        "--steps",
+        "1",
+        "--prompts",
+        len(rows),
+        "--samples-every",
+        "1",
+    ]
     words += ["--eval-n", "9", "--out", tmp_path / "run"]
     assert train.main([str(word) for word in words]) == 0
-    shown = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text("utf-8").split("\n")[:-1]]
+    shown = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "samples.jsonl").read_text("utf-8").split("\n")[:-1]
+    ]
     assert shown[0]["prompt"] in SCRIPTS.values()
 
 
@@ -275,7 +319,9 @@ def test_text_in_any_script(tmp_path, capsys):
 
 @pytest.fixture
 def model_folder(tmp_path):
-    return shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    return shutil.copytree(
+        TINY, tmp_path / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__")
+    )
 
 
 def change(path, **values):
@@ -295,7 +341,12 @@ def test_tokenizer_without_pad(model_folder, file, tmp_path, capsys):
         words = [*WORDS, "--model", model_folder, "--data", file, "--steps", "2", "--out", out]
         assert train.main([str(word) for word in words]) == 0
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        runs.append([{k: v for k, v in row.items() if not k.endswith("_s") and k != "peak_mib"} for row in rows])
+        runs.append(
+            [
+                {k: v for k, v in row.items() if not k.endswith("_s") and k != "peak_mib"}
+                for row in rows
+            ]
+        )
     assert runs[0] == runs[1]
 
 
@@ -305,7 +356,9 @@ def test_tokenizer_without_eos(model_folder, file, tmp_path, capsys):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         content = (model_folder / name).read_text().replace("<|endoftext|>", "<|other|>")
         (model_folder / name).write_text(content)
-    change(model_folder / "tokenizer_config.json", eos_token=None)  # transformers adds one, beyond the vocabulary
+    change(
+        model_folder / "tokenizer_config.json", eos_token=None
+    )  # transformers adds one, beyond the vocabulary
     assert load_policy(str(model_folder))[2] == eos_ids
     change(model_folder / "generation_config.json", eos_token_id=None)
     change(model_folder / "config.json", eos_token_id=None)
@@ -324,9 +377,14 @@ def test_chat_template(model_folder, file, tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     chat = data.encode_prompt(tokenizer, "1+1?", "{question} Go.")
     assert chat == tokenizer("U: 1+1? Go.. A: ").input_ids
-    change(model_folder / "tokenizer_config.json", chat_template="{{ raise_exception('a system turn is wanted') }}")
+    change(
+        model_folder / "tokenizer_config.json",
+        chat_template="{{ raise_exception('a system turn is wanted') }}",
+    )
     words = [*WORDS, "--model", model_folder, "--data", file, "--out", tmp_path / "run"]
-    assert "chat template fails on a user's turn: a system turn is wanted" in error_line(capsys, *words)
+    assert "chat template fails on a user's turn: a system turn is wanted" in error_line(
+        capsys, *words
+    )
 
 
 def test_tokenizer_of_another_model(model_folder, file, tmp_path, capsys):
@@ -359,7 +417,9 @@ def remote_code(folder, ran):
     source = f"import os\nos.mkdir({str(ran)!r})\nfrom transformers import Qwen2Config as C, Qwen2ForCausalLM as M\n"
     (folder / "evil.py").write_text(source)
     change(
-        folder / "config.json", model_type="evil", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+        folder / "config.json",
+        model_type="evil",
+        auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"},
     )
 
 
@@ -409,7 +469,14 @@ def test_no_network(capsys, tmp_path, monkeypatch):
     """Neither network nor cache: what to pass instead, and at once, not after a minute of the Hub's library's tries."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+    for name in (
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+    ):
         monkeypatch.delenv(name, raising=False)
     asked = []
 
@@ -419,14 +486,18 @@ def test_no_network(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     words = [*WORDS, "--out", tmp_path / "run"]
-    assert "Pass --model FOLDER, or --preset tiny" in error_line(capsys, *words, "--model", "nobody/no-model")
+    assert "Pass --model FOLDER, or --preset tiny" in error_line(
+        capsys, *words, "--model", "nobody/no-model"
+    )
     line = error_line(capsys, *words, "--data", "nobody/no-data")
     assert "Pass --data FILE.jsonl" in line and "or --data tiny" in line
     assert asked == ["huggingface.co"]  # once; from then on the libraries know
     asked.clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     data.offline_without_network("tiny", str(TINY))
-    assert not asked and not huggingface_hub.constants.HF_HUB_OFFLINE  # nothing is wanted of the Hub
+    assert (
+        not asked and not huggingface_hub.constants.HF_HUB_OFFLINE
+    )  # nothing is wanted of the Hub
 
 
 @pytest.mark.parametrize("at", ["load_problems", "load_policy", "evaluate_only"])
@@ -447,7 +518,9 @@ def test_folder_that_cannot_be(capsys, file, tmp_path):
     (tmp_path / "file").write_text("mine")
     words = [*WORDS, "--data", file, "--out"]
     assert "is a file; name a folder" in error_line(capsys, *words, tmp_path / "file")
-    assert f"{tmp_path / 'file'} is a file; name a folder" in error_line(capsys, *words, tmp_path / "file" / "a" / "b")
+    assert f"{tmp_path / 'file'} is a file; name a folder" in error_line(
+        capsys, *words, tmp_path / "file" / "a" / "b"
+    )
     assert "/proc/run" in error_line(capsys, *words, "/proc/run")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -455,7 +528,9 @@ def test_folder_that_cannot_be(capsys, file, tmp_path):
 def test_folder_without_permission(capsys, file, tmp_path, monkeypatch):
     """os.access, since the superuser may write anywhere."""
     monkeypatch.setattr(os, "access", lambda *_: False)
-    monkeypatch.setattr(train, "load_policy", lambda *_: pytest.fail("refused only after the model was loaded"))
+    monkeypatch.setattr(
+        train, "load_policy", lambda *_: pytest.fail("refused only after the model was loaded")
+    )
     line = error_line(capsys, *WORDS, "--data", file, "--out", tmp_path / "a" / "run")
     assert f"no permission to write in {tmp_path}; name another folder" in line
 
@@ -491,7 +566,18 @@ def contents(run):
 def test_full_disk(file, tmp_path, size, at):
     """A limit on the size of a file stands for the full disk. Afterwards --resume goes on as if nothing had been."""
     every = "8" if at == "metrics.jsonl" else "1"
-    words = [*WORDS, "--data", file, "--save-every", every, "--samples-every", "0", "--steps", "8", "--out"]
+    words = [
+        *WORDS,
+        "--data",
+        file,
+        "--save-every",
+        every,
+        "--samples-every",
+        "0",
+        "--steps",
+        "8",
+        "--out",
+    ]
     status, log = child.run([*words, tmp_path / "run"], tmp_path / "log", "file_size_limit", size)
     assert status == 2, log
     line = one_line(log.split("\n", 1)[1])
@@ -509,7 +595,9 @@ def test_full_disk(file, tmp_path, size, at):
 
 
 def assert_same_training(run, other):
-    assert (run / "model" / "model.safetensors").read_bytes() == (other / "model" / "model.safetensors").read_bytes()
+    assert (run / "model" / "model.safetensors").read_bytes() == (
+        other / "model" / "model.safetensors"
+    ).read_bytes()
     assert len((run / "metrics.jsonl").read_text().splitlines()) == len(
         (other / "metrics.jsonl").read_text().splitlines()
     )
@@ -536,7 +624,9 @@ def test_full_disk_at_the_end(file, tmp_path):
     """The trained model does not fit: the line says so, the run is not "done", and --resume writes it."""
     words = [*WORDS, "--data", file, "--save-every", "0", "--out", tmp_path / "run"]
     status, log = child.run(words, tmp_path / "log", "file_size_limit", 1_000_000)
-    assert status == 2 and f"cannot write {tmp_path / 'run' / 'model'}: " in one_line(log.split("\n", 1)[1])
+    assert status == 2 and f"cannot write {tmp_path / 'run' / 'model'}: " in one_line(
+        log.split("\n", 1)[1]
+    )
     assert json.loads((tmp_path / "run" / "config.json").read_text())["status"] == "running"
     assert child.run(["--resume", tmp_path / "run"], tmp_path / "log")[0] == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["status"] == "done"
@@ -594,7 +684,9 @@ def spoil(monkeypatch, calls, how):
             elif how == "push":  # of the first row alone
                 value = value + (logprobs[0] * float("inf")).sum() * 0
             else:
-                logprobs.register_hook(lambda grad: grad * 1e38)  # finite, and its norm over the weights is not
+                logprobs.register_hook(
+                    lambda grad: grad * 1e38
+                )  # finite, and its norm over the weights is not
         return value
 
     monkeypatch.setattr(grpo, "loss", loss)
@@ -605,7 +697,19 @@ def half_right(monkeypatch):
     monkeypatch.setattr(train, "correct", child.parity)
 
 
-GRPO = [*WORDS, "--algo", "grpo", "--samples-every", "0", "--group-size", "4", "--save-every", "1", "--lr", "0.001"]
+GRPO = [
+    *WORDS,
+    "--algo",
+    "grpo",
+    "--samples-every",
+    "0",
+    "--group-size",
+    "4",
+    "--save-every",
+    "1",
+    "--lr",
+    "0.001",
+]
 
 
 @pytest.mark.parametrize("how", ["loss", "push", "gradient"])
@@ -627,18 +731,24 @@ def test_skipped_update(monkeypatch, half_right, file, tmp_path, capsys, how):
     out = tmp_path / "run"
     assert train.main([str(word) for word in [*GRPO, "--data", file, "--out", out]]) == 0
     assert [bad for bad, _ in moved] == [False, False, True, True, False, False, False, False]
-    assert not any(moves for bad, moves in moved if bad) and any(moves for bad, moves in moved if not bad)
+    assert not any(moves for bad, moves in moved if bad) and any(
+        moves for bad, moves in moved if not bad
+    )
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["skipped"] for row in rows if row["phase"] == "train"] == [0, 2, 0, 0]
     shown = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert {row["step"] for row in shown} == {2} and all(row["skipped"] for row in shown)
     assert len(shown) == (2 if how == "push" else 8)  # the rows to blame, or the whole mini-batches
-    assert all(len(row["tokens"]) == len(row["advantages"]) == len(row["logprobs"]) for row in shown)
+    assert all(
+        len(row["tokens"]) == len(row["advantages"]) == len(row["logprobs"]) for row in shown
+    )
 
 
 def test_skips_that_are_not_in_a_row(monkeypatch, half_right, file, tmp_path, capsys):
     spoil(monkeypatch, {1, 2, 4, 5, 7, 8}, "loss")
-    assert train.main([str(word) for word in [*GRPO, "--data", file, "--out", tmp_path / "run"]]) == 0
+    assert (
+        train.main([str(word) for word in [*GRPO, "--data", file, "--out", tmp_path / "run"]]) == 0
+    )
 
 
 def test_three_skipped_in_a_row(monkeypatch, half_right, file, tmp_path, capsys):

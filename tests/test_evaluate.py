@@ -6,17 +6,22 @@ import json
 import pytest
 import torch
 
-import evaluate
 import train
-from data import encode_problems
-from options import fill
-from policy import Rollout, completion_mask, load_policy
+from trainer import evaluate
+from trainer.data import encode_problems
+from trainer.options import fill
+from trainer.policy import Rollout, completion_mask, load_policy
 
 
 # The intervals of Newcombe's comparison of seven methods, Statistics in Medicine 17 (1998), table I, his method 3.
 @pytest.mark.parametrize(
     ("successes", "n", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
 )
 def test_wilson(successes, n, low, high):
     assert evaluate.wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
@@ -29,7 +34,9 @@ def test_pass_at_k():
     for n in range(1, 7):
         for c, k in itertools.product(range(n + 1), range(1, n + 1)):
             subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
-            assert evaluate.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+            assert evaluate.pass_at_k(n, c, k) == pytest.approx(
+                sum(map(any, subsets)) / len(subsets), abs=1e-12
+            )
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +59,14 @@ def test_evaluate_by_hand(tiny, monkeypatch):
         texts = greedy if temperature == 0 else drawn
         calls.append((n, temperature, more["max_new_tokens"]))
         ended = [not (temperature == 0 and i == 3) for i in range(len(texts))]
-        rows = [tokenizer(t).input_ids + limits["eos_ids"] * end for t, end in zip(texts, ended, strict=True)]
-        rows = [row + tokenizer("#### 3").input_ids if end else row for row, end in zip(rows, ended, strict=True)]
+        rows = [
+            tokenizer(t).input_ids + limits["eos_ids"] * end
+            for t, end in zip(texts, ended, strict=True)
+        ]
+        rows = [
+            row + tokenizer("#### 3").input_ids if end else row
+            for row, end in zip(rows, ended, strict=True)
+        ]
         width = max(map(len, rows))  # what stands after EOS is no part of the completion
         ids = torch.tensor([row + [limits["pad_id"]] * (width - len(row)) for row in rows])
         mask = completion_mask(ids, limits["eos_ids"])
@@ -62,12 +75,18 @@ def test_evaluate_by_hand(tiny, monkeypatch):
 
     monkeypatch.setattr(evaluate, "sample", sample)
     problems = [{"prompt_ids": [5], "answer": f"#### {n}"} for n in (3, 4, 5, 6)]
-    got = evaluate.evaluate(model, tokenizer, problems, k=2, samples=3, temperature=0.7, seed=1, **limits)
+    got = evaluate.evaluate(
+        model, tokenizer, problems, k=2, samples=3, temperature=0.7, seed=1, **limits
+    )
     assert calls == [(1, 0, 12), (3, 0.7, 12)]
-    assert got["accuracy"] == 1 / 4 and got["accuracy_lenient"] == 2 / 4 and got["truncated"] == 1 / 4
+    assert (
+        got["accuracy"] == 1 / 4 and got["accuracy_lenient"] == 2 / 4 and got["truncated"] == 1 / 4
+    )
     assert got["ci95"] == pytest.approx([0.0456, 0.6994], abs=5e-5)
     assert got["avg_at_k"] == pytest.approx(4 / 12)
-    assert got["pass_at_k"] == pytest.approx((1 + 2 / 3 + 0 + 0) / 4)  # of 3 with 1 right, 2 of the 3 pairs have it
+    assert got["pass_at_k"] == pytest.approx(
+        (1 + 2 / 3 + 0 + 0) / 4
+    )  # of 3 with 1 right, 2 of the 3 pairs have it
     assert got["n"] == 4 and got["k"] == 2
     lengths = [len(tokenizer(t).input_ids) + (i < 3) for i, t in enumerate(greedy)]
     assert got["length"] == pytest.approx(sum(lengths) / 4)
@@ -88,7 +107,10 @@ def test_evaluate_leaves_the_generator_alone(tiny):
 
 @pytest.fixture
 def test_set(tmp_path):
-    rows = [{"question": f"Tom has {n} eggs. He buys 2. How many eggs now?", "answer": str(n + 2)} for n in range(3, 9)]
+    rows = [
+        {"question": f"Tom has {n} eggs. He buys 2. How many eggs now?", "answer": str(n + 2)}
+        for n in range(3, 9)
+    ]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path / "data"
@@ -98,7 +120,17 @@ def test_eval_only(tiny, test_set, tmp_path, capsys):
     """No train split is needed; figures on stdout and in eval.json, a bar on stderr, and nothing else is written."""
     model, tokenizer, limits = tiny
     out = tmp_path / "out"
-    words = ["--eval-only", "--model", "tiny", "--data", str(test_set), "--k", "2", "--eval-samples", "3"]
+    words = [
+        "--eval-only",
+        "--model",
+        "tiny",
+        "--data",
+        str(test_set),
+        "--k",
+        "2",
+        "--eval-samples",
+        "3",
+    ]
     words += ["--eval-n", "5", "--max-new-tokens", "12", "--seed", "4", "--out", str(out)]
     assert train.main(words) == 0
     printed = capsys.readouterr()
@@ -108,12 +140,25 @@ def test_eval_only(tiny, test_set, tmp_path, capsys):
     problems = [json.loads(line) for line in (test_set / "test.jsonl").read_text().splitlines()][:5]
     problems, _ = encode_problems(tokenizer, problems, "{question}", 200)
     want = evaluate.evaluate(
-        model, tokenizer, problems, k=2, samples=3, temperature=1.0, seed=10_004, quiet=True, **limits
+        model,
+        tokenizer,
+        problems,
+        k=2,
+        samples=3,
+        temperature=1.0,
+        seed=10_004,
+        quiet=True,
+        **limits,
     )
     assert {name: found[name] for name in want} == want
     assert found["options"]["model"] == "tiny" and found["options"]["eval_samples"] == 3
-    assert f"{want['accuracy']:.3f} (95%: {want['ci95'][0]:.3f}-{want['ci95'][1]:.3f})" in printed.out
-    assert f"pass@2 {want['pass_at_k']:.3f}" in printed.out and f"truncated {want['truncated']:.3f}" in printed.out
+    assert (
+        f"{want['accuracy']:.3f} (95%: {want['ci95'][0]:.3f}-{want['ci95'][1]:.3f})" in printed.out
+    )
+    assert (
+        f"pass@2 {want['pass_at_k']:.3f}" in printed.out
+        and f"truncated {want['truncated']:.3f}" in printed.out
+    )
 
 
 def test_eval_only_out_of_gpu_memory_is_one_line(test_set, tmp_path, monkeypatch, capsys):
@@ -121,7 +166,15 @@ def test_eval_only_out_of_gpu_memory_is_one_line(test_set, tmp_path, monkeypatch
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(evaluate, "evaluate", out_of_memory)
-    argv = ["--preset", "tiny", "--eval-only", "--data", str(test_set), "--out", str(tmp_path / "out")]
+    argv = [
+        "--preset",
+        "tiny",
+        "--eval-only",
+        "--data",
+        str(test_set),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert train.main(argv) == 2
     assert capsys.readouterr().err == (
         "train.py: error: out of GPU memory with 128 rows at once: pass --sample-batch 64\n"
@@ -131,7 +184,11 @@ def test_eval_only_out_of_gpu_memory_is_one_line(test_set, tmp_path, monkeypatch
 def test_eval_only_goes_by_its_data():
     """Without a GPU the preset is tiny, but GSM8K asked in 64 tokens and without its prompt would be no evaluation."""
     options = fill({"eval_only": True, "data": "gsm8k", "model": "X"})
-    assert options["preset"] == "gsm8k" and options["max_new_tokens"] == 512 and "####" in options["prompt"]
+    assert (
+        options["preset"] == "gsm8k"
+        and options["max_new_tokens"] == 512
+        and "####" in options["prompt"]
+    )
 
 
 def test_eval_only_is_refused_before_the_work(test_set, tmp_path, monkeypatch, capsys):

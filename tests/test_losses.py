@@ -25,7 +25,15 @@ DEFAULTS = {
     | dict.fromkeys(("entropy", "old_entropy", "ref_logprobs")),
     "gtpo": {"eps_low": 0.2, "eps_high": 0.28},
     "grpo_s": {"eps_low": 0.2, "eps_high": 0.28},
-    "trgrpo": {"eps_low": 0.2, "eps_high": 0.24, "alpha": 2.0, "tau": 9.0, "mu": 0.25, "lower": 1.0, "upper": 1.4}
+    "trgrpo": {
+        "eps_low": 0.2,
+        "eps_high": 0.24,
+        "alpha": 2.0,
+        "tau": 9.0,
+        "mu": 0.25,
+        "lower": 1.0,
+        "upper": 1.4,
+    }
     | {"weight_inside_clip": False},
 }  # papers.md's
 
@@ -41,20 +49,46 @@ OPTIONS = [
     ("tepo", {}),
     ("tepo", {"eps_low": 3e-4, "eps_high": 4e-4}),
     ("tepo", {"kl_coef": 0.5, "entropy": "entropy", "old_entropy": "old_entropy"}),
-    ("tepo", {"kl_coef": 0.5, "entropy": "entropy", "old_entropy": "old_entropy", "ref_logprobs": "ref"}),
+    (
+        "tepo",
+        {"kl_coef": 0.5, "entropy": "entropy", "old_entropy": "old_entropy", "ref_logprobs": "ref"},
+    ),
     ("gtpo", {}),
     ("gtpo", {"eps_low": 0.1, "eps_high": 0.15}),
     ("grpo_s", {}),
     ("grpo_s", {"eps_low": 0.1, "eps_high": 0.15}),
     ("trgrpo", {}),
     ("trgrpo", {"weight_inside_clip": True}),
-    ("trgrpo", {"eps_low": 0.1, "eps_high": 0.4, "alpha": 1.5, "tau": 5.0, "mu": 0.4, "lower": 0.8, "upper": 1.3}),
-    ("trgrpo", {"alpha": 1.5, "tau": 5.0, "mu": 0.4, "lower": 0.8, "upper": 1.3, "weight_inside_clip": True}),
+    (
+        "trgrpo",
+        {
+            "eps_low": 0.1,
+            "eps_high": 0.4,
+            "alpha": 1.5,
+            "tau": 5.0,
+            "mu": 0.4,
+            "lower": 0.8,
+            "upper": 1.3,
+        },
+    ),
+    (
+        "trgrpo",
+        {
+            "alpha": 1.5,
+            "tau": 5.0,
+            "mu": 0.4,
+            "lower": 0.8,
+            "upper": 1.3,
+            "weight_inside_clip": True,
+        },
+    ),
 ]
 CASES = [(name, options, "[B]") for name, options in OPTIONS]
 CASES += [(name, options, "[B, T]") for name, options in OPTIONS if name in PER_TOKEN]
 every_case = pytest.mark.parametrize(
-    ("name", "options", "form"), CASES, ids=[f"{n}{f}-{'-'.join(o) or 'defaults'}" for n, o, f in CASES]
+    ("name", "options", "form"),
+    CASES,
+    ids=[f"{n}{f}-{'-'.join(o) or 'defaults'}" for n, o, f in CASES],
 )
 every_algorithm = pytest.mark.parametrize("name", NAMES)
 every_form = pytest.mark.parametrize(
@@ -113,7 +147,9 @@ def as_lists(x):
 
 
 def close(actual, expected, rtol=1e-9, atol=1e-12):
-    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=rtol, atol=atol)
+    torch.testing.assert_close(
+        actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=rtol, atol=atol
+    )
 
 
 # ---- against the equations -----------------------------------------------------------------------------------
@@ -126,7 +162,10 @@ def test_value_and_gradient_equal_the_slow_loop(name, options, form, spread):
         batch = make_batch(seed, spread=spread)
         (logprobs, *args), named = arguments(batch, form, options)
         want = value_and_grad(
-            REFERENCE[name], logprobs, *map(as_lists, args), **{k: as_lists(v) for k, v in named.items()}
+            REFERENCE[name],
+            logprobs,
+            *map(as_lists, args),
+            **{k: as_lists(v) for k, v in named.items()},
         )
         got = run(name, batch, form, options)
         close(got[0], want[0])
@@ -139,7 +178,9 @@ def test_the_batches_of_the_slow_loop_reach_every_branch_of_the_clip(name, optio
     for seed in range(2):
         for spread in (3e-4, 0.35):
             (logprobs, *args), named = arguments(make_batch(seed, spread=spread), form, options)
-            REFERENCE[name](logprobs, *map(as_lists, args), **{k: as_lists(v) for k, v in named.items()})
+            REFERENCE[name](
+                logprobs, *map(as_lists, args), **{k: as_lists(v) for k, v in named.items()}
+            )
     assert len(reference.branches) == 6
 
 
@@ -148,9 +189,13 @@ def test_the_batches_of_the_slow_loop_reach_every_branch_of_the_clip(name, optio
 W = torch.tensor([[1.5, 0.9], [0.5, 7.0]], dtype=torch.float64)  # the 7 is padding
 A = torch.tensor([1.0, -1.0], dtype=torch.float64)
 MASK = torch.tensor([[1, 1], [1, 0]])
-S = math.sqrt(1.5 * 0.9)  # the geometric mean of row 0; the arithmetic one is 1.2; row 1 is clipped everywhere
+S = math.sqrt(
+    1.5 * 0.9
+)  # the geometric mean of row 0; the arithmetic one is 1.2; row 1 is clipped everywhere
 PI = torch.tensor([[0.75, 0.27], [0.2, 0.9]], dtype=torch.float64)
-V = 2 / (1 + math.exp(-9 * (0.27 - 0.25)))  # 1.0898; the others' weights are 1.4 (capped) and 1 (raised)
+V = 2 / (
+    1 + math.exp(-9 * (0.27 - 0.25))
+)  # 1.0898; the others' weights are 1.4 (capped) and 1 (raised)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +212,12 @@ V = 2 / (1 + math.exp(-9 * (0.27 - 0.25)))  # 1.0898; the others' weights are 1.
         ("grpo_s", {}, -(1.2 - 0.8) / 2, [[-1.5 / 4, -0.9 / 4], [0, 0]]),
         ("trgrpo", {}, -((1.4 * 1.24 + V * 0.9) / 2 - 0.8) / 2, [[0, -V * 0.9 / 4], [0, 0]]),
         # v w = 2.1 and 0.98, clipped to 1.24 and not at all
-        ("trgrpo", {"weight_inside_clip": True}, -((1.24 + V * 0.9) / 2 - 0.8) / 2, [[0, -V * 0.9 / 4], [0, 0]]),
+        (
+            "trgrpo",
+            {"weight_inside_clip": True},
+            -((1.24 + V * 0.9) / 2 - 0.8) / 2,
+            [[0, -V * 0.9 / 4], [0, 0]],
+        ),
     ],
 )
 def test_by_hand(name, options, value, grad):
@@ -178,7 +228,10 @@ def test_by_hand(name, options, value, grad):
 
 def test_by_hand_averages():
     """Of (1, 3) and (5, padding): 7 is nowhere in them."""
-    x, mask = torch.tensor([[1.0, 3.0], [5.0, 7.0], [7.0, 7.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    x, mask = (
+        torch.tensor([[1.0, 3.0], [5.0, 7.0], [7.0, 7.0]]),
+        torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]]),
+    )
     assert MODULE["grpo"].row_mean(x, mask).tolist() == [2, 5, 0]
     assert MODULE["grpo"].token_mean(x, mask) == 3
     close(MODULE["grpo"].sequence_mean(x, mask), 7 / 3, rtol=1e-6)
@@ -200,7 +253,13 @@ def test_by_hand_kl_of_grpo():
     """pi_ref = 2 pi: k3 = 2 - log 2 - 1, and its derivative by log pi is 1 - 2."""
     logprobs, zero = PI.log(), torch.zeros(2)
     value, grad = value_and_grad(
-        MODULE["grpo"].loss, logprobs, logprobs, zero, MASK, beta=0.04, ref_logprobs=logprobs + math.log(2)
+        MODULE["grpo"].loss,
+        logprobs,
+        logprobs,
+        zero,
+        MASK,
+        beta=0.04,
+        ref_logprobs=logprobs + math.log(2),
     )
     close(value, 0.04 * (1 - math.log(2)))
     close(grad, [[-0.04 / 4, -0.04 / 4], [-0.04 / 2, 0]])
@@ -208,19 +267,33 @@ def test_by_hand_kl_of_grpo():
 
 def test_by_hand_kl_mask_of_tepo():
     """Only tokens with A > 0 whose entropy fell by more than 1e-4 nats pay; all tokens stand in the denominator."""
-    logprobs, old = torch.zeros(2, 3, dtype=torch.float64), torch.full((2, 3), math.log(2), dtype=torch.float64)
+    logprobs, old = (
+        torch.zeros(2, 3, dtype=torch.float64),
+        torch.full((2, 3), math.log(2), dtype=torch.float64),
+    )
     A_t = torch.tensor([[1.0, 1.0, 1.0], [-1.0, 0.0, 1.0]], dtype=torch.float64)
     H_old = torch.full((2, 3), 0.5, dtype=torch.float64)
-    H = H_old + torch.tensor([[-2e-4, -0.5e-4, 0.1], [-0.1, -0.1, -0.1]], dtype=torch.float64)  # pays: [0, 0], [1, 2]
+    H = H_old + torch.tensor(
+        [[-2e-4, -0.5e-4, 0.1], [-0.1, -0.1, -0.1]], dtype=torch.float64
+    )  # pays: [0, 0], [1, 2]
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])  # and [1, 2] is off
     entropies = {"entropy": H, "old_entropy": H_old}
     plain = value_and_grad(MODULE["tepo"].loss, logprobs, old, A_t, mask)
-    value, grad = value_and_grad(MODULE["tepo"].loss, logprobs, old, A_t, mask, kl_coef=0.1, **entropies)
+    value, grad = value_and_grad(
+        MODULE["tepo"].loss, logprobs, old, A_t, mask, kl_coef=0.1, **entropies
+    )
     close(value - plain[0], 0.1 * (1 - math.log(2)) / 5)
     close(grad - plain[1], [[-0.1 / 5, 0, 0], [0, 0, 0]])
     # against a reference of its own: pi_ref = 4 pi, derivative 1 - 4
     value, grad = value_and_grad(
-        MODULE["tepo"].loss, logprobs, old, A_t, mask, kl_coef=0.1, ref_logprobs=logprobs + math.log(4), **entropies
+        MODULE["tepo"].loss,
+        logprobs,
+        old,
+        A_t,
+        mask,
+        kl_coef=0.1,
+        ref_logprobs=logprobs + math.log(4),
+        **entropies,
     )
     close(value - plain[0], 0.1 * (3 - math.log(4)) / 5)
     close(grad - plain[1], [[-0.3 / 5, 0, 0], [0, 0, 0]])
@@ -264,16 +337,26 @@ def test_docstring_numbers(name, options, value):
 @pytest.mark.parametrize("inside", [False, True])
 def test_sign_table_of_the_clip(name, form, a, side, inside):
     """Zero gradient exactly where A > 0 and the ratio is above, or A < 0 and it is below; else -A ratio / |o|."""
-    loss, eps_low, eps_high = MODULE[name].loss, DEFAULTS[name]["eps_low"], DEFAULTS[name]["eps_high"]
+    loss, eps_low, eps_high = (
+        MODULE[name].loss,
+        DEFAULTS[name]["eps_low"],
+        DEFAULTS[name]["eps_high"],
+    )
     inside = inside and name == "trgrpo"  # then v w is the ratio, else w
     v = 1.3 if name == "trgrpo" else 1.0
     options = {"lower": v, "upper": v, "weight_inside_clip": inside} if name == "trgrpo" else {}
     for edge in (0.99, 1.01):  # just within the clip and just beyond it
-        ratio = {"below": 1 - edge * eps_low, "in": 1 + 0.5 * edge * eps_high, "above": 1 + edge * eps_high}[side]
+        ratio = {
+            "below": 1 - edge * eps_low,
+            "in": 1 + 0.5 * edge * eps_high,
+            "above": 1 + edge * eps_high,
+        }[side]
         w = ratio / v if inside else ratio
         logprobs = torch.full((1, 2), math.log(w), dtype=torch.float64)
         advantages = torch.full((1,) if form == "[B]" else (1, 2), a, dtype=torch.float64)
-        _, grad = value_and_grad(loss, logprobs, torch.zeros(1, 2), advantages, torch.ones(1, 2), **options)
+        _, grad = value_and_grad(
+            loss, logprobs, torch.zeros(1, 2), advantages, torch.ones(1, 2), **options
+        )
         clipped = edge > 1 and side == ("above" if a > 0 else "below")
         if clipped:
             assert torch.equal(grad, torch.zeros(1, 2, dtype=torch.float64))
@@ -296,12 +379,16 @@ def test_sign_table_of_the_clip(name, form, a, side, inside):
 def test_each_algorithm_clips_its_own_ratio(name, zero):
     w = torch.tensor([[2.4, 0.45]], dtype=torch.float64)
     eps = {"eps_low": 0.2, "eps_high": 0.2}
-    _, grad = value_and_grad(MODULE[name].loss, w.log(), torch.zeros(1, 2), torch.ones(1), torch.ones(1, 2), **eps)
+    _, grad = value_and_grad(
+        MODULE[name].loss, w.log(), torch.zeros(1, 2), torch.ones(1), torch.ones(1, 2), **eps
+    )
     assert (grad == 0).tolist() == [zero]
 
 
 def test_trgrpo_weight_inside_the_clip_silences_confident_right_tokens_on_the_first_update():
-    logprobs = torch.tensor([[0.95, 0.1]], dtype=torch.float64).log()  # v = 1.4 > 1 + eps_high, and v = 1
+    logprobs = torch.tensor(
+        [[0.95, 0.1]], dtype=torch.float64
+    ).log()  # v = 1.4 > 1 + eps_high, and v = 1
     args = (logprobs, logprobs, torch.ones(1), torch.ones(1, 2))
     _, outside = value_and_grad(MODULE["trgrpo"].loss, *args)
     _, inside = value_and_grad(MODULE["trgrpo"].loss, *args, weight_inside_clip=True)
@@ -344,7 +431,9 @@ def test_first_update_has_the_gradient_of_grpo_or_of_dapo(form):
 
 def test_methods_differ_once_the_policy_has_moved():
     batch = make_batch(3)  # off policy enough for the clip to bind: before that GRPO-S is GRPO
-    distinct = [run(name, batch)[1] for name in ("grpo", "dapo", "gspo", "tepo", "grpo_s", "trgrpo")]
+    distinct = [
+        run(name, batch)[1] for name in ("grpo", "dapo", "gspo", "tepo", "grpo_s", "trgrpo")
+    ]
     for k, grad in enumerate(distinct):
         assert all(not torch.allclose(grad, other, rtol=1e-3) for other in distinct[:k])
 
@@ -352,12 +441,17 @@ def test_methods_differ_once_the_policy_has_moved():
 def test_grpo_s_is_grpo_until_the_clip_binds():
     """An arithmetic mean of ratios, averaged over sequences, is GRPO's average of them."""
     wide = {"eps_low": 0.9, "eps_high": 9.0}
-    same(run("grpo_s", make_batch(3, spread=0.05), "[B]", wide), run("grpo", make_batch(3, spread=0.05), "[B]", wide))
+    same(
+        run("grpo_s", make_batch(3, spread=0.05), "[B]", wide),
+        run("grpo", make_batch(3, spread=0.05), "[B]", wide),
+    )
 
 
 def test_sequences_of_one_token():
     batch = make_batch(4)
-    batch["mask"] = torch.nn.functional.one_hot(torch.arange(8) % 5, 5)  # one token a row, not always the first
+    batch["mask"] = torch.nn.functional.one_hot(
+        torch.arange(8) % 5, 5
+    )  # one token a row, not always the first
     batch["[B, T]"] = batch["[B]"][:, None].expand(8, 5)
     for form in ("[B]", "[B, T]"):
         same(run("gspo", batch, form, EQUAL_EPS), run("grpo", batch, form, EQUAL_EPS))
@@ -368,7 +462,9 @@ def test_sequences_of_one_token():
 @pytest.mark.parametrize("form", ["[B]", "[B, T]"])
 def test_sequences_of_equal_length(form):
     batch = make_batch(5)
-    batch["mask"] = torch.ones(8, 5).index_fill(1, torch.tensor([3]), 0)  # four tokens each, with a gap
+    batch["mask"] = torch.ones(8, 5).index_fill(
+        1, torch.tensor([3]), 0
+    )  # four tokens each, with a gap
     same(run("tepo", batch, form, EQUAL_EPS), run("gspo", batch, form, EQUAL_EPS))
     same(run("dapo", batch, form, EQUAL_EPS), run("grpo", batch, form, EQUAL_EPS))
 
@@ -400,7 +496,9 @@ def test_what_stands_where_mask_is_0_changes_nothing(name, options, form):
     batch = make_batch(9)
     batch["mask"][2] = False
     off, zero, poisoned = ~batch["mask"], {}, {}
-    poison = torch.tensor([math.nan, math.inf, -math.inf, 1e30]).double()[torch.arange(40).view(8, 5) % 4]
+    poison = torch.tensor([math.nan, math.inf, -math.inf, 1e30]).double()[
+        torch.arange(40).view(8, 5) % 4
+    ]
     for key, x in batch.items():
         per_token = x.shape == off.shape and key != "mask"
         zero[key] = x.masked_fill(off, 0) if per_token else x
@@ -417,7 +515,12 @@ def test_what_stands_where_mask_is_0_changes_nothing(name, options, form):
 def test_any_mask_that_is_not_0_is_on(name, options, form):
     batch = make_batch(10)
     want = run(name, batch, form, options)
-    for mask in (batch["mask"].long(), batch["mask"].float(), batch["mask"] * 2.5, batch["mask"] * -0.5):
+    for mask in (
+        batch["mask"].long(),
+        batch["mask"].float(),
+        batch["mask"] * 2.5,
+        batch["mask"] * -0.5,
+    ):
         got = run(name, batch | {"mask": mask}, form, options)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
@@ -445,7 +548,10 @@ def test_a_batch_without_a_token_is_0(name, options, form):
 
 @every_case
 def test_only_logprobs_get_a_gradient(name, options, form):
-    batch = {k: x.clone() if k == "mask" else x.clone().requires_grad_() for k, x in make_batch(13).items()}
+    batch = {
+        k: x.clone() if k == "mask" else x.clone().requires_grad_()
+        for k, x in make_batch(13).items()
+    }
     batch["mask"] = batch["mask"].double().requires_grad_()
     (logprobs, *args), named = arguments(batch, form, options)
     value = MODULE[name].loss(logprobs, *args, **named)
@@ -459,7 +565,9 @@ def test_only_logprobs_get_a_gradient(name, options, form):
 def test_old_logprobs_may_be_the_very_same_tensor(name):
     """On policy one passes logprobs twice; the old ones must not cancel the gradient."""
     logprobs = make_batch(14)["logprobs"].requires_grad_()
-    value = MODULE[name].loss(logprobs, logprobs, torch.ones(8), torch.ones(8, 5), eps_low=0.2, eps_high=0.9)
+    value = MODULE[name].loss(
+        logprobs, logprobs, torch.ones(8), torch.ones(8, 5), eps_low=0.2, eps_high=0.9
+    )
     (grad,) = torch.autograd.grad(value, logprobs)
     assert (grad <= -1 / 40 + 1e-9).all()
 
@@ -479,9 +587,13 @@ def test_less_than_fp32_is_raised(name, options, form, low):
 
 
 def test_a_ratio_of_1_0005_in_bf16_is_clipped_at_1_0004():
-    logprobs = torch.full((1, 4), 5e-4, dtype=torch.bfloat16)  # exp of it is 1 in bf16, inside GSPO's clip
+    logprobs = torch.full(
+        (1, 4), 5e-4, dtype=torch.bfloat16
+    )  # exp of it is 1 in bf16, inside GSPO's clip
     assert logprobs.exp().eq(1).all()
-    value, grad = value_and_grad(MODULE["gspo"].loss, logprobs, torch.zeros(1, 4), torch.ones(1), torch.ones(1, 4))
+    value, grad = value_and_grad(
+        MODULE["gspo"].loss, logprobs, torch.zeros(1, 4), torch.ones(1), torch.ones(1, 4)
+    )
     close(value, -1.0004, rtol=1e-6)
     assert not grad.any()
 
@@ -502,7 +614,9 @@ def test_log_ratios_are_clamped_at_20(name, form):
     options = {"lower": 1.0, "upper": 1.0} if name == "trgrpo" else {}
     for a, log_ratio, want in [(-1, 19.5, 19.5), (-1, 1e4, 20), (1, -19.5, -19.5), (1, -1e4, -20)]:
         advantages = torch.full((1,) if form == "[B]" else (1, 2), a, dtype=torch.float64)
-        value, grad = value_and_grad(MODULE[name].loss, old + log_ratio, old, advantages, mask, **options)
+        value, grad = value_and_grad(
+            MODULE[name].loss, old + log_ratio, old, advantages, mask, **options
+        )
         close(value, -a * math.exp(want))
         assert grad.isfinite().all()
 
@@ -510,7 +624,11 @@ def test_log_ratios_are_clamped_at_20(name, form):
 @pytest.mark.parametrize("name", ["grpo", "tepo"])
 def test_kl_does_not_overflow(name):
     logprobs, mask = torch.full((1, 2), -1e4), torch.ones(1, 2)
-    options = {"beta": 1.0} if name == "grpo" else {"kl_coef": 1.0, "entropy": mask * 0, "old_entropy": mask}
+    options = (
+        {"beta": 1.0}
+        if name == "grpo"
+        else {"kl_coef": 1.0, "entropy": mask * 0, "old_entropy": mask}
+    )
     value, grad = value_and_grad(
         MODULE[name].loss, logprobs, logprobs, torch.ones(1), mask, ref_logprobs=mask * 0, **options
     )
@@ -558,7 +676,12 @@ def test_signature(name):
     ],
 )
 def test_shapes_that_do_not_fit(name, change, shape):
-    shapes = {"logprobs": (4, 3), "old_logprobs": (4, 3), "advantages": (4,), "mask": (4, 3)} | change
+    shapes = {
+        "logprobs": (4, 3),
+        "old_logprobs": (4, 3),
+        "advantages": (4,),
+        "mask": (4, 3),
+    } | change
     with pytest.raises(ValueError) as error:
         MODULE[name].loss(*(torch.zeros(s) for s in shapes.values()))
     assert shape in str(error.value) and "\n" not in str(error.value)
@@ -570,7 +693,11 @@ def test_shapes_that_do_not_fit(name, change, shape):
         ("grpo", "ref_logprobs", {"beta": 0.1}),
         ("tepo", "entropy", {"kl_coef": 0.1, "old_entropy": torch.zeros(4, 3)}),
         ("tepo", "old_entropy", {"kl_coef": 0.1, "entropy": torch.zeros(4, 3)}),
-        ("tepo", "ref_logprobs", {"kl_coef": 0.1, "entropy": torch.zeros(4, 3), "old_entropy": torch.zeros(4, 3)}),
+        (
+            "tepo",
+            "ref_logprobs",
+            {"kl_coef": 0.1, "entropy": torch.zeros(4, 3), "old_entropy": torch.zeros(4, 3)},
+        ),
     ],
 )
 def test_optional_tensors_must_fit_too(name, key, options):
@@ -590,12 +717,16 @@ def test_optional_tensors_must_fit_too(name, key, options):
 )
 def test_a_penalty_without_its_tensors(name, options, names):
     with pytest.raises(ValueError, match=names):
-        MODULE[name].loss(torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(4), torch.ones(4, 3), **options)
+        MODULE[name].loss(
+            torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(4), torch.ones(4, 3), **options
+        )
 
 
 def test_grpo_s_refuses_advantages_per_token():
     with pytest.raises(ValueError, match=r"\[4, 3\]"):
-        MODULE["grpo_s"].loss(torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(4, 3), torch.ones(4, 3))
+        MODULE["grpo_s"].loss(
+            torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(4, 3), torch.ones(4, 3)
+        )
 
 
 def test_files_stay_short():
@@ -611,7 +742,7 @@ def test_files_read_in_one_order(name):
     """Docstring, advantages, loss; nothing but these two is public in a file that takes GRPO's advantages."""
     source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
     assert source.startswith('"""')
-    assert MODULE[name].advantages is MODULE["grpo"].advantages or source.index("\ndef advantages(") < source.index(
-        "\ndef loss("
-    )
+    assert MODULE[name].advantages is MODULE["grpo"].advantages or source.index(
+        "\ndef advantages("
+    ) < source.index("\ndef loss(")
     assert MODULE[name].__doc__ and MODULE[name].advantages.__doc__ and MODULE[name].loss.__doc__

@@ -13,6 +13,7 @@ from conftest import ROOT
 from PIL import Image, ImageColor
 
 import plot
+from trainer.runs import COLUMNS, average, group, read_csv, read_folder, read_runs, write_csv
 
 LIMIT = 300_000  # bytes, of a picture that is committed
 STEPS = 12
@@ -33,11 +34,22 @@ def write_run(folder, algo="tepo", seed=0, steps=STEPS, option=None, **options):
     rows = []
     for step in range(steps + 1):
         accuracy = 0.2 + 0.01 * (seed + 1) * step
-        row = {"phase": "train", "step": step, "accuracy": accuracy, "entropy": 1 / (step + 1), "length": 10.0 + step}
+        row = {
+            "phase": "train",
+            "step": step,
+            "accuracy": accuracy,
+            "entropy": 1 / (step + 1),
+            "length": 10.0 + step,
+        }
         row |= {"clip_frac": 0.0, "ratio_first": None, "rollout_s": 1.5, "update_s": 0.5}
         rows += [row] if step else []
         if step % 4 == 0:
-            row = {"phase": "eval", "step": step, "accuracy": accuracy, "ci95": [accuracy - 0.05, accuracy + 0.05]}
+            row = {
+                "phase": "eval",
+                "step": step,
+                "accuracy": accuracy,
+                "ci95": [accuracy - 0.05, accuracy + 0.05],
+            }
             rows.append(row | {"pass_at_k": 0.5, "k": 4, "n": 100})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -53,7 +65,12 @@ def write_samples(folder, steps=(10,), drift=0.3):
                 old = -torch.rand(length, generator=generator).double()
                 new = old + drift * step / 10 * torch.randn(length, generator=generator).double()
                 tokens = ["1", "$2$", " +", "\n", "words", "####", "<eos>"][-length:]
-                row = {"step": step, "prompt": "1+1? $x_", "tokens": tokens, "reward": float(i % 2 == 0)}
+                row = {
+                    "step": step,
+                    "prompt": "1+1? $x_",
+                    "tokens": tokens,
+                    "reward": float(i % 2 == 0),
+                }
                 row |= {"old_logprobs": old.tolist(), "logprobs": new.tolist()}
                 row["entropy"] = torch.rand(length, generator=generator).tolist()
                 file.write(json.dumps(row) + "\n")
@@ -80,29 +97,36 @@ def shows(colours, name):
 
 def test_torn_last_line_is_left_out(tmp_path):
     folder = write_run(tmp_path / "a")
-    whole = plot.read_folder(folder)["rows"]
+    whole = read_folder(folder)["rows"]
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"phase": "train", "step": 13, "accur')
-    assert plot.read_folder(folder)["rows"] == whole
+    assert read_folder(folder)["rows"] == whole
 
 
 def test_bad_line_is_named(tmp_path):
     folder = write_run(tmp_path / "a")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    for bad in ('{"phase": "train"', "[1, 2]", '{"phase": "train", "accuracy": 1}', '{"phase": "eval", "step": "x"}'):
+    for bad in (
+        '{"phase": "train"',
+        "[1, 2]",
+        '{"phase": "train", "accuracy": 1}',
+        '{"phase": "eval", "step": "x"}',
+    ):
         (folder / "metrics.jsonl").write_text("\n".join([*lines[:2], bad, *lines[2:]]) + "\n")
         with pytest.raises(ValueError, match="line 3 is not"):
-            plot.read_runs([folder])
+            read_runs([folder])
 
 
 def test_null_and_nan_are_gaps(tmp_path):
     folder = write_run(tmp_path / "a", steps=0)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"phase": "train", "step": 1, "entropy": null, "length": NaN}\n')
-        file.write('{"phase": "train", "step": 2, "entropy": 0.5, "length": 3, "rollout_s": null, "update_s": 2.0}\n')
-    run = plot.read_folder(folder)
+        file.write(
+            '{"phase": "train", "step": 2, "entropy": 0.5, "length": 3, "rollout_s": null, "update_s": 2.0}\n'
+        )
+    run = read_folder(folder)
     assert [row["entropy"] for row in run["rows"]] == [None, None, 0.5]
-    assert plot.average([run], "train", "length")[0].tolist() == [2]
+    assert average([run], "train", "length")[0].tolist() == [2]
     assert [row["seconds"] for row in run["rows"]] == [0, 0, 2.0]
 
 
@@ -111,32 +135,36 @@ def test_folder_that_is_no_run(tmp_path, file):
     folder = write_run(tmp_path / "a")
     (folder / file).unlink()
     with pytest.raises(ValueError, match=file):
-        plot.read_runs([folder])
+        read_runs([folder])
 
 
 def test_csv_gives_the_runs_back(tmp_path):
-    runs = plot.read_runs([write_run(tmp_path / f"{u}{s}", seed=s, updates=u) for u in (4, 16) for s in (0, 1)])
-    runs += plot.read_runs([write_run(tmp_path / "e", "gspo", option={"eps_low": 3e-4})])
-    plot.write_csv(runs, tmp_path / "metrics.csv")
-    again = plot.read_csv(tmp_path / "metrics.csv")
-    assert [run["settings"] for run in again] == [{"updates": 4}] * 2 + [{"updates": 16}] * 2 + [{"updates": 4}]
+    runs = read_runs(
+        [write_run(tmp_path / f"{u}{s}", seed=s, updates=u) for u in (4, 16) for s in (0, 1)]
+    )
+    runs += read_runs([write_run(tmp_path / "e", "gspo", option={"eps_low": 3e-4})])
+    write_csv(runs, tmp_path / "metrics.csv")
+    again = read_csv(tmp_path / "metrics.csv")
+    assert [run["settings"] for run in again] == [{"updates": 4}] * 2 + [{"updates": 16}] * 2 + [
+        {"updates": 4}
+    ]
     for before, after in zip(runs, again, strict=True):
         assert (before["algo"], before["seed"]) == (after["algo"], after["seed"])
         for x, y in zip(before["rows"], after["rows"], strict=True):
             assert x.keys() == y.keys() and (x["phase"], x["step"]) == (y["phase"], y["step"])
-            assert all(x[c] == y[c] or x[c] == pytest.approx(y[c], rel=1e-3) for c in plot.COLUMNS)
-    assert plot.group(again).keys() == plot.group(runs).keys()
+            assert all(x[c] == y[c] or x[c] == pytest.approx(y[c], rel=1e-3) for c in COLUMNS)
+    assert group(again).keys() == group(runs).keys()
 
 
 def test_bad_csv_is_named(tmp_path):
     path = tmp_path / "metrics.csv"
-    plot.write_csv(plot.read_runs([write_run(tmp_path / "a")]), path)
+    write_csv(read_runs([write_run(tmp_path / "a")]), path)
     path.write_text(path.read_text() + "tepo,zero,,train,1\n")
     with pytest.raises(ValueError, match=r"line 18 is not"):
-        plot.read_runs([path])
+        read_runs([path])
     path.write_text("")
     with pytest.raises(ValueError, match="no metrics"):
-        plot.read_runs([path])
+        read_runs([path])
 
 
 # Grouping and averaging
@@ -145,32 +173,38 @@ def test_bad_csv_is_named(tmp_path):
 def test_average_over_seeds(tmp_path):
     """Seeds 0, 1, 2 rise by 1, 2, 3 % a step: mean 0.2 + 0.02 t, lowest 0.2 + 0.01 t, highest 0.2 + 0.03 t; the one
     that stopped at step 8 ends the line there."""
-    runs = plot.read_runs([write_run(tmp_path / str(s), seed=s, steps=8 if s == 2 else STEPS) for s in range(3)])
-    steps, mean, low, high = plot.average(runs, "train", "accuracy")
+    runs = read_runs(
+        [write_run(tmp_path / str(s), seed=s, steps=8 if s == 2 else STEPS) for s in range(3)]
+    )
+    steps, mean, low, high = average(runs, "train", "accuracy")
     assert steps.tolist() == list(range(1, 9))
     np.testing.assert_allclose(mean, 0.2 + 0.02 * steps)
     np.testing.assert_allclose(low, 0.2 + 0.01 * steps)
     np.testing.assert_allclose(high, 0.2 + 0.03 * steps)
-    assert plot.average(runs, "eval", "accuracy")[0].tolist() == [0, 4, 8]
+    assert average(runs, "eval", "accuracy")[0].tolist() == [0, 4, 8]
     waiting = write_run(tmp_path / "w", seed=3, steps=0)
-    assert len(plot.average(runs + plot.read_runs([waiting]), "train", "accuracy")[0]) == 8
-    assert [len(x) for x in plot.average(plot.read_runs([waiting]), "train", "accuracy")] == [0] * 4
+    assert len(average(runs + read_runs([waiting]), "train", "accuracy")[0]) == 8
+    assert [len(x) for x in average(read_runs([waiting]), "train", "accuracy")] == [0] * 4
 
 
 def test_band_and_mean_are_what_is_drawn(tmp_path):
     from matplotlib.figure import Figure
 
-    runs = plot.read_runs([write_run(tmp_path / str(s), seed=s) for s in range(3)])
+    runs = read_runs([write_run(tmp_path / str(s), seed=s) for s in range(3)])
     ax = Figure().add_subplot()
     plot.draw_metric(ax, "accuracy", {"tepo": runs})
     thin, markers = ax.lines[0], ax.lines[1]
     np.testing.assert_allclose(thin.get_ydata(), 0.2 + 0.02 * np.arange(1, 13))
     np.testing.assert_allclose(markers.get_ydata(), 0.2 + 0.02 * np.arange(0, 13, 4))
-    ends = ax.containers[0].lines[2][0].get_segments()[2]  # the bar at step 8: lowest to highest seed
+    ends = (
+        ax.containers[0].lines[2][0].get_segments()[2]
+    )  # the bar at step 8: lowest to highest seed
     np.testing.assert_allclose(ends, [[8, 0.28], [8, 0.44]])
     ax = Figure().add_subplot()
     plot.draw_metric(ax, "accuracy", {"tepo": runs[:1]})  # one seed: its own interval
-    np.testing.assert_allclose(ax.containers[0].lines[2][0].get_segments()[2], [[8, 0.23], [8, 0.33]])
+    np.testing.assert_allclose(
+        ax.containers[0].lines[2][0].get_segments()[2], [[8, 0.23], [8, 0.33]]
+    )
     for run in runs:
         for row in run["rows"]:
             row["length"] = row["length"] and row["length"] + run["seed"]
@@ -183,24 +217,35 @@ def test_band_and_mean_are_what_is_drawn(tmp_path):
 
 def test_variants_and_seeds(tmp_path):
     """Runs that differ in an option are never averaged; the seed, the folder and the evaluation are no such option."""
-    folders = [write_run(tmp_path / f"{u}{s}", seed=s, updates=u, eval_n=s) for u in (16, 1, 4) for s in (0, 1)]
-    groups = plot.group(plot.read_runs(folders))
+    folders = [
+        write_run(tmp_path / f"{u}{s}", seed=s, updates=u, eval_n=s)
+        for u in (16, 1, 4)
+        for s in (0, 1)
+    ]
+    groups = group(read_runs(folders))
     assert list(groups) == ["1 update a rollout", "4 updates a rollout", "16 updates a rollout"]
     assert all([run["seed"] for run in algos["tepo"]] == [0, 1] for algos in groups.values())
-    eps = [write_run(tmp_path / f"e{e}", option={"eps_low": e, "eps_high": 0.3}) for e in (0.2, 3e-4)]
-    assert list(plot.group(plot.read_runs(eps))) == ["eps_low = 0.0003", "eps_low = 0.2"]
+    eps = [
+        write_run(tmp_path / f"e{e}", option={"eps_low": e, "eps_high": 0.3}) for e in (0.2, 3e-4)
+    ]
+    assert list(group(read_runs(eps))) == [
+        "eps_low = 0.0003",
+        "eps_low = 0.2",
+    ]
     # an option that only tells algorithms apart, as a preset may set it, makes no variant
     two = [write_run(tmp_path / "g", "gspo", lr=1e-3), write_run(tmp_path / "t", "tepo", lr=1e-4)]
-    assert {name: list(algos) for name, algos in plot.group(plot.read_runs(two)).items()} == {"": ["gspo", "tepo"]}
+    assert {name: list(algos) for name, algos in group(read_runs(two)).items()} == {
+        "": ["gspo", "tepo"]
+    }
     with pytest.raises(ValueError, match="two runs of tepo, seed 0"):
-        plot.group(plot.read_runs([folders[0], folders[0]]))
+        group(read_runs([folders[0], folders[0]]))
 
 
 # Pictures
 
 
 def test_styles_tell_seven_apart():
-    from options import ALGORITHMS
+    from trainer.options import ALGORITHMS
 
     assert set(plot.STYLES) == set(plot.NOTES) == set(ALGORITHMS)
     for column in range(4):
@@ -223,13 +268,20 @@ def test_curves_of_seven_algorithms(tmp_path, monkeypatch, max_bytes):
 
 
 def test_curves_of_variants_stand_side_by_side(tmp_path):
-    folders = [write_run(tmp_path / f"{a}{u}", a, updates=u) for a in ("tepo", "gspo") for u in (1, 4, 16)]
+    folders = [
+        write_run(tmp_path / f"{a}{u}", a, updates=u) for a in ("tepo", "gspo") for u in (1, 4, 16)
+    ]
     plot.plot_runs(folders, tmp_path / "curves.png")
     check_picture(tmp_path / "curves.png", 1296)
-    plot.write_csv(plot.read_runs(folders), tmp_path / "metrics.csv")
+    write_csv(read_runs(folders), tmp_path / "metrics.csv")
     plot.plot_runs([tmp_path / "metrics.csv"], tmp_path / "again.png")
-    one, other = (np.asarray(Image.open(tmp_path / name).convert("RGB"), int) for name in ("curves.png", "again.png"))
-    assert np.abs(one - other).mean() < 0.5  # four digits are kept: the same figure to less than a pixel
+    one, other = (
+        np.asarray(Image.open(tmp_path / name).convert("RGB"), int)
+        for name in ("curves.png", "again.png")
+    )
+    assert (
+        np.abs(one - other).mean() < 0.5
+    )  # four digits are kept: the same figure to less than a pixel
 
 
 def test_trainer_may_draw_at_any_moment(tmp_path):
@@ -247,7 +299,10 @@ def test_trainer_may_draw_at_any_moment(tmp_path):
     assert (
         "matplotlib.pyplot"
         not in subprocess.run(
-            [sys.executable, "-c", "import sys, plot; print(*sys.modules)"], cwd=ROOT, capture_output=True, text=True
+            [sys.executable, "-c", "import sys, plot; print(*sys.modules)"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
         ).stdout.split()
     )
 
@@ -258,7 +313,9 @@ def test_picture_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     with open(out, "rb") as reader:
         before = out.read_bytes()
         plot.plot_runs([write_run(tmp_path / "b", "gspo")], out)
-        assert reader.read() == before != out.read_bytes()  # whoever is reading keeps the old one, whole
+        assert (
+            reader.read() == before != out.read_bytes()
+        )  # whoever is reading keeps the old one, whole
     before = out.read_bytes()
 
     def full_disk(self, part, **_):
@@ -284,7 +341,9 @@ def test_fit_finds_known_coefficients():
     assert (a, b) == pytest.approx((0.35, 1.2), abs=0.05)
     rest = noisy + a * np.exp(entropy) - b
     assert r2 == pytest.approx(1 - rest.var() / noisy.var()) and 0.9 < r2 < 1
-    assert rest.mean() == pytest.approx(0, abs=1e-12) and rest @ np.exp(entropy) == pytest.approx(0, abs=1e-9)
+    assert rest.mean() == pytest.approx(0, abs=1e-12) and rest @ np.exp(entropy) == pytest.approx(
+        0, abs=1e-9
+    )
     for points in ([], [1.0, 2.0], [0.5] * 9):
         assert all(map(math.isnan, plot.fit_entropy(points, points)))
 
@@ -292,16 +351,18 @@ def test_fit_finds_known_coefficients():
 def test_entropy_figure_prints_the_fit(tmp_path, capsys):
     folders = [write_run(tmp_path / f"{a}{s}", a, s) for a in ("tepo", "gspo") for s in (0, 1)]
     for folder in folders:
-        rows = plot.read_folder(folder)["rows"]
+        rows = read_folder(folder)["rows"]
         for row in rows:
             if row["phase"] == "train":
                 row["accuracy"] = 0.9 - 0.2 * math.exp(row["entropy"])
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plot.plot_entropy(plot.read_runs(folders), tmp_path / "entropy.png")
+    plot.plot_entropy(read_runs(folders), tmp_path / "entropy.png")
     check_picture(tmp_path / "entropy.png", 1280)
-    printed = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]}
+    printed = {
+        line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]
+    }
     assert printed == {name: ["0.200", "0.900", "1.00", "24"] for name in ("GSPO", "TEPO")}
-    plot.plot_entropy(plot.read_runs([write_run(tmp_path / "w", steps=0)]), tmp_path / "empty.png")
+    plot.plot_entropy(read_runs([write_run(tmp_path / "w", steps=0)]), tmp_path / "empty.png")
 
 
 # The credit picture
@@ -318,7 +379,11 @@ def test_push_is_minus_the_gradient(algo, tmp_path):
     mask = torch.zeros(4, T)
     for i, row in enumerate(rows):
         for t in range(len(row["tokens"])):
-            entropy[i, t], new[i, t], old[i, t] = row["entropy"][t], row["logprobs"][t], row["old_logprobs"][t]
+            entropy[i, t], new[i, t], old[i, t] = (
+                row["entropy"][t],
+                row["logprobs"][t],
+                row["old_logprobs"][t],
+            )
             mask[i, t] = 1
     rewards = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
     push, clipped = plot.push(algo, rewards, entropy, new, old, mask)
@@ -330,9 +395,14 @@ def test_push_is_minus_the_gradient(algo, tmp_path):
     torch.testing.assert_close(push, -leaf.grad, rtol=0, atol=0)
     assert (push[[0, 2]] >= 0).all() and (push[[1, 3]] <= 0).all() and push.abs().sum() > 0
     assert (push[mask == 0] == 0).all() and not clipped[mask == 0].any()
-    assert torch.equal(clipped, (push == 0) & (mask == 1))  # all advantages of this group are other than 0
+    assert torch.equal(
+        clipped, (push == 0) & (mask == 1)
+    )  # all advantages of this group are other than 0
     if algo == "gspo":  # the whole row or nothing
-        assert all(len(set(clipped[i][mask[i] == 1].tolist())) == 1 for i in range(4)) and clipped.any()
+        assert (
+            all(len(set(clipped[i][mask[i] == 1].tolist())) == 1 for i in range(4))
+            and clipped.any()
+        )
 
 
 def test_group_is_the_one_that_moved_most(tmp_path):
@@ -345,8 +415,14 @@ def test_group_is_the_one_that_moved_most(tmp_path):
     assert {row["step"] for row in plot.read_group(folder)} == {20}
     for row in lines[4:8]:
         row["reward"] = 1.0  # step 30 teaches nothing now
-    stray = lines[8] | {"step": 40, "skipped": True, "logprobs": [float("nan")] * 5}  # the trainer's note of a bad row
-    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*lines, stray]) + '{"step": 5')
+    stray = lines[8] | {
+        "step": 40,
+        "skipped": True,
+        "logprobs": [float("nan")] * 5,
+    }  # the trainer's note of a bad row
+    (folder / "samples.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*lines, stray]) + '{"step": 5'
+    )
     assert {row["step"] for row in plot.read_group(folder)} == {20}
     with pytest.raises(ValueError, match="right and wrong completions at step 30"):
         plot.read_group(folder, step=30)
@@ -381,7 +457,11 @@ def test_long_rows_are_cut_and_small(tmp_path):
 
 def test_command_line_draws(tmp_path, capsys):
     folder = write_samples(write_run(tmp_path / "a"))
-    for flag, name in (([], "curves.png"), (["--entropy"], "entropy.png"), (["--credit"], "credit.png")):
+    for flag, name in (
+        ([], "curves.png"),
+        (["--entropy"], "entropy.png"),
+        (["--credit"], "credit.png"),
+    ):
         plot.main([*flag, str(folder)])
         assert capsys.readouterr().out.split()[-1] == str(folder / name)
         check_picture(folder / name, 1280)
@@ -390,7 +470,9 @@ def test_command_line_draws(tmp_path, capsys):
 
 
 def test_help_teaches():
-    text = subprocess.run([sys.executable, "plot.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    text = subprocess.run(
+        [sys.executable, "plot.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
     assert text.count("python plot.py ") >= 5 and "--credit" in text and "docs/" in text
 
 

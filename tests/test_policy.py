@@ -5,19 +5,18 @@ import math
 import pytest
 import torch
 from conftest import tiny_model
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-
-import policy
-from policy import (
-    Rollout,
-    completion_mask,
-    head_is_plain,
-    micro_batches,
-    prompts_can_be_shared,
-    sample,
-    special_tokens,
-    token_logprobs,
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
+
+from trainer import logprobs, policy
+from trainer.logprobs import head_is_plain, prompts_can_be_shared, token_logprobs
+from trainer.policy import Rollout, completion_mask, sample, special_tokens
+from trainer.update import micro_batches
 
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11], [3, 4, 5], [6]]
 COMPLETIONS = torch.tensor([[5, 6, 1, 0], [9, 8, 7, 6], [4, 0, 0, 0], [2, 1, 0, 0], [1, 0, 0, 0]])
@@ -26,16 +25,30 @@ MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [1,
 
 def tiny_gpt2():
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=24, n_embd=16, n_layer=1, n_head=2, n_positions=32, attn_pdrop=0.0, resid_pdrop=0.0)
+    config = GPT2Config(
+        vocab_size=24,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=32,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+    )
     return GPT2LMHeadModel(config).eval()
 
 
 def by_hand(model, temperature):
     """Each row alone, unpadded, through the model's own logits: the plainest way there is. [B, T] twice"""
-    logprobs, entropy = torch.zeros(MASK.shape, dtype=torch.float64), torch.zeros(MASK.shape, dtype=torch.float64)
+    logprobs, entropy = (
+        torch.zeros(MASK.shape, dtype=torch.float64),
+        torch.zeros(MASK.shape, dtype=torch.float64),
+    )
     for i, prompt in enumerate(PROMPTS):
         row = COMPLETIONS[i][MASK[i]]
-        logits = model(torch.tensor([prompt + row.tolist()])).logits[0, len(prompt) - 1 : -1] / temperature
+        logits = (
+            model(torch.tensor([prompt + row.tolist()])).logits[0, len(prompt) - 1 : -1]
+            / temperature
+        )
         logp = logits.log_softmax(-1)
         logprobs[i, : len(row)] = logp[range(len(row)), row]
         entropy[i, : len(row)] = -(logp.exp() * logp).sum(-1)
@@ -46,12 +59,17 @@ def by_hand(model, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("kind", ["llama", "bias", "gpt2"])
 @pytest.mark.parametrize("share_prompts", [False, True])
-def test_logprobs_without_logits_are_the_plain_ones(monkeypatch, chunk, temperature, kind, share_prompts):
+def test_logprobs_without_logits_are_the_plain_ones(
+    monkeypatch, chunk, temperature, kind, share_prompts
+):
     model = (tiny_gpt2() if kind == "gpt2" else tiny_model()).double()
     if kind == "bias":  # an output head with a bias, and not tied to the embedding
         model.lm_head = torch.nn.Linear(16, 24).double()
-    monkeypatch.setattr(policy, "LOGITS_AT_ONCE", chunk * 24)
-    push = torch.randn(MASK.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * MASK
+    monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", chunk * 24)
+    push = (
+        torch.randn(MASK.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        * MASK
+    )
     want, want_entropy = by_hand(model, temperature)
     want.backward(push)
     want_grads = [p.grad.clone() for p in model.parameters()]
@@ -94,23 +112,32 @@ def test_sampling_with_shared_prompts_draws_the_same(prompts):
         torch.manual_seed(0)
         limits = dict(temperature=1.0, max_new_tokens=6, eos_ids=[1], pad_id=0)
         drawn.append(sample(model, prompts, 5, share_prompts=share_prompts, **limits))
-    assert torch.equal(drawn[0].completions, drawn[1].completions) and drawn[0].prompts == drawn[1].prompts
+    assert (
+        torch.equal(drawn[0].completions, drawn[1].completions)
+        and drawn[0].prompts == drawn[1].prompts
+    )
 
 
 def test_an_architecture_without_a_cache_does_not_share_prompts():
     assert prompts_can_be_shared(tiny_model()) and prompts_can_be_shared(tiny_gpt2())
     model = tiny_model()
     base = model.model.forward
-    model.model.forward = lambda past_key_values=None, **rest: base(**rest)  # takes the cache and forgets it
+    model.model.forward = lambda past_key_values=None, **rest: base(
+        **rest
+    )  # takes the cache and forgets it
     assert head_is_plain(model) and not prompts_can_be_shared(model)
-    model.model.forward = lambda input_ids, attention_mask, use_cache: base(input_ids, attention_mask)  # takes none
+    model.model.forward = lambda input_ids, attention_mask, use_cache: base(
+        input_ids, attention_mask
+    )  # takes none
     assert not prompts_can_be_shared(model)
 
 
 def test_plain_way_is_the_same():
     model = tiny_model().double()
     want, want_entropy = by_hand(model, 1.3)
-    got, entropy = token_logprobs(model, PROMPTS, COMPLETIONS, MASK, temperature=1.3, through_head=False)
+    got, entropy = token_logprobs(
+        model, PROMPTS, COMPLETIONS, MASK, temperature=1.3, through_head=False
+    )
     torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
     torch.testing.assert_close(entropy, want_entropy, rtol=0, atol=1e-10)
 
@@ -166,7 +193,11 @@ def test_every_eos_that_anything_names_stops():
         eos_token_id, pad_token_id = 3, None
 
     assert special_tokens(model, Tokenizer) == ([1, 2, 3, 4], 1)
-    model.generation_config, model.config.eos_token_id, Tokenizer.eos_token_id = GenerationConfig(), None, None
+    model.generation_config, model.config.eos_token_id, Tokenizer.eos_token_id = (
+        GenerationConfig(),
+        None,
+        None,
+    )
     with pytest.raises(ValueError, match="no EOS"):
         special_tokens(model, Tokenizer)
 
@@ -190,7 +221,9 @@ def test_the_sampler_is_the_policy():
     want = logits.softmax(-1).double() * n
     got = torch.bincount(rollout.completions[:, 0], minlength=24).double()
     chi2 = ((got - want) ** 2 / want).sum().item()
-    assert chi2 < 49.7  # the 99.9% point of chi-square with 23 degrees of freedom: nothing is cut, nothing sharpened
+    assert (
+        chi2 < 49.7
+    )  # the 99.9% point of chi-square with 23 degrees of freedom: nothing is cut, nothing sharpened
     assert model.generation_config.top_k == 2  # and the model's own is put back
 
 
@@ -208,7 +241,16 @@ def test_left_padding_changes_no_row_and_order_is_kept():
     together = sample(model, PROMPTS, 1, temperature=0, max_new_tokens=5, eos_ids=[1], pad_id=0)
     assert together.prompts == PROMPTS
     for at_once in (1, 2):
-        split = sample(model, PROMPTS, 1, temperature=0, max_new_tokens=5, eos_ids=[1], pad_id=0, rows_at_once=at_once)
+        split = sample(
+            model,
+            PROMPTS,
+            1,
+            temperature=0,
+            max_new_tokens=5,
+            eos_ids=[1],
+            pad_id=0,
+            rows_at_once=at_once,
+        )
         assert torch.equal(split.mask, together.mask)
         assert torch.equal(split.completions * split.mask, together.completions * together.mask)
     for i, prompt in enumerate(PROMPTS):
@@ -220,7 +262,9 @@ def test_left_padding_changes_no_row_and_order_is_kept():
 def test_truncated_is_told_from_ended():
     model = tiny_model()
     torch.manual_seed(0)
-    rollout = sample(model, [[3, 4]] * 4, 8, temperature=1.0, max_new_tokens=8, eos_ids=[1, 2, 5], pad_id=1)
+    rollout = sample(
+        model, [[3, 4]] * 4, 8, temperature=1.0, max_new_tokens=8, eos_ids=[1, 2, 5], pad_id=1
+    )
     for ids, mask, cut in zip(rollout.completions, rollout.mask, rollout.truncated, strict=True):
         own = ids[mask].tolist()
         assert cut == (not {1, 2, 5} & set(own)) and (not cut or len(own) == 8)
@@ -232,8 +276,12 @@ def test_our_logprobs_are_those_of_what_generate_sampled_from():
     """Left-padded with a prompt's neighbours, or right-padded as we lay rows out: the same numbers."""
     model = tiny_model()
     torch.manual_seed(0)
-    rollout = sample(model, PROMPTS[:3], 4, temperature=0.9, max_new_tokens=6, eos_ids=[1], pad_id=0)
-    ours, _ = token_logprobs(model, rollout.prompts, rollout.completions, rollout.mask, temperature=0.9)
+    rollout = sample(
+        model, PROMPTS[:3], 4, temperature=0.9, max_new_tokens=6, eos_ids=[1], pad_id=0
+    )
+    ours, _ = token_logprobs(
+        model, rollout.prompts, rollout.completions, rollout.mask, temperature=0.9
+    )
     ids = torch.tensor([[0, 0, 3, 4, 5], [0, 0, 0, 0, 6], PROMPTS[2]]).repeat_interleave(4, 0)
     ids = torch.cat([ids, rollout.completions], 1)
     attention = torch.cat([ids[:, :5] != 0, torch.ones_like(rollout.completions) > 0], 1).long()
@@ -265,7 +313,13 @@ def test_micro_batches_share_prompts_where_that_runs_fewer_tokens(prompt, want):
 
 def test_a_pickle_is_not_loaded(tmp_path):
     model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=24, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        LlamaConfig(
+            vocab_size=24,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
     )
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")

@@ -42,7 +42,9 @@ def whole(data, tmp_path_factory):
     status, log = child.run(words, out / "log", "write_line_counts", str(out / "lines"))
     assert status == 0, log
     rows = metrics(out / "run")
-    assert sum(row["phase"] == "train" and row["grad_norm"] > 0 for row in rows) > STEPS / 2  # it does learn
+    assert (
+        sum(row["phase"] == "train" and row["grad_norm"] > 0 for row in rows) > STEPS / 2
+    )  # it does learn
     return out / "run"
 
 
@@ -83,7 +85,11 @@ def test_killed_twenty_times(whole, data, tmp_path):
     run, parts, past = tmp_path / "run", 0, []
     for fault in faults:
         begun = (run / "config.json").exists()
-        words = ["--resume", run] if begun else [*WORDS, "--data", data, "--save-every", 1, "--out", run, "--overwrite"]
+        words = (
+            ["--resume", run]
+            if begun
+            else [*WORDS, "--data", data, "--save-every", 1, "--out", run, "--overwrite"]
+        )
         status, log = child.run(words, tmp_path / "log", *fault)
         assert status == -signal.SIGKILL, log
         parts += any(run.glob("checkpoints/*.part"))
@@ -102,8 +108,14 @@ def test_killed_at_any_time(whole, data, tmp_path):
     for _ in range(3):
         process = child.start(words, tmp_path / "log")
         deadline = time.monotonic() + 60
-        while "after step" not in (tmp_path / "log").read_text() if "--resume" in words else not any(run.glob("m*")):
-            assert process.is_alive() and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        while (
+            "after step" not in (tmp_path / "log").read_text()
+            if "--resume" in words
+            else not any(run.glob("m*"))
+        ):
+            assert process.is_alive() and time.monotonic() < deadline, (
+                tmp_path / "log"
+            ).read_text()
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.5))
         process.kill()
@@ -149,9 +161,13 @@ def test_interrupt_of_the_command(data, tmp_path):
     words = [*WORDS, "--data", str(data), "--k", "0", "--steps", "30", "--eval-every", "0"]
     run = tmp_path / "run"
     command = [sys.executable, "train.py", *words, "--out", str(run)]
-    process = subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 4:
+    while (
+        not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 4
+    ):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
@@ -159,7 +175,9 @@ def test_interrupt_of_the_command(data, tmp_path):
     assert process.returncode == 130 and "Traceback" not in errors, errors
     again = shlex.split(printed.splitlines()[-1].split("Go on with: ")[1])
     assert again[:2] == ["python", "train.py"]
-    done = subprocess.run([sys.executable, *again[1:]], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, *again[1:]], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     status, log = child.run([*words, "--out", tmp_path / "whole"], tmp_path / "log", "true_reward")
     assert status == 0, log
@@ -196,7 +214,9 @@ def test_damaged_checkpoint(whole, stopped, tmp_path, damage):
     DAMAGE[damage](run / "checkpoints" / "step-000008")
     status, log = child.run(["--resume", run], tmp_path / "log")
     assert status == 0, log
-    assert re.search(r"checkpoint step-000008 cannot be read \(.+\); falling back to the one before\n", log), log
+    assert re.search(
+        r"checkpoint step-000008 cannot be read \(.+\); falling back to the one before\n", log
+    ), log
     assert "after step 7 of 12" in log
     assert_same(run, whole)
 
@@ -251,7 +271,9 @@ def refused(capsys, *argv):
     ],
 )
 def test_resume_with_other_options(stopped, capsys, monkeypatch, words, line):
-    monkeypatch.setattr(train, "load_policy", lambda *_: pytest.fail("refused only after the model was loaded"))
+    monkeypatch.setattr(
+        train, "load_policy", lambda *_: pytest.fail("refused only after the model was loaded")
+    )
     before = contents(stopped)
     assert line in refused(capsys, "--resume", stopped, *words.split())
     assert contents(stopped) == before
@@ -289,7 +311,9 @@ def test_resume_of_no_run(tmp_path, capsys, config):
 
 def test_more_steps(stopped, data, tmp_path):
     """--steps may be raised: then the run is the longer one."""
-    status, log = child.run([*WORDS, "--data", data, "--steps", 14, "--out", tmp_path / "long"], tmp_path / "log")
+    status, log = child.run(
+        [*WORDS, "--data", data, "--steps", 14, "--out", tmp_path / "long"], tmp_path / "log"
+    )
     assert status == 0, log
     run = shutil.copytree(stopped, tmp_path / "run")
     status, log = child.run(["--resume", run, "--steps", 14], tmp_path / "log")
@@ -340,10 +364,25 @@ def test_a_run_is_not_overwritten_unasked(stopped, tmp_path, capsys):
 
 def test_same_seed_same_metrics(whole, data, tmp_path):
     """And how often one evaluates and saves changes nothing of the training."""
-    words = [*WORDS, "--data", data, "--save-every", 7, "--eval-every", 1, "--k", 3, "--out", tmp_path / "run"]
+    words = [
+        *WORDS,
+        "--data",
+        data,
+        "--save-every",
+        7,
+        "--eval-every",
+        1,
+        "--k",
+        3,
+        "--out",
+        tmp_path / "run",
+    ]
     status, log = child.run(words, tmp_path / "log")
     assert status == 0, log
-    trained = [[row for row in metrics(run) if row["phase"] == "train"] for run in (whole, tmp_path / "run")]
+    trained = [
+        [row for row in metrics(run) if row["phase"] == "train"]
+        for run in (whole, tmp_path / "run")
+    ]
     assert trained[0] == trained[1]
     words = [*WORDS, "--data", data, "--seed", 1, "--steps", 2, "--out", tmp_path / "other"]
     assert child.run(words, tmp_path / "log")[0] == 0

@@ -242,7 +242,8 @@ def test_correct(completion, answer, reward):
 
 
 @pytest.mark.parametrize(
-    "answer", ["", "none", "####", "5 ####", "#### 1,23,4", "3 or 4", "1 234", r"\boxed{x} 5", "3/0"]
+    "answer",
+    ["", "none", "####", "5 ####", "#### 1,23,4", "3 or 4", "1 234", r"\boxed{x} 5", "3/0"],
 )
 def test_an_answer_without_one_number_is_refused(answer):
     with pytest.raises(ValueError, match="no number") as error:
@@ -253,7 +254,11 @@ def test_an_answer_without_one_number_is_refused(answer):
 def test_a_refused_answer_is_shortened():
     with pytest.raises(ValueError, match="no number") as error:
         correct("#### 1", "x" * 10_000 + "\n" + "y" * 10_000)
-    assert "xxx ... yyy" in str(error.value) and len(str(error.value)) < 250 and "\n" not in str(error.value)
+    assert (
+        "xxx ... yyy" in str(error.value)
+        and len(str(error.value)) < 250
+        and "\n" not in str(error.value)
+    )
 
 
 @pytest.mark.parametrize(
@@ -318,10 +323,54 @@ def test_every_decimal_digit_and_currency_of_unicode_counts():
 
 # Units that one or another part of the code would be quadratic on, were it written with less care; the first line at
 # ten megabytes, all of them at one.
-LARGE = ["9", "\uff17", "#", "#### ", ",", " ", "\n", "{", "\\boxed{", "1 ", "3/0 ", "1,111,", "-$.1e/"]
+LARGE = [
+    "9",
+    "\uff17",
+    "#",
+    "#### ",
+    ",",
+    " ",
+    "\n",
+    "{",
+    "\\boxed{",
+    "1 ",
+    "3/0 ",
+    "1,111,",
+    "-$.1e/",
+]
 SMALL = [
-    *["#### 1\n", "1,", "\u2028", "}", "{}", "\\boxed{1}", "-", "$", ".", "/", "e", "\\", ".1 ", "1e", "1e999 ", "1."],
-    *["1/", "1/1+", "-1-", "-$1 ", "1{,}", "frac{1}{", "1" * 100 + " ", "1" * 101 + " ", "1,23,4 ", "-$ .", "字", "é"],
+    *[
+        "#### 1\n",
+        "1,",
+        "\u2028",
+        "}",
+        "{}",
+        "\\boxed{1}",
+        "-",
+        "$",
+        ".",
+        "/",
+        "e",
+        "\\",
+        ".1 ",
+        "1e",
+        "1e999 ",
+        "1.",
+    ],
+    *[
+        "1/",
+        "1/1+",
+        "-1-",
+        "-$1 ",
+        "1{,}",
+        "frac{1}{",
+        "1" * 100 + " ",
+        "1" * 101 + " ",
+        "1,23,4 ",
+        "-$ .",
+        "字",
+        "é",
+    ],
     *["\U0001f600", "1字", "\x00", "_1'"],
 ]
 
@@ -339,9 +388,13 @@ def _seconds(unit, size):
 @pytest.mark.parametrize("unit", LARGE, ids=ascii)
 def test_ten_megabytes_in_linear_time(unit):
     small = _seconds(unit, 10**6)
-    assert small < 0.5, f"{unit!r}: {small:.2f} s for a megabyte"  # so that a quadratic one fails before it hangs
+    assert small < 0.5, (
+        f"{unit!r}: {small:.2f} s for a megabyte"
+    )  # so that a quadratic one fails before it hangs
     large = _seconds(unit, 10**7)
-    assert large < 5 and large < 30 * small + 0.5, f"{unit!r}: {small:.2f} s, then {large:.2f} s for ten times as much"
+    assert large < 5 and large < 30 * small + 0.5, (
+        f"{unit!r}: {small:.2f} s, then {large:.2f} s for ten times as much"
+    )
 
 
 @pytest.mark.parametrize("unit", SMALL, ids=lambda unit: ascii(unit[:10]))
@@ -366,12 +419,28 @@ def test_the_other_rewards_on_ten_megabytes(unit):
 fuzz = settings(derandomize=True, deadline=None, max_examples=300, database=None)
 # Text out of the pieces that mean something to the parser, mixed with any characters at all.
 PIECES = st.sampled_from(
-    [*LARGE, *SMALL[:-6], "####", "\\boxed{", "}", "18", "1,234", "0.5", "3/4", "1e9", "€", "−", "\\frac{"]
+    [
+        *LARGE,
+        *SMALL[:-6],
+        "####",
+        "\\boxed{",
+        "}",
+        "18",
+        "1,234",
+        "0.5",
+        "3/4",
+        "1e9",
+        "€",
+        "−",
+        "\\frac{",
+    ]
 )
-TEXT = st.lists(PIECES | st.text(max_size=3) | st.characters(categories=["Nd", "Sc", "Zs", "Pd"]), max_size=25).map(
-    "".join
-)
-LINE = TEXT.map(lambda text: " ".join(text.replace("#", "").splitlines()))  # holds no marker and no line end
+TEXT = st.lists(
+    PIECES | st.text(max_size=3) | st.characters(categories=["Nd", "Sc", "Zs", "Pd"]), max_size=25
+).map("".join)
+LINE = TEXT.map(
+    lambda text: " ".join(text.replace("#", "").splitlines())
+)  # holds no marker and no line end
 NUMBER = st.integers(-(10**40), 10**40)
 
 
@@ -393,13 +462,17 @@ def test_nothing_raises_and_the_parts_agree(text, answer):
 @fuzz
 @given(NUMBER, st.sampled_from(["", "$", "€", "£ ", "\\$"]), st.booleans(), st.data())
 def test_one_number_however_written(number, currency, sign_first, data):
-    sign = data.draw(st.sampled_from("-−－")) if number < 0 else data.draw(st.sampled_from(["", "+"]))
+    sign = (
+        data.draw(st.sampled_from("-−－")) if number < 0 else data.draw(st.sampled_from(["", "+"]))
+    )
     digits = data.draw(st.sampled_from([str(abs(number)), f"{abs(number):,}", f"00{abs(number)}"]))
     digits += data.draw(st.sampled_from(["", ".0", ".000", "e0", "E+00", ".0e-0", "/1"]))
     if data.draw(st.booleans()):
         digits = digits.translate({ord("0") + i: chr(0xFF10 + i) for i in range(10)})
     before = sign + currency if sign_first else currency.rstrip() + sign
-    after = data.draw(st.sampled_from(["", ".", ",", "%", " kg", "dollars", ".\n", " and 5", "\n5"]))
+    after = data.draw(
+        st.sampled_from(["", ".", ",", "%", " kg", "dollars", ".\n", " and 5", "\n5"])
+    )
     text = before + digits + after
     assert extract_answer(f"5 #### 6\n#### {text}") == number
     assert extract_answer(f"\\boxed{{6}} \\boxed{{{text}}} 5") == number
@@ -448,12 +521,23 @@ def test_many_answers_pay_at_most_one(numbers, separator):
 @given(TEXT.map(lambda text: text.replace("#", "").replace("\\", "")), NUMBER)
 def test_no_marker_no_pay(text, number):
     text = f"{text} {number} "
-    assert extract_answer(text) is None and correct(text, str(number)) == 0.0 and format_reward(text) == 0.0
+    assert (
+        extract_answer(text) is None
+        and correct(text, str(number)) == 0.0
+        and format_reward(text) == 0.0
+    )
     assert extract_answer(text, lenient=True) == number
 
 
 @fuzz
 @given(st.integers(0, 10**9), st.integers(0, 9))
 def test_a_part_of_a_number_is_not_the_number(number, digit):
-    for longer in (f"{number}{digit}", f"{digit + 1}{number}", f"{digit},{number % 1000:03}", f"{number}.{digit + 1}"):
-        assert correct(f"#### {longer}", str(number)) == float(Fraction(longer.replace(",", "")) == number)
+    for longer in (
+        f"{number}{digit}",
+        f"{digit + 1}{number}",
+        f"{digit},{number % 1000:03}",
+        f"{number}.{digit + 1}",
+    ):
+        assert correct(f"#### {longer}", str(number)) == float(
+            Fraction(longer.replace(",", "")) == number
+        )

@@ -14,11 +14,13 @@ from datasets import Dataset  # noqa: E402
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
-from data import encode_prompt  # noqa: E402
-from options import ALGORITHMS  # noqa: E402
 from scale import trl_trainer  # noqa: E402
+from trainer.data import encode_prompt  # noqa: E402
+from trainer.options import ALGORITHMS  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # between TRL's and transformers' releases
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning"
+)  # between TRL's and transformers' releases
 GROUP, ROWS = 4, 12  # 3 groups; on two processes of 6 rows the second group lies on both
 EPOCHS = 2  # the second pass is off-policy
 OPTIONS = {  # every branch: the sampling policy's entropy, the current one's, the reference, a clip that binds
@@ -68,11 +70,15 @@ def pinned(base):
     return Pinned
 
 
-def train(out, base=trl_trainer.Trainer, processes=1, accumulated=1, updates=1, steps=EPOCHS, **settings):
+def train(
+    out, base=trl_trainer.Trainer, processes=1, accumulated=1, updates=1, steps=EPOCHS, **settings
+):
     """(parameters, trainer) after `steps` steps of SGD on one rollout, each pass over it in `updates` mini-batches."""
     folder = out / f"start-{os.environ.get('RANK', 0)}"
     tiny_random_model().save_pretrained(folder)
-    model = Qwen2ForCausalLM.from_pretrained(folder)  # TRL loads the reference from where the model is from
+    model = Qwen2ForCausalLM.from_pretrained(
+        folder
+    )  # TRL loads the reference from where the model is from
     trainer_settings = {k: settings.pop(k) for k in ("algo", "options") if k in settings}
     config = GRPOConfig(
         output_dir=str(out), use_cpu=True, bf16=False, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant",
@@ -81,7 +87,11 @@ def train(out, base=trl_trainer.Trainer, processes=1, accumulated=1, updates=1, 
         num_generations=GROUP, max_completion_length=10, temperature=0.7, max_steps=steps, report_to="none",
         save_strategy="no", logging_steps=1, disable_tqdm=True, shuffle_dataset=False, **settings,
     )  # fmt: skip
-    rows = [{"prompt": "Mia has 3 eggs."}, {"prompt": "Tom has 40 pens. How many?"}, {"prompt": "Zoe"}]
+    rows = [
+        {"prompt": "Mia has 3 eggs."},
+        {"prompt": "Tom has 40 pens. How many?"},
+        {"prompt": "Zoe"},
+    ]
     trainer = pinned(base)(
         args=config, model=model, processing_class=tokenizer(), reward_funcs=is_right,
         train_dataset=Dataset.from_list(rows), **trainer_settings,
@@ -151,7 +161,11 @@ def test_gradient_accumulation_does_not_change_the_averages(algo, tmp_path):
         got, trainer = train(tmp_path, algo=algo, options=options, accumulated=accumulated)
         close(got, expected)
         logged.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
-    assert logged[0] == pytest.approx(logged[1], abs=1e-5) and len(logged[0]) == EPOCHS and any(logged[0])
+    assert (
+        logged[0] == pytest.approx(logged[1], abs=1e-5)
+        and len(logged[0]) == EPOCHS
+        and any(logged[0])
+    )
 
 
 def worker(rank, port, out):
@@ -162,7 +176,9 @@ def worker(rank, port, out):
     trl.trainer.grpo_trainer.shuffle_sequence_dict = lambda batch: batch
     after = {}
     for algo in ALGORITHMS:
-        after[algo], trainer = train(out, processes=2, accumulated=3, algo=algo, options=OPTIONS.get(algo))
+        after[algo], trainer = train(
+            out, processes=2, accumulated=3, algo=algo, options=OPTIONS.get(algo)
+        )
     assert trainer.accelerator.num_processes == 2
     torch.save(after, out / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -182,7 +198,9 @@ def test_two_processes_equal_one(tmp_path):
 SAME = {  # our algorithm -> the settings under which TRL's loss is the same
     "grpo": dict(loss_type="grpo", epsilon=0.2),
     "dapo": dict(loss_type="dapo", epsilon=0.2, epsilon_high=0.28),
-    "gspo": dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4),
+    "gspo": dict(
+        loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4
+    ),
 }
 
 
@@ -191,7 +209,9 @@ def test_steps_equal_those_of_trl(algo, tmp_path):
     # two mini-batches a pass; not for DAPO, where TRL divides by the rollout's mean number of tokens a mini-batch
     updates = 1 if algo == "dapo" else 2
     ours, trainer = train(tmp_path, algo=algo, updates=updates, steps=2 * updates)
-    theirs, reference = train(tmp_path, base=GRPOTrainer, updates=updates, steps=2 * updates, **SAME[algo])
+    theirs, reference = train(
+        tmp_path, base=GRPOTrainer, updates=updates, steps=2 * updates, **SAME[algo]
+    )
     close(ours, theirs)
     for a, b in zip(trainer.state.log_history, reference.state.log_history, strict=True):
         for name in {"loss", "grad_norm", "entropy", "reward"} & a.keys():
@@ -200,9 +220,17 @@ def test_steps_equal_those_of_trl(algo, tmp_path):
 
 def their_loss(trainer, monkeypatch, logp, old, A, mask, **more):
     """TRL's own loss code on given log-probabilities: its one call of the model is answered with them."""
-    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", lambda *_, **__: (logp, logp.detach(), None))
+    monkeypatch.setattr(
+        trainer, "_get_per_token_logps_and_entropies", lambda *_, **__: (logp, logp.detach(), None)
+    )
     ids = torch.zeros_like(mask)
-    batch = {"prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": mask, "advantages": A}
+    batch = {
+        "prompt_ids": ids,
+        "prompt_mask": ids,
+        "completion_ids": ids,
+        "completion_mask": mask,
+        "advantages": A,
+    }
     batch |= {"old_per_token_logps": old, "num_items_in_batch": mask.sum()} | more
     trainer.current_gradient_accumulation_steps = 1
     loss = trainer._compute_loss(None, batch)
@@ -229,7 +257,9 @@ def test_loss_and_gradient_equal_those_of_trl(algo, tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "use_vllm", True)
     corrections = [torch.tensor([[1.0], [0.5], [0.0], [1.3]]), 2 * torch.rand(4, 7, generator=g)]
     for weight in corrections[: 1 if algo == "gspo" else 2]:
-        value, gradient = their_loss(reference, monkeypatch, logp, old, A, mask, importance_sampling_ratio=weight)
+        value, gradient = their_loss(
+            reference, monkeypatch, logp, old, A, mask, importance_sampling_ratio=weight
+        )
         batch = {"old_per_token_logps": old, "entropy": old, "mask": mask, "advantages": A}
         batch |= {"importance_sampling_ratio": weight}
         trainer.push([batch], logp, old)
@@ -241,10 +271,16 @@ def test_prompts_and_reward_are_those_of_train_py():
     tok = tokenizer()
     problems, template = [{"question": "Mia has 3 eggs.", "answer": "x\n#### 3"}], "Q: {question}"
     (row,) = trl_trainer.rows(tok, problems, template)
-    assert tok(text=[row["prompt"]])["input_ids"] == [encode_prompt(tok, "Mia has 3 eggs.", template)]
-    tok.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+    assert tok(text=[row["prompt"]])["input_ids"] == [
+        encode_prompt(tok, "Mia has 3 eggs.", template)
+    ]
+    tok.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+    )
     (row,) = trl_trainer.rows(tok, problems, template)
-    as_trl_does = tok.apply_chat_template([row["prompt"]], add_generation_prompt=True, tokenize=True, return_dict=True)
+    as_trl_does = tok.apply_chat_template(
+        [row["prompt"]], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
     assert as_trl_does["input_ids"] == [encode_prompt(tok, "Mia has 3 eggs.", template)]
     score = trl_trainer.reward({"overlong_cache": 2, "max_new_tokens": 4})
     turns = ["so #### 3", [{"role": "assistant", "content": "#### 4"}], "#### 3"]
@@ -253,7 +289,9 @@ def test_prompts_and_reward_are_those_of_train_py():
 
 def test_script_trains_and_saves(tmp_path, capfd):
     flags = "--algo gtpo --preset tiny --steps 2 --prompts 4 --group-size 4 --updates 2 --epochs 2 --micro-batch 4"
-    trl_trainer.main([*flags.split(), "--max-new-tokens", "8", "--disable_tqdm", "true", "--out", str(tmp_path)])
+    trl_trainer.main(
+        [*flags.split(), "--max-new-tokens", "8", "--disable_tqdm", "true", "--out", str(tmp_path)]
+    )
     saved = Qwen2ForCausalLM.from_pretrained(tmp_path)
     start = Qwen2ForCausalLM.from_pretrained(ROOT / "tiny")
     assert any((a != b).any() for a, b in zip(saved.parameters(), start.parameters(), strict=True))
@@ -264,7 +302,10 @@ def test_script_trains_and_saves(tmp_path, capfd):
     "flags, line",
     [
         ("--algo tepo --epsilon 0.3", "epsilon has no effect on tepo"),
-        ("--algo tepo --steps_per_generation 3", "must be a multiple of gradient_accumulation_steps"),
+        (
+            "--algo tepo --steps_per_generation 3",
+            "must be a multiple of gradient_accumulation_steps",
+        ),
         ("--algo tepo --option eps=1", "has no option 'eps'"),
         ("--algo tepo --micro-batch 3", "does not split into micro-batches of 3"),
         ("--algo tepo --no-such-flag 1", "no-such-flag"),
@@ -272,5 +313,15 @@ def test_script_trains_and_saves(tmp_path, capfd):
 )
 def test_refusals(flags, line, tmp_path):
     with pytest.raises(ValueError, match=line):
-        flags = ["--preset", "tiny", "--prompts", "4", "--group-size", "4", "--updates", "1", *flags.split()]
+        flags = [
+            "--preset",
+            "tiny",
+            "--prompts",
+            "4",
+            "--group-size",
+            "4",
+            "--updates",
+            "1",
+            *flags.split(),
+        ]
         trl_trainer.main([*flags, "--out", str(tmp_path)])

@@ -9,9 +9,13 @@ import pytest
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "scale"))
-os.environ["VERL_USE_EXTERNAL_MODULES"] = "verl_losses"  # as a run has it: verl imports our module, not we
+os.environ["VERL_USE_EXTERNAL_MODULES"] = (
+    "verl_losses"  # as a run has it: verl imports our module, not we
+)
 for module in ("tensordict", "ray", "hydra", "verl"):
-    pytest.importorskip(module, reason=f"verl is not installed ({module} is missing): see scale/README.md")
+    pytest.importorskip(
+        module, reason=f"verl is not installed ({module} is missing): see scale/README.md"
+    )
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -32,7 +36,11 @@ LENGTHS = torch.tensor([7, 1, 4, 5, 2, 6, 3, 3])
 
 def actor_config(algo, **settings):
     low, high = CLIP.get(algo, (0.2, 0.28))
-    settings = {"clip_ratio_low": low, "clip_ratio_high": high, "loss_agg_mode": AVERAGE[algo]} | settings
+    settings = {
+        "clip_ratio_low": low,
+        "clip_ratio_high": high,
+        "loss_agg_mode": AVERAGE[algo],
+    } | settings
     return ActorConfig(
         strategy="fsdp", rollout_n=4, ppo_micro_batch_size_per_gpu=2, policy_loss=PolicyLossConfig(loss_mode=algo),
         **settings,
@@ -65,7 +73,9 @@ def test_loss_and_gradient_equal_those_of_verl(algo, spread, weighed):
     config = actor_config(algo, clip_ratio_c=1e9)
     value, _ = THEIRS[algo](old, logp, A, mask, AVERAGE[algo], config, weights)
     (gradient,) = torch.autograd.grad(value, logp)
-    ours, logged = core_algos.get_policy_loss_fn(algo)(old, logp, A, mask, AVERAGE[algo], config, weights)
+    ours, logged = core_algos.get_policy_loss_fn(algo)(
+        old, logp, A, mask, AVERAGE[algo], config, weights
+    )
     assert gradient.any()
     torch.testing.assert_close(ours, value, atol=1e-6, rtol=0)
     torch.testing.assert_close(torch.autograd.grad(ours, logp)[0], gradient, atol=1e-6, rtol=0)
@@ -78,14 +88,22 @@ def test_loss_and_gradient_equal_those_of_verl(algo, spread, weighed):
 
 
 def nested(x, lengths):
-    return torch.nested.nested_tensor([row[:n] for row, n in zip(x, lengths, strict=True)], layout=torch.jagged)
+    return torch.nested.nested_tensor(
+        [row[:n] for row, n in zip(x, lengths, strict=True)], layout=torch.jagged
+    )
 
 
 def micro_batch(rows, logp, old, A, mask, **info):
     """(model_output, data) as verl's engine hands them to ppo_loss: jagged, prompts of 2 tokens before them."""
     n = LENGTHS[rows]
-    shifted = [torch.cat([torch.zeros(1), x[:k], torch.zeros(1)]) for x, k in zip(logp[rows], n, strict=True)]
-    data = {"prompts": nested(torch.ones(len(rows), 2), torch.full_like(n, 2)), "responses": nested(mask[rows], n)}
+    shifted = [
+        torch.cat([torch.zeros(1), x[:k], torch.zeros(1)])
+        for x, k in zip(logp[rows], n, strict=True)
+    ]
+    data = {
+        "prompts": nested(torch.ones(len(rows), 2), torch.full_like(n, 2)),
+        "responses": nested(mask[rows], n),
+    }
     named = {"response_mask": mask, "old_log_probs": old, "advantages": A}
     data |= {name: nested(x[rows], n) for name, x in named.items()}
     data = TensorDict(data, batch_size=len(rows))
@@ -108,7 +126,10 @@ def test_micro_batches_on_two_gpus_add_up_to_the_whole(algo):
     info = {"dp_size": 2, "batch_num_tokens": int(mask.sum()), "global_batch_size": 8}
     total = 0
     for gpu in ([0, 1, 2], [3]), ([4, 5], [6, 7]):  # ragged micro-batches
-        total += sum(ppo_loss(config, *micro_batch(rows, logp, old, A, mask, **info))[0] for rows in gpu) / 2
+        total += (
+            sum(ppo_loss(config, *micro_batch(rows, logp, old, A, mask, **info))[0] for rows in gpu)
+            / 2
+        )
     torch.testing.assert_close(total, whole, atol=1e-6, rtol=0)
     torch.testing.assert_close(torch.autograd.grad(total, logp)[0], expected, atol=1e-6, rtol=0)
 
@@ -135,7 +156,9 @@ def test_estimators(algo, monkeypatch):
     monkeypatch.setattr(verl_losses, "sampling_entropy", entropy[order])
     got = torch.empty(13, 6)
     got[order] = compute_advantage(data, adv_estimator=algo).batch["advantages"]
-    want = importlib.import_module(algo).advantages(right[:12], 4, entropy=entropy[:12], mask=mask[:12])
+    want = importlib.import_module(algo).advantages(
+        right[:12], 4, entropy=entropy[:12], mask=mask[:12]
+    )
     want = (want if want.ndim == 2 else want[:, None]) * mask[:12]
     torch.testing.assert_close(got[:12], want)
     assert not got[12].any() and not got[8:12].any() and got[:8].any()
@@ -149,10 +172,14 @@ def test_estimators(algo, monkeypatch):
 
 def test_entropy_reaches_the_estimator_in_verls_trainer(monkeypatch):
     """PPOTrainer._compute_advantage, verl's own code, with only its transfer queue replaced by a dict."""
-    pytest.importorskip("transfer_queue", reason="TransferQueue is not installed: see scale/README.md")
+    pytest.importorskip(
+        "transfer_queue", reason="TransferQueue is not installed: see scale/README.md"
+    )
     from verl.trainer.ppo.v1 import trainer_base
 
-    monkeypatch.setattr(trainer_base.PPOTrainer, "_compute_advantage", trainer_base.PPOTrainer._compute_advantage)
+    monkeypatch.setattr(
+        trainer_base.PPOTrainer, "_compute_advantage", trainer_base.PPOTrainer._compute_advantage
+    )
     monkeypatch.setattr(verl_losses, "sampling_entropy", None)
     data, order, right, entropy, mask = rollout()
     lengths = mask[order].sum(1)
@@ -164,7 +191,9 @@ def test_entropy_reaches_the_estimator_in_verls_trainer(monkeypatch):
     }
 
     def kv_batch_get(keys, partition_id, select_fields):
-        return TensorDict({name: store[name] for name in select_fields if name in store}, batch_size=13)
+        return TensorDict(
+            {name: store[name] for name in select_fields if name in store}, batch_size=13
+        )
 
     def kv_batch_put(keys, partition_id, fields):
         store.update(fields.items())
@@ -173,21 +202,29 @@ def test_entropy_reaches_the_estimator_in_verls_trainer(monkeypatch):
     monkeypatch.setattr(trainer_base.tq, "kv_batch_put", kv_batch_put)
     config = verl_config("algorithm.adv_estimator=gtpo")
     trainer = SimpleNamespace(config=config)
-    keys = trainer_base.KVBatchMeta(keys=[str(i) for i in range(13)], tags=[{}] * 13, partition_id="train")
+    keys = trainer_base.KVBatchMeta(
+        keys=[str(i) for i in range(13)], tags=[{}] * 13, partition_id="train"
+    )
     with pytest.raises(ValueError, match="verl_losses,verl_entropy"):
         trainer_base.PPOTrainer._compute_advantage(trainer, keys, {})
     importlib.import_module("verl_entropy")
     trainer_base.PPOTrainer._compute_advantage(trainer, keys, {})
     got = torch.zeros(13, 6)
     got[order] = store["advantages"].to_padded_tensor(0.0, (13, 6))
-    want = importlib.import_module("gtpo").advantages(right[:12], 4, entropy=entropy[:12], mask=mask[:12])
+    want = importlib.import_module("gtpo").advantages(
+        right[:12], 4, entropy=entropy[:12], mask=mask[:12]
+    )
     torch.testing.assert_close(got[:12], want)
 
 
 def verl_config(*overrides):
     from hydra import compose, initialize_config_dir
 
-    os.environ |= {"VERL_USE_EXTERNAL_MODULES": "verl_losses", "PYTHONPATH": str(ROOT / "scale"), "PWD": str(ROOT)}
+    os.environ |= {
+        "VERL_USE_EXTERNAL_MODULES": "verl_losses",
+        "PYTHONPATH": str(ROOT / "scale"),
+        "PWD": str(ROOT),
+    }
     with initialize_config_dir(config_dir=str(ROOT / "scale"), version_base=None):
         return compose("verl_gsm8k", overrides=list(overrides))
 
@@ -212,11 +249,23 @@ def test_example_config_is_one_that_verl_takes():
     loss = core_algos.get_policy_loss_fn(actor.policy_loss.loss_mode)
     logp, old, A, mask = batch(0.1)
     value, _ = loss(old, logp, A, mask, actor.loss_agg_mode, actor)
-    torch.testing.assert_close(value, importlib.import_module("tepo").loss(logp, old, A[:, 0], mask))
+    torch.testing.assert_close(
+        value, importlib.import_module("tepo").loss(logp, old, A[:, 0], mask)
+    )
     assert config.algorithm.adv_estimator in core_algos.ADV_ESTIMATOR_REGISTRY
-    assert config.ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES == "verl_losses"
+    assert (
+        config.ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES == "verl_losses"
+    )
     score = get_custom_reward_fn(config)
-    assert score(data_source="gsm8k", solution_str="so #### 72", ground_truth="...\n#### 72", extra_info={}) == 1.0
+    assert (
+        score(
+            data_source="gsm8k",
+            solution_str="so #### 72",
+            ground_truth="...\n#### 72",
+            extra_info={},
+        )
+        == 1.0
+    )
 
 
 def test_wrong_average_is_refused():

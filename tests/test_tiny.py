@@ -77,7 +77,10 @@ def test_tokens_are_lossless_and_few(tokenizer, pretrain):
             ids = tokenizer(text).input_ids
             assert tokenizer.decode(ids) == text and ids == made(text).input_ids
         assert len(tokenizer(asked).input_ids) <= 40 and len(tokenizer(said).input_ids) < 50
-    for text in ("Ünïcode → 1,234.50\n\n  ##  <<6*7=42>>\t#### -3 ", "Natalia sold clips to 48 of her friends."):
+    for text in (
+        "Ünïcode → 1,234.50\n\n  ##  <<6*7=42>>\t#### -3 ",
+        "Natalia sold clips to 48 of her friends.",
+    ):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert [tokenizer.decode(i) for i in tokenizer("190").input_ids] == ["1", "9", "0"]
     assert tokenizer.eos_token_id != tokenizer.pad_token_id and tokenizer.chat_template is None
@@ -90,22 +93,36 @@ def test_checkpoint_is_small_and_hides_nothing(tokenizer):
     assert model.config.model_type == "qwen2" and model.num_parameters() <= 900_000
     assert model.config.vocab_size == len(tokenizer) and model.config.tie_word_embeddings
     settings = model.generation_config
-    assert settings.eos_token_id == tokenizer.eos_token_id and settings.pad_token_id == tokenizer.pad_token_id
-    assert not any((settings.top_k, settings.top_p, settings.temperature, settings.repetition_penalty))
+    assert (
+        settings.eos_token_id == tokenizer.eos_token_id
+        and settings.pad_token_id == tokenizer.pad_token_id
+    )
+    assert not any(
+        (settings.top_k, settings.top_p, settings.temperature, settings.repetition_penalty)
+    )
 
 
 def test_it_starts_weak_but_not_hopeless(tokenizer):
     model, held_out = AutoModelForCausalLM.from_pretrained(TINY), problems(200, 0, "test")
-    batch = tokenizer([p["question"] + "\n" for p in held_out], padding=True, padding_side="left", return_tensors="pt")
+    batch = tokenizer(
+        [p["question"] + "\n" for p in held_out],
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
     out = model.generate(**batch, max_new_tokens=64, do_sample=False)[:, batch.input_ids.shape[1] :]
     assert (out == tokenizer.eos_token_id).any(1).float().mean() > 0.95  # it knows how to stop
     texts = tokenizer.batch_decode(out, skip_special_tokens=True)
-    accuracy = sum(correct(text, p["answer"]) for text, p in zip(texts, held_out, strict=True)) / len(held_out)
+    accuracy = sum(
+        correct(text, p["answer"]) for text, p in zip(texts, held_out, strict=True)
+    ) / len(held_out)
     assert 0.10 <= accuracy <= 0.40
 
 
 def test_pretraining_data_holds_no_test_problem_and_no_prompt_in_the_loss(tokenizer, pretrain):
-    for ids, labels in pretrain.batches(tokenizer, random.Random(0), batch=16, steps=40, patient=0.6):
+    for ids, labels in pretrain.batches(
+        tokenizer, random.Random(0), batch=16, steps=40, patient=0.6
+    ):
         for row, label in zip(ids.tolist(), labels.tolist(), strict=True):
             question, _, answer = tokenizer.decode(row, skip_special_tokens=True).partition("\n")
             assert split_of(question) == "train"
@@ -126,10 +143,21 @@ def test_the_student_mostly_blurts_and_is_mostly_wrong(pretrain):
 
 
 def test_pretraining_is_deterministic_and_makes_a_checkpoint(tmp_path):
-    command = [sys.executable, str(TINY / "pretrain.py"), "--steps", "3", "--more", "2", "--batch", "8"]
+    command = [
+        sys.executable,
+        str(TINY / "pretrain.py"),
+        "--steps",
+        "3",
+        "--more",
+        "2",
+        "--batch",
+        "8",
+    ]
     command += ["--seed", "5", "--out"]
     for name in "ab":
-        subprocess.run([*command, str(tmp_path / name)], check=True, capture_output=True, timeout=120)
+        subprocess.run(
+            [*command, str(tmp_path / name)], check=True, capture_output=True, timeout=120
+        )
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     made, shipped = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "a", TINY))

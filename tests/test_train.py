@@ -10,13 +10,45 @@ import torch
 from conftest import ROOT, tiny_model
 
 import train
-from options import ALGORITHMS, DEFAULTS, algorithm_options, fill, parse
+from trainer.options import ALGORITHMS, DEFAULTS, algorithm_options, fill, parse
 
-SMALL = ["--preset", "tiny", "--prompts", "2", "--group-size", "4", "--updates", "2", "--max-new-tokens", "12"]
+SMALL = [
+    "--preset",
+    "tiny",
+    "--prompts",
+    "2",
+    "--group-size",
+    "4",
+    "--updates",
+    "2",
+    "--max-new-tokens",
+    "12",
+]
 SMALL += ["--eval-n", "8", "--k", "2", "--samples-every", "1"]
-TRAIN_KEYS = {"phase", "step", "reward", "accuracy", "entropy", "kl", "clip_frac", "ratio_first", "grad_norm", "length"}
+TRAIN_KEYS = {
+    "phase",
+    "step",
+    "reward",
+    "accuracy",
+    "entropy",
+    "kl",
+    "clip_frac",
+    "ratio_first",
+    "grad_norm",
+    "length",
+}
 TRAIN_KEYS |= {"truncated", "zero_std", "lr", "rollout_s", "update_s", "tokens_per_s", "peak_mib"}
-EVAL_KEYS = {"phase", "step", "accuracy", "accuracy_lenient", "ci95", "avg_at_k", "pass_at_k", "k", "n"}
+EVAL_KEYS = {
+    "phase",
+    "step",
+    "accuracy",
+    "accuracy_lenient",
+    "ci95",
+    "avg_at_k",
+    "pass_at_k",
+    "k",
+    "n",
+}
 
 
 def command(*args):
@@ -41,14 +73,34 @@ def test_each_algorithm_trains_two_steps(algo, tmp_path):
         assert set(line) >= (TRAIN_KEYS if line["phase"] == "train" else EVAL_KEYS)
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((out / "config.json").read_text())
-    assert config["status"] == "done" and config["options"]["algo"] == algo and config["versions"]["torch"]
+    assert (
+        config["status"] == "done"
+        and config["options"]["algo"] == algo
+        and config["versions"]["torch"]
+    )
     samples = read(out / "samples.jsonl")
     assert len(samples) == 8 and {s["step"] for s in samples} == {1, 2}
     for s in samples:
         n = len(s["tokens"])
-        assert n == len(s["advantages"]) == len(s["logprobs"]) == len(s["old_logprobs"]) == len(s["entropy"]) > 0
+        assert (
+            n
+            == len(s["advantages"])
+            == len(s["logprobs"])
+            == len(s["old_logprobs"])
+            == len(s["entropy"])
+            > 0
+        )
         assert "".join(s["tokens"]).removesuffix("<|endoftext|>") == s["completion"]
-    again = command("--eval-only", "--model", out / "model", "--eval-n", 4, "--out", tmp_path / "eval", *SMALL[:2])
+    again = command(
+        "--eval-only",
+        "--model",
+        out / "model",
+        "--eval-n",
+        4,
+        "--out",
+        tmp_path / "eval",
+        *SMALL[:2],
+    )
     assert again.returncode == 0 and json.loads((tmp_path / "eval/eval.json").read_text())["n"] == 4
 
 
@@ -65,7 +117,12 @@ def test_evaluations_draw_before_and_after_and_halve_their_rows(tmp_path, monkey
     out = tmp_path / "run"
     assert train.main(["--steps", "2", "--eval-every", "1", "--out", str(out), *SMALL]) == 0
     lines = [line for line in read(out / "metrics.jsonl") if line["phase"] == "eval"]
-    assert [line["pass_at_k"] is None for line in lines] == [False, True, False] and rows == [8, 4, 4, 4]
+    assert [line["pass_at_k"] is None for line in lines] == [False, True, False] and rows == [
+        8,
+        4,
+        4,
+        4,
+    ]
     assert "--sample-batch goes from 8 to 4" in capsys.readouterr().out
 
 
@@ -81,7 +138,9 @@ def test_one_seed_has_one_order_of_data_for_every_algorithm(tmp_path):
     for args in (["--algo", "tepo"], ["--algo", "gtpo", "--updates", "1"], ["--seed", "1"]):
         t = trainer(tmp_path, *args)
         t.problems = t.problems[:5]
-        orders.append([p["question"] for p in t.next_problems(3) + t.next_problems(4) + t.next_problems(8)])
+        orders.append(
+            [p["question"] for p in t.next_problems(3) + t.next_problems(4) + t.next_problems(8)]
+        )
     assert orders[0] == orders[1] != orders[2]
     for start in (0, 5, 10):  # every pass over the data has each problem once, in a new order
         assert len(set(orders[0][start : start + 5])) == 5
@@ -89,7 +148,9 @@ def test_one_seed_has_one_order_of_data_for_every_algorithm(tmp_path):
 
 
 def test_a_step_is_on_policy_first_and_moves_after(tmp_path):
-    t = trainer(tmp_path, "--prompts", "8", "--group-size", "8", "--updates", "4", "--max-new-tokens", "40")
+    t = trainer(
+        tmp_path, "--prompts", "8", "--group-size", "8", "--updates", "4", "--max-new-tokens", "40"
+    )
     torch.manual_seed(0)
     line, rollout, bad = t.step(1)
     assert line["ratio_first"] == pytest.approx(1, abs=1e-4) and not bad
@@ -112,8 +173,14 @@ def test_dynamic_sampling_replaces_groups_of_equal_rewards(tmp_path, monkeypatch
     dull, mixed = [0.0] * 4, [0.0, 1.0, 0.0, 1.0]
     fake_rewards(t, monkeypatch, dull + mixed + [1.0] * 4 + mixed)
     rollout, sampled = t.sample_and_reward()
-    assert rollout.rewards.tolist() == mixed * 2 and sum(len(s.prompts) for s in sampled) == 16 and t.cursor == 4
-    fake_rewards(t, monkeypatch, dull * 2 + mixed + dull * 3)  # the tries end: what is dull fills the batch
+    assert (
+        rollout.rewards.tolist() == mixed * 2
+        and sum(len(s.prompts) for s in sampled) == 16
+        and t.cursor == 4
+    )
+    fake_rewards(
+        t, monkeypatch, dull * 2 + mixed + dull * 3
+    )  # the tries end: what is dull fills the batch
     rollout, sampled = t.sample_and_reward()
     assert rollout.rewards.tolist() == mixed + dull and sum(len(s.prompts) for s in sampled) == 20
 
@@ -130,7 +197,10 @@ def test_overlong_punishment_is_added_but_is_not_accuracy(tmp_path, monkeypatch)
 
 
 def test_beta_and_the_kl_mask_get_what_they_need(tmp_path):
-    for args in (["--algo", "grpo", "--beta", "0.1"], ["--algo", "tepo", "--option", "kl_coef=0.1"]):
+    for args in (
+        ["--algo", "grpo", "--beta", "0.1"],
+        ["--algo", "tepo", "--option", "kl_coef=0.1"],
+    ):
         t = trainer(tmp_path, *args)
         torch.manual_seed(0)
         line, rollout, _ = t.step(1)
@@ -138,7 +208,9 @@ def test_beta_and_the_kl_mask_get_what_they_need(tmp_path):
 
 
 def test_bf16_samples_from_a_copy_and_trains_fp32(tmp_path):
-    t = trainer(tmp_path, "--dtype", "bf16", "--prompts", "8", "--max-new-tokens", "40", "--lr", "1e-6")
+    t = trainer(
+        tmp_path, "--dtype", "bf16", "--prompts", "8", "--max-new-tokens", "40", "--lr", "1e-6"
+    )
     assert t.sampling_model().dtype == torch.bfloat16 and t.model.dtype == torch.float32
     before = t.model.lm_head.weight.clone()
     torch.manual_seed(0)
@@ -149,9 +221,17 @@ def test_bf16_samples_from_a_copy_and_trains_fp32(tmp_path):
 
 
 def test_options_of_an_algorithm_are_typed_and_known():
-    assert algorithm_options("tepo", {"eps_high": "0.3", "kl_coef": "0.05"}) == {"eps_high": 0.3, "kl_coef": 0.05}
-    assert algorithm_options("trgrpo", {"weight_inside_clip": "true"}) == {"weight_inside_clip": True}
-    assert algorithm_options("gtpo", {"normalize": "joint", "alpha2": "0.2"}) == {"normalize": "joint", "alpha2": 0.2}
+    assert algorithm_options("tepo", {"eps_high": "0.3", "kl_coef": "0.05"}) == {
+        "eps_high": 0.3,
+        "kl_coef": 0.05,
+    }
+    assert algorithm_options("trgrpo", {"weight_inside_clip": "true"}) == {
+        "weight_inside_clip": True
+    }
+    assert algorithm_options("gtpo", {"normalize": "joint", "alpha2": "0.2"}) == {
+        "normalize": "joint",
+        "alpha2": 0.2,
+    }
     for algo, given, said in (
         ("gspo", {"eps_hihg": "1"}, "eps_low=0.0003, eps_high=0.0004"), ("gtpo", {"normalize": "no"}, "zeros"),
         ("tepo", {"eps_low": "x"}, "number"), ("tepo", {"entropy": "1"}, "no option"),
@@ -173,10 +253,26 @@ def test_a_learning_policy_learns(tmp_path):
             return [f"#### {row[0]}" for row in rows]
 
     o = fill(
-        parse([*SMALL, "--prompts", "4", "--group-size", "8", "--lr", "0.01", "--max-new-tokens", "2", "--warmup", "0"])
+        parse(
+            [
+                *SMALL,
+                "--prompts",
+                "4",
+                "--group-size",
+                "8",
+                "--lr",
+                "0.01",
+                "--max-new-tokens",
+                "2",
+                "--warmup",
+                "0",
+            ]
+        )
     )
     problems = [{"question": str(i), "answer": "#### 7", "prompt_ids": [i]} for i in range(8, 20)]
-    t = train.Trainer(o, model, Tokenizer, {"max_new_tokens": 2, "eos_ids": [1], "pad_id": 0}, problems)
+    t = train.Trainer(
+        o, model, Tokenizer, {"max_new_tokens": 2, "eos_ids": [1], "pad_id": 0}, problems
+    )
     torch.manual_seed(0)
     accuracy = [t.step(step)[0]["accuracy"] for step in range(1, 25)]
     assert sum(accuracy[:3]) / 3 < 0.3 and sum(accuracy[-3:]) / 3 > 0.9

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import tiny_model
 
-import update
-from options import ALGORITHMS, fill
-from policy import Rollout, token_logprobs
-from update import Updater
+from trainer import update
+from trainer.logprobs import token_logprobs
+from trainer.options import ALGORITHMS, fill
+from trainer.policy import Rollout
+from trainer.update import Updater
 
 B, T, G = 8, 6, 4
 
@@ -23,11 +24,21 @@ def rollout(seed=0, dtype=torch.float64):
     completions = torch.randint(2, 24, (B, T), generator=g)
     prompts = [[3, 4, 5]] * G + [[6, 7]] * G
     rewards = torch.tensor([1, 0, 0, 1, 0, 1, 0, 0], dtype=dtype)
-    return Rollout(prompts, completions, mask, torch.zeros(B).bool(), right=rewards, rewards=rewards)
+    return Rollout(
+        prompts, completions, mask, torch.zeros(B).bool(), right=rewards, rewards=rewards
+    )
 
 
 def updater(model, algo, loss_options=None, **options):
-    given = {"algo": algo, "preset": "tiny", "prompts": 2, "group_size": G, "updates": 2, "lr": 1e-3, "device": "cpu"}
+    given = {
+        "algo": algo,
+        "preset": "tiny",
+        "prompts": 2,
+        "group_size": G,
+        "updates": 2,
+        "lr": 1e-3,
+        "device": "cpu",
+    }
     o = fill(given | {"dtype": "fp32", "temperature": 0.9} | options)
     return Updater(model, importlib.import_module(algo), loss_options or {}, o, longest=16)
 
@@ -46,7 +57,10 @@ def two_updates(algo, dtype, loss_options=None, **options):
     return model, [u.update(r, rows, first=i == 0) for i, rows in enumerate(mini_batches * 2)], r
 
 
-KINDS = [(algo, None) for algo in ALGORITHMS] + [("grpo", {"beta": 0.1}), ("tepo", {"kl_coef": 0.5})]
+KINDS = [(algo, None) for algo in ALGORITHMS] + [
+    ("grpo", {"beta": 0.1}),
+    ("tepo", {"kl_coef": 0.5}),
+]
 
 
 @pytest.mark.parametrize(("algo", "loss_options"), KINDS)
@@ -113,7 +127,9 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
     checkpointed.model.layers[0].register_forward_pre_hook(
         lambda m, a, k: calls.append(k["past_key_values"]), with_kwargs=True
     )
-    checkpointed.generate(torch.tensor([[3, 4]]), max_new_tokens=3, do_sample=False, eos_token_id=99)
+    checkpointed.generate(
+        torch.tensor([[3, 4]]), max_new_tokens=3, do_sample=False, eos_token_id=99
+    )
     assert all(cache is not None for cache in calls)  # generation keeps its cache
 
 
@@ -129,7 +145,9 @@ def test_the_ratio_before_the_first_update_is_1_and_measured():
     u.measure(r, torch.arange(B).split(4))
     r.old_logprobs -= 0.1
     r.advantages = u.algo.advantages(r.rewards, G)
-    assert u.update(r, torch.arange(4), first=True)["ratio"][0] == pytest.approx(2.718281828**0.1, rel=1e-4)
+    assert u.update(r, torch.arange(4), first=True)["ratio"][0] == pytest.approx(
+        2.718281828**0.1, rel=1e-4
+    )
 
 
 @pytest.fixture
@@ -167,7 +185,9 @@ def test_rows_without_push_are_not_run(rows_run):
     assert rows_run == [(4, True)]
     before = [p.clone() for p in model.parameters()]
     rows_run.clear()
-    said = u.update(r, torch.arange(4, 8), first=False)  # nothing to learn from: no pass, no step on momentum alone
+    said = u.update(
+        r, torch.arange(4, 8), first=False
+    )  # nothing to learn from: no pass, no step on momentum alone
     assert rows_run == [] and said["grad_norm"] == 0 and said["signal"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -194,7 +214,9 @@ def test_rows_left_out_do_not_pad_the_others_otherwise(size, monkeypatch):
     assert runs and all(grad and tuple(run) in measured for grad, *run in runs)
     runs.clear()
     u.update(r, torch.arange(B), first=False)
-    assert runs and all(grad or tuple(run) in measured for grad, *run in runs)  # the backward pass may have fewer rows
+    assert runs and all(
+        grad or tuple(run) in measured for grad, *run in runs
+    )  # the backward pass may have fewer rows
 
 
 def test_clip_frac_counts_tokens_with_advantage_and_no_push():

@@ -80,7 +80,9 @@ def batches(tokenizer, rng, batch, steps, patient, pool=32):
             chunk = [(q, a + [tokenizer.eos_token_id]) for q, a in chunk]
             width = max(len(q + a) for q, a in chunk)
             ids = torch.tensor([q + a + [pad] * (width - len(q + a)) for q, a in chunk])
-            labels = torch.tensor([[-100] * len(q) + a + [-100] * (width - len(q + a)) for q, a in chunk])
+            labels = torch.tensor(
+                [[-100] * len(q) + a + [-100] * (width - len(q + a)) for q, a in chunk]
+            )
             yield ids, labels
             done += 1
 
@@ -106,7 +108,12 @@ def fit(model, data, steps, lr):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=4000, help="with growing haste")
-    parser.add_argument("--more", type=int, default=1200, help="steps after them, with all of it and a third of the lr")
+    parser.add_argument(
+        "--more",
+        type=int,
+        default=1200,
+        help="steps after them, with all of it and a third of the lr",
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -114,14 +121,28 @@ def main():
     args = parser.parse_args()
 
     torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(1)  # sums over threads round differently; and so small a model gains little by a second
+    torch.set_num_threads(
+        1
+    )  # sums over threads round differently; and so small a model gains little by a second
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, args.seed)
     began = time.time()
-    fit(model, batches(tokenizer, random.Random(args.seed), args.batch, args.steps, PATIENT), args.steps, args.lr)
-    fit(model, batches(tokenizer, random.Random(args.seed + 1), args.batch, args.more, 0), args.more, args.lr / 3)
+    fit(
+        model,
+        batches(tokenizer, random.Random(args.seed), args.batch, args.steps, PATIENT),
+        args.steps,
+        args.lr,
+    )
+    fit(
+        model,
+        batches(tokenizer, random.Random(args.seed + 1), args.batch, args.more, 0),
+        args.more,
+        args.lr / 3,
+    )
     # exactly what was trained: no top_k, top_p or repetition penalty hides in here
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(json.dumps({"weights": model.num_parameters(), "seconds": round(time.time() - began)}))

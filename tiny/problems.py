@@ -7,7 +7,16 @@ told apart by a checksum of the question, so that no seed and no number of probl
 import random
 import zlib
 
-NAMES = {"Mia": "She", "Ana": "She", "Eva": "She", "Zoe": "She", "Tom": "He", "Ben": "He", "Max": "He", "Sam": "He"}
+NAMES = {
+    "Mia": "She",
+    "Ana": "She",
+    "Eva": "She",
+    "Zoe": "She",
+    "Tom": "He",
+    "Ben": "He",
+    "Max": "He",
+    "Sam": "He",
+}
 ITEMS = ("eggs", "pens", "coins", "cards", "books", "apples", "shells", "stamps")
 MORE = ("buys", "finds", "wins", "gets")
 LESS = ("sells", "loses", "uses", "drops")
@@ -26,7 +35,9 @@ def draw(rng):
     start = count = rng.randint(2, LARGEST)
     steps, events = [], []
     for _ in range(rng.randint(2, 5)):
-        change = rng.choice([c for c in range(-OPERAND, OPERAND + 1) if c and 0 <= count + c <= LARGEST])
+        change = rng.choice(
+            [c for c in range(-OPERAND, OPERAND + 1) if c and 0 <= count + c <= LARGEST]
+        )
         steps.append(change)
         events.append(f"{rng.choice(MORE if change > 0 else LESS)} {abs(change)}")
         count += change
@@ -60,5 +71,7 @@ def problems(n, seed, split):
     while len(found) < n:
         question, start, steps = draw(rng)
         if split_of(question) == split:
-            found[question] = worked(start, steps)  # a question drawn twice has one answer and stays one entry
+            found[question] = worked(
+                start, steps
+            )  # a question drawn twice has one answer and stays one entry
     return [{"question": question, "answer": answer} for question, answer in found.items()]

@@ -89,7 +89,10 @@ def build_parser():
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )  # fmt: skip
-    parser.add_argument("--preset", help="auto, tiny or gsm8k: the defaults below (auto: gsm8k with CUDA, else tiny)")
+    parser.add_argument(
+        "--preset",
+        help="auto, tiny or gsm8k: the defaults below (auto: gsm8k with CUDA, else tiny)",
+    )
     for title, rows in OPTIONS.items():
         group = parser.add_argument_group(title)
         for name, kind, tiny, gsm8k, text in rows:
@@ -104,8 +107,14 @@ def build_parser():
             text = "an option of the algorithm's advantages or loss, e.g. eps_high=0.3; repeatable"
             group.add_argument("--option", action="append", metavar="NAME=VALUE", help=text)
     group.add_argument("--overwrite", action="store_true", help="delete the run that --out holds")
-    group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; needs no other option")
-    group.add_argument("--eval-only", action="store_true", help="evaluate the model and write eval.json; no training")
+    group.add_argument(
+        "--resume", metavar="RUN", help="go on with the run in this folder; needs no other option"
+    )
+    group.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="evaluate the model and write eval.json; no training",
+    )
     return parser
 
 
@@ -130,7 +139,11 @@ def fill(given):
         options["preset"] = "gsm8k" if cuda or of_gsm8k else "tiny"
     if options["preset"] not in DEFAULTS:
         raise ValueError(f"--preset is auto, tiny or gsm8k, not {options['preset']!r}")
-    options = {"option": {}, "overwrite": False, "eval_only": False} | DEFAULTS[options["preset"]] | options
+    options = (
+        {"option": {}, "overwrite": False, "eval_only": False}
+        | DEFAULTS[options["preset"]]
+        | options
+    )
     options.pop("beta", None)  # it became option["beta"]
     if options["device"] == "auto":
         options["device"] = "cuda" if cuda else "cpu"
@@ -146,12 +159,28 @@ def validate(o):
     """Raises ValueError, one line, for the first option that makes no sense."""
     near = difflib.get_close_matches(o["algo"].lower().replace("-", "_"), ALGORITHMS, 1, 0.4)
     batch = o["prompts"] * o["group_size"]
-    at_least = {"steps": 1, "prompts": 1, "updates": 1, "epochs": 1, "max_new_tokens": 1, "eval_n": 1, "group_size": 2}
-    at_least |= dict.fromkeys(("dynamic_sampling", "overlong_cache", "warmup", "eval_every", "k", "eval_samples"), 0)
+    at_least = {
+        "steps": 1,
+        "prompts": 1,
+        "updates": 1,
+        "epochs": 1,
+        "max_new_tokens": 1,
+        "eval_n": 1,
+        "group_size": 2,
+    }
+    at_least |= dict.fromkeys(
+        ("dynamic_sampling", "overlong_cache", "warmup", "eval_every", "k", "eval_samples"), 0
+    )
     at_least |= dict.fromkeys(("samples_every", "save_every", "seed"), 0)
     low = [name for name, least in at_least.items() if o[name] < least]
-    positive = [name for name in ("temperature", "lr", "max_grad_norm") if not 0 < o[name] < math.inf]
-    sizes = [name for name in ("micro_batch", "sample_batch") if o[name] != "auto" and not _is_size(o[name])]
+    positive = [
+        name for name in ("temperature", "lr", "max_grad_norm") if not 0 < o[name] < math.inf
+    ]
+    sizes = [
+        name
+        for name in ("micro_batch", "sample_batch")
+        if o[name] != "auto" and not _is_size(o[name])
+    ]
     device, _, index = o["device"].partition(":")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for wrong, line in (
@@ -199,16 +228,28 @@ def algorithm_options(algo, given):
             raise ValueError(f"{algo} has no option {name!r}; it has {known}")
         kind = type(defaults[name])
         try:
-            values[name] = {"true": True, "false": False}[str(text).lower()] if kind is bool else kind(text)
-            if kind is float and not (math.isfinite(values[name]) and (values[name] >= 0 or name in ("tau", "mu"))):
+            values[name] = (
+                {"true": True, "false": False}[str(text).lower()] if kind is bool else kind(text)
+            )
+            if kind is float and not (
+                math.isfinite(values[name]) and (values[name] >= 0 or name in ("tau", "mu"))
+            ):
                 raise ValueError
         except (ValueError, KeyError):
-            want = {bool: "true or false", float: "a finite number, not negative"}.get(kind, kind.__name__)
+            want = {bool: "true or false", float: "a finite number, not negative"}.get(
+                kind, kind.__name__
+            )
             raise ValueError(f"--option {name}={text}: {want} is wanted") from None
     ones = torch.ones(2, 1)
     of_advantages, of_loss = split_options(module, values)
-    advantages = module.advantages(torch.tensor([1.0, 0.0]), 2, entropy=ones, mask=ones, **of_advantages)
-    extras = {name: ones for name in ("ref_logprobs", "entropy", "old_entropy") if name in parameters(module.loss)}
+    advantages = module.advantages(
+        torch.tensor([1.0, 0.0]), 2, entropy=ones, mask=ones, **of_advantages
+    )
+    extras = {
+        name: ones
+        for name in ("ref_logprobs", "entropy", "old_entropy")
+        if name in parameters(module.loss)
+    }
     module.loss(-ones, -ones, advantages, ones, **of_loss, **extras)
     return values
 
@@ -219,4 +260,7 @@ def parameters(function):
 
 def split_options(module, values):
     """The options of module.advantages and those of module.loss."""
-    return ({k: v for k, v in values.items() if k in parameters(f)} for f in (module.advantages, module.loss))
+    return (
+        {k: v for k, v in values.items() if k in parameters(f)}
+        for f in (module.advantages, module.loss)
+    )

@@ -41,7 +41,9 @@ def clear(out, source):
     """
     source = Path(source).resolve()
     if any((out / name).resolve() in (source, *source.parents) for name in RUN_FILES):
-        raise ValueError(f"--overwrite would delete {source}, the model to start from; name another --out")
+        raise ValueError(
+            f"--overwrite would delete {source}, the model to start from; name another --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     for name in RUN_FILES:
         remove(out / name)
@@ -66,7 +68,11 @@ def whole(path):
             shutil.rmtree(path)
         os.replace(part, path)
         sync(path.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is one of the three, by who meets it
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # a full disk is one of the three, by who meets it
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"cannot write {path}: {cause}") from None
     finally:
@@ -119,7 +125,10 @@ def save_pretrained(folder, model, tokenizer):
 
 def rng_state():
     """The state of every generator that sampling draws from."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
 
 
 def set_rng_state(state):
@@ -130,7 +139,11 @@ def set_rng_state(state):
 
 def steps_saved(run):
     """{step: folder} of the checkpoints, by step."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    found = [
+        path
+        for path in (run / "checkpoints").glob("step-*")
+        if re.fullmatch(r"step-\d+", path.name)
+    ]
     return {step: path for step, path in sorted((int(path.name[5:]), path) for path in found)}
 
 
@@ -151,11 +164,21 @@ def save(run, step, model, optimizer, **counters):
     with whole(root / f"step-{step:06}") as part:
         part.mkdir()
         save_model(model, str(part / "model.safetensors"))
-        state = {"step": step, "optimizer": optimizer.state_dict(), "rng": rng_state(), "sizes": sizes, **counters}
-        with open(part / "state.pt", "wb") as file:  # given the path, torch.save would not say why it fails
+        state = {
+            "step": step,
+            "optimizer": optimizer.state_dict(),
+            "rng": rng_state(),
+            "sizes": sizes,
+            **counters,
+        }
+        with open(
+            part / "state.pt", "wb"
+        ) as file:  # given the path, torch.save would not say why it fails
             torch.save(state, file)
     saved = steps_saved(run)
-    kept = [known for known in saved if known <= step][-KEPT:]  # a later one is what `load` could not read
+    kept = [known for known in saved if known <= step][
+        -KEPT:
+    ]  # a later one is what `load` could not read
     for known in saved.keys() - kept:
         remove(saved[known])
 
@@ -174,16 +197,24 @@ def load(run, model, optimizer, say):
             for name, size in state["sizes"].items():
                 if (run / name).stat().st_size < size:
                     raise ValueError(f"{name} is shorter than it was")
-            load_model(model, str(folder / "model.safetensors"), device=str(next(model.parameters()).device))
+            load_model(
+                model,
+                str(folder / "model.safetensors"),
+                device=str(next(model.parameters()).device),
+            )
             optimizer.load_state_dict(state.pop("optimizer"))
             set_rng_state(state.pop("rng"))
             break
-        except Exception as error:  # torn zip, torn header, missing file: each library has its own type
+        except (
+            Exception
+        ) as error:  # torn zip, torn header, missing file: each library has its own type
             why = (str(error).strip() or type(error).__name__).split("\n")[0][:120]
             say(f"checkpoint {folder.name} cannot be read ({why}); falling back to the one before")
     else:
         if saved or (run / "model").exists():
-            raise ValueError(f"no checkpoint in {run / 'checkpoints'} can be read; start again with --overwrite")
+            raise ValueError(
+                f"no checkpoint in {run / 'checkpoints'} can be read; start again with --overwrite"
+            )
         state = {"step": 0, "cursor": 0, "bad_steps": 0, "sizes": {}}
     sizes = state.pop("sizes")
     for name in LINES:

@@ -5,9 +5,9 @@ import math
 import torch
 from tqdm import tqdm
 
-import checkpoint
-from policy import sample
 from rewards import correct, extract_answer
+from trainer import checkpoint
+from trainer.policy import sample
 
 
 def wilson(successes, n, z=1.959964):
@@ -32,7 +32,19 @@ def decode(tokenizer, rollout):
     return tokenizer.batch_decode([ids[:n] for ids, n in rows], skip_special_tokens=True)
 
 
-def evaluate(model, tokenizer, problems, *, k, samples, temperature, seed, rows_at_once=128, quiet=True, **limits):
+def evaluate(
+    model,
+    tokenizer,
+    problems,
+    *,
+    k,
+    samples,
+    temperature,
+    seed,
+    rows_at_once=128,
+    quiet=True,
+    **limits,
+):
     """Greedy accuracy, strict and lenient, and `samples` draws a problem for avg@k and pass@k.
 
     problems: with "prompt_ids" and "answer". limits: what policy.sample takes besides. Leaves torch's
@@ -41,7 +53,13 @@ def evaluate(model, tokenizer, problems, *, k, samples, temperature, seed, rows_
     """
     prompts, answers = [p["prompt_ids"] for p in problems], [p["answer"] for p in problems]
     devices = [model.device] if model.device.type == "cuda" else []
-    bar = tqdm(total=len(problems) * (2 if k else 1), desc="evaluate", unit="problem", leave=False, disable=quiet)
+    bar = tqdm(
+        total=len(problems) * (2 if k else 1),
+        desc="evaluate",
+        unit="problem",
+        leave=False,
+        disable=quiet,
+    )
     with torch.random.fork_rng(devices), bar:
         torch.manual_seed(seed)
         common = dict(rows_at_once=rows_at_once, progress=bar, **limits)
@@ -52,12 +70,25 @@ def evaluate(model, tokenizer, problems, *, k, samples, temperature, seed, rows_
     lenient = sum(matches(text, answer) for text, answer in zip(texts, answers, strict=True))
     n = len(problems)
     low, high = wilson(strict, n)
-    result = {"accuracy": strict / n, "accuracy_lenient": lenient / n, "ci95": [low, high], "avg_at_k": None}
-    result |= {"pass_at_k": None, "k": k, "n": n, "length": greedy.mask.sum(1).float().mean().item()}
+    result = {
+        "accuracy": strict / n,
+        "accuracy_lenient": lenient / n,
+        "ci95": [low, high],
+        "avg_at_k": None,
+    }
+    result |= {
+        "pass_at_k": None,
+        "k": k,
+        "n": n,
+        "length": greedy.mask.sum(1).float().mean().item(),
+    }
     result["truncated"] = greedy.truncated.float().mean().item()
     if k:
         repeated = [answer for answer in answers for _ in range(samples)]
-        right = [correct(text, answer) for text, answer in zip(decode(tokenizer, drawn), repeated, strict=True)]
+        right = [
+            correct(text, answer)
+            for text, answer in zip(decode(tokenizer, drawn), repeated, strict=True)
+        ]
         counts = [int(sum(right[i : i + samples])) for i in range(0, len(right), samples)]
         result["avg_at_k"] = sum(counts) / len(right)
         result["pass_at_k"] = sum(pass_at_k(samples, c, k) for c in counts) / n

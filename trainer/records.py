@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from policy import Rollout
+from trainer.policy import Rollout
 
 
 def metrics_line(rollout, sampled, updates, group_size):
@@ -50,9 +50,16 @@ def sample_lines(step, rollout, rows, tokenizer, **more):
         line = {"step": step, "prompt": r.problems[i]["question"], "completion": r.texts[i]}
         line |= {"answer": r.problems[i]["answer"], "reward": r.rewards[i].item()}
         line["tokens"] = [tokenizer.decode([token]) for token in r.completions[i, :n].tolist()]
-        per = {"advantages": A, "logprobs": r.logprobs, "old_logprobs": r.old_logprobs, "entropy": r.entropy}
+        per = {
+            "advantages": A,
+            "logprobs": r.logprobs,
+            "old_logprobs": r.old_logprobs,
+            "entropy": r.entropy,
+        }
         lines.append(
-            line | {name: [round(x, 6) for x in values[i, :n].tolist()] for name, values in per.items()} | more
+            line
+            | {name: [round(x, 6) for x in values[i, :n].tolist()] for name, values in per.items()}
+            | more
         )
     return lines
 
@@ -68,4 +75,6 @@ def peak_mib(device):
     """The most memory held so far, in MiB: of the GPU's allocator, or of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )

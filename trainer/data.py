@@ -17,7 +17,9 @@ import huggingface_hub
 from rewards import correct
 from tiny.problems import problems as tiny_problems
 
-TINY_TRAIN = 20_000  # problems the embedded generator makes for training; many runs will not see them all
+TINY_TRAIN = (
+    20_000  # problems the embedded generator makes for training; many runs will not see them all
+)
 
 
 def load_problems(name, split):
@@ -30,12 +32,18 @@ def load_problems(name, split):
     """
     path = Path(name)
     if name == "tiny":
-        rows = tiny_problems(TINY_TRAIN, seed=0, split="train") if split == "train" else tiny_problems(500, 0, "test")
+        rows = (
+            tiny_problems(TINY_TRAIN, seed=0, split="train")
+            if split == "train"
+            else tiny_problems(500, 0, "test")
+        )
         where = "tiny"
     elif path.is_dir():
         where = path / f"{split}.jsonl"
         if not where.is_file():
-            raise ValueError(f"{path} holds no {split}.jsonl; pass --data a folder with train.jsonl and test.jsonl")
+            raise ValueError(
+                f"{path} holds no {split}.jsonl; pass --data a folder with train.jsonl and test.jsonl"
+            )
         rows = read_jsonl(where)
     elif path.is_file() or path.suffix == ".jsonl":
         rows, where = read_jsonl(path), path
@@ -44,11 +52,15 @@ def load_problems(name, split):
     problems = check(rows, where)
     one_file = path.is_file()
     repeats = len(rows) - rows.count(None) - len(problems)
-    if repeats and not (one_file and split == "test"):  # of one file it has been said with the train split
+    if repeats and not (
+        one_file and split == "test"
+    ):  # of one file it has been said with the train split
         print(f"{where}: {repeats} problems repeat a question; the first of each is kept")
     if one_file:
         if len(problems) < 2:
-            raise ValueError(f"{path} holds one problem; two are the least, one to train on and one to hold out")
+            raise ValueError(
+                f"{path} holds one problem; two are the least, one to train on and one to hold out"
+            )
         held_out = min(500, max(1, len(problems) // 10))
         return problems[:-held_out] if split == "train" else problems[-held_out:]
     return problems
@@ -64,7 +76,10 @@ def read_jsonl(path):
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line) if line.strip() else None)
-        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # ValueError: also a number of thousands of digits
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
     return rows
 
@@ -73,7 +88,9 @@ def hub_rows(name, split):
     """A data set of the Hub, or of its cache, through datasets.load_dataset."""
     import datasets  # here, since it takes a second to import and the tiny preset needs none of it
 
-    repo, _, config = ("openai/gsm8k:main" if name in ("gsm8k", "openai/gsm8k") else name).partition(":")
+    repo, _, config = (
+        "openai/gsm8k:main" if name in ("gsm8k", "openai/gsm8k") else name
+    ).partition(":")
     try:
         return list(datasets.load_dataset(repo, config or None, split=split))
     except Exception as error:  # the Hub fails in a dozen types, none of them ours
@@ -90,13 +107,21 @@ def check(rows, where):
     for number, row in enumerate(rows, 1):
         if row is None:
             continue
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
-            raise ValueError(f'{where}, line {number}: need {{"question": text, "answer": text}}, got {str(row)[:80]}')
+        if not isinstance(row, dict) or not all(
+            isinstance(row.get(key), str) for key in ("question", "answer")
+        ):
+            raise ValueError(
+                f'{where}, line {number}: need {{"question": text, "answer": text}}, got {str(row)[:80]}'
+            )
         try:
             (row["question"] + row["answer"]).encode()
             correct("", row["answer"])
-        except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair; no tokenizer takes it
-            raise ValueError(f"{where}, line {number}: {error.object[error.start]!r} is no character") from None
+        except (
+            UnicodeEncodeError
+        ) as error:  # JSON may hold half of a surrogate pair; no tokenizer takes it
+            raise ValueError(
+                f"{where}, line {number}: {error.object[error.start]!r} is no character"
+            ) from None
         except ValueError as error:
             raise ValueError(f"{where}, line {number}: {error}") from None
         if not row["question"].strip():
@@ -117,7 +142,9 @@ def encode_prompt(tokenizer, question, template):
         try:
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # whatever the template raises, jinja's own errors among them
-            raise ValueError(f"the tokenizer's chat template fails on a user's turn: {error}") from None
+            raise ValueError(
+                f"the tokenizer's chat template fails on a user's turn: {error}"
+            ) from None
         return tokenizer(text, add_special_tokens=False).input_ids
     return tokenizer(text + "\n").input_ids
 
@@ -131,8 +158,12 @@ def encode_problems(tokenizer, problems, template, longest, vocabulary=2**31):
     if not problems:
         raise ValueError("no problem is left to train on: all of them are held out too")
     if longest < 1:
-        raise ValueError("--max-new-tokens leaves no room for a prompt in the model's context: lower it")
-    encoded = [{**p, "prompt_ids": encode_prompt(tokenizer, p["question"], template)} for p in problems]
+        raise ValueError(
+            "--max-new-tokens leaves no room for a prompt in the model's context: lower it"
+        )
+    encoded = [
+        {**p, "prompt_ids": encode_prompt(tokenizer, p["question"], template)} for p in problems
+    ]
     kept = [p for p in encoded if 0 < len(p["prompt_ids"]) <= longest]
     if not kept:
         raise ValueError(
@@ -156,7 +187,9 @@ def checksum(problems, expected=None):
     """A checksum of questions and answers; ValueError if it is not the one that a resumed run had."""
     found = zlib.crc32(json.dumps([(p["question"], p["answer"]) for p in problems]).encode())
     if expected not in (None, found):
-        raise ValueError("the data are not what they were when the run began; it cannot be resumed with other problems")
+        raise ValueError(
+            "the data are not what they were when the run began; it cannot be resumed with other problems"
+        )
     return found
 
 
@@ -166,7 +199,9 @@ def offline_without_network(*names):
     """
     constants = huggingface_hub.constants
     here = all(name == "tiny" or Path(name).exists() for name in names)
-    if here or constants.HF_HUB_OFFLINE or urllib.request.getproxies():  # a proxy looks names up itself
+    if (
+        here or constants.HF_HUB_OFFLINE or urllib.request.getproxies()
+    ):  # a proxy looks names up itself
         return
     try:
         socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from grpo import k3
-from policy import head_is_plain, micro_batches, prompts_can_be_shared, rows_that_fit, token_logprobs
+from trainer.logprobs import head_is_plain, prompts_can_be_shared, token_logprobs
 
 
 class Updater:
@@ -26,12 +26,18 @@ class Updater:
         """algo: the algorithm's module; options: train.py's; longest: tokens of the longest row there can be."""
         self.model, self.algo, self.loss_options, self.o = model, algo, loss_options, options
         # fused: its foreach form would need another copy of the weights for a moment
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=options["lr"], weight_decay=0.0, fused=True)
-        self.reference = copy.deepcopy(model) if loss_options.get("beta", 0) > 0 else None  # the frozen start policy
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=options["lr"], weight_decay=0.0, fused=True
+        )
+        self.reference = (
+            copy.deepcopy(model) if loss_options.get("beta", 0) > 0 else None
+        )  # the frozen start policy
         self.needs_entropy = loss_options.get("kl_coef", 0) > 0
         self.through_head = head_is_plain(model)
         if not self.through_head:
-            print("this architecture does more to its logits than a linear head does: taking them whole")
+            print(
+                "this architecture does more to its logits than a linear head does: taking them whole"
+            )
         # Checkpointing runs a layer again without its cache, so there a prompt must be run with each of its rows.
         self.share_prompts = not options["gradient_checkpointing"] and prompts_can_be_shared(model)
         if options["gradient_checkpointing"]:
@@ -40,8 +46,13 @@ class Updater:
         fits = rows_that_fit(model, longest, checkpointing=options["gradient_checkpointing"])
         batch = options["prompts"] * options["group_size"]
         auto = {"micro_batch": min(fits, batch // options["updates"]), "sample_batch": batch}
-        self.at_once = {name: rows if options[name] == "auto" else int(options[name]) for name, rows in auto.items()}
-        self.bad_steps = 0  # optimizer steps skipped in a row, for a loss or gradient that is not finite
+        self.at_once = {
+            name: rows if options[name] == "auto" else int(options[name])
+            for name, rows in auto.items()
+        }
+        self.bad_steps = (
+            0  # optimizer steps skipped in a row, for a loss or gradient that is not finite
+        )
 
     def halving(self, name, work):
         """work(rows at once), again with half of them for as long as GPU memory runs out: nothing is lost by it."""
@@ -52,10 +63,10 @@ class Updater:
             except torch.OutOfMemoryError:
                 flag = "--" + name.replace("_", "-")
                 if self.o[name] != "auto" or rows == 1:
-                    line = (
-                        f"out of GPU memory with {flag} {rows}: try {flag} auto, --gradient-checkpointing, or a smaller"
-                    )
-                    raise MemoryError(line + " --max-new-tokens") from None
+                    raise MemoryError(
+                        f"out of GPU memory with {flag} {rows}: try {flag} auto, "
+                        f"--gradient-checkpointing, or a smaller --max-new-tokens"
+                    ) from None
             self.at_once[name] = rows // 2
             tqdm.write(f"out of GPU memory: {flag} goes from {rows} to {rows // 2}")
             self.model.eval()
@@ -65,7 +76,11 @@ class Updater:
     def forward(self, rollout, rows, model, with_entropy=True):
         """token_logprobs of these rows, under autocast where the compute is bf16."""
         device = model.device.type
-        with torch.autocast(device, torch.bfloat16) if self.o["dtype"] == "bf16" else contextlib.nullcontext():
+        with (
+            torch.autocast(device, torch.bfloat16)
+            if self.o["dtype"] == "bf16"
+            else contextlib.nullcontext()
+        ):
             return token_logprobs(
                 model, [rollout.prompts[i] for i in rows], rollout.completions[rows], rollout.mask[rows],
                 temperature=self.o["temperature"], with_entropy=with_entropy, through_head=self.through_head,
@@ -81,7 +96,11 @@ class Updater:
         groups = rollout.rewards.view(-1, self.o["group_size"])
         dull = (groups == groups[:, :1]).all(1).repeat_interleave(groups.shape[1]).cpu()[rows]
         parts = [part for part in (rows[~dull], rows[dull]) if len(part)]
-        return [piece for part in parts for piece in micro_batches(rollout, part, size, self.share_prompts)]
+        return [
+            piece
+            for part in parts
+            for piece in micro_batches(rollout, part, size, self.share_prompts)
+        ]
 
     def measure(self, rollout, mini_batches):
         """Fill in old_logprobs, entropy and, if wanted, ref_logprobs, [B, T], in the micro-batches of the updates."""
@@ -89,16 +108,22 @@ class Updater:
         @torch.no_grad()
         def work(size, model=None):
             dtype = torch.promote_types(self.model.dtype, torch.float32)
-            logprobs, entropy = torch.zeros(2, *rollout.mask.shape, dtype=dtype, device=rollout.mask.device)
+            logprobs, entropy = torch.zeros(
+                2, *rollout.mask.shape, dtype=dtype, device=rollout.mask.device
+            )
             for rows in mini_batches:
                 for piece in self.pieces(rollout, rows, size):
-                    logprobs[piece], entropy[piece] = self.forward(rollout, piece, model or self.model)
+                    logprobs[piece], entropy[piece] = self.forward(
+                        rollout, piece, model or self.model
+                    )
             return logprobs, entropy
 
         rollout.old_logprobs, rollout.entropy = self.halving("micro_batch", work)
         rollout.logprobs = rollout.old_logprobs.clone()
         if self.reference is not None:
-            rollout.ref_logprobs, _ = self.halving("micro_batch", lambda size: work(size, self.reference))
+            rollout.ref_logprobs, _ = self.halving(
+                "micro_batch", lambda size: work(size, self.reference)
+            )
 
     def update(self, rollout, rows, first):
         """One optimizer step on the mini-batch `rows` (indices); first: nothing has moved since the rollout.
@@ -117,9 +142,13 @@ class Updater:
         pieces = [piece for piece in self.pieces(r, rows, size) if live[piece].any()]
         entropy, in_one = r.entropy.clone(), len(pieces) == 1 and not first
         self.optimizer.zero_grad()
-        self.model.train(self.o["gradient_checkpointing"])  # transformers checkpoints only in train mode; no dropout
+        self.model.train(
+            self.o["gradient_checkpointing"]
+        )  # transformers checkpoints only in train mode; no dropout
         if not first:  # before the first update the old log-probabilities are the current ones
-            with torch.set_grad_enabled(in_one):  # a mini-batch that is one micro-batch needs no second pass
+            with torch.set_grad_enabled(
+                in_one
+            ):  # a mini-batch that is one micro-batch needs no second pass
                 for piece in pieces:
                     graph, H = self.forward(r, piece, self.model, self.needs_entropy)
                     r.logprobs[piece], entropy[piece] = graph.detach(), H
@@ -128,7 +157,9 @@ class Updater:
         if self.reference is not None:
             options |= {"ref_logprobs": r.ref_logprobs[rows]}
         logp = r.logprobs[rows].requires_grad_()
-        loss = self.algo.loss(logp, r.old_logprobs[rows], r.advantages[rows], r.mask[rows], **options)
+        loss = self.algo.loss(
+            logp, r.old_logprobs[rows], r.advantages[rows], r.mask[rows], **options
+        )
         push = torch.zeros_like(r.logprobs)
         push[rows] = torch.autograd.grad(loss, logp)[0]  # dL/dlogp  [B, T]
         stats = {
@@ -146,18 +177,68 @@ class Updater:
                         piece = piece[pushed[piece]]
                     graph, _ = self.forward(r, piece, self.model, False)
                 if first:
-                    stats["ratio"] += (graph.detach() - r.old_logprobs[piece]).exp()[r.mask[piece]].tolist()
+                    stats["ratio"] += (
+                        (graph.detach() - r.old_logprobs[piece]).exp()[r.mask[piece]].tolist()
+                    )
                 graph.backward(gradient=push[piece])
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.o["max_grad_norm"])
             stats["grad_norm"] = norm.item()
         self.model.eval()
         if stats["grad_norm"] is None or not norm.isfinite():
-            bad = ~(push.isfinite() & r.logprobs.isfinite() & r.old_logprobs.isfinite()).all(1).cpu()
+            bad = (
+                ~(push.isfinite() & r.logprobs.isfinite() & r.old_logprobs.isfinite()).all(1).cpu()
+            )
             stats["bad_rows"] = [i for i in rows.tolist() if bad[i]] or rows.tolist()
             self.bad_steps += 1
             return stats
         self.bad_steps = 0
         stats["moved"] = bool(pushed[rows].any())
-        if stats["moved"]:  # else there is nothing to learn from, and AdamW would move on its momentum alone
+        if stats[
+            "moved"
+        ]:  # else there is nothing to learn from, and AdamW would move on its momentum alone
             self.optimizer.step()
         return stats
+
+
+def rows_that_fit(model, tokens, budget=7 * 2**28, checkpointing=False):
+    """How many rows of so many tokens go into one forward and backward pass with `budget` bytes of activations.
+
+    A guess from the shapes, on the safe side; on CUDA an out-of-memory error corrects it by halving.
+    """
+    c = model.config.get_text_config()
+    inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+    layer = 4 * (
+        16 * c.hidden_size + 6 * inner
+    )  # bytes a token: norms, q, k, v, attention, MLP, in fp32
+    per_token = layer + c.num_hidden_layers * (4 * c.hidden_size if checkpointing else layer)
+    return max(1, int(budget // (per_token * max(1, tokens))))
+
+
+def micro_batches(rollout, rows, size, share_prompts=False):
+    """The indices `rows` in pieces of at most `size`, so that as few tokens as can be are run, padding included.
+
+    Rows of like length go together, or else, where prompts are shared, the rows of one group: whichever runs fewer.
+    """
+    by_length = rows[rollout.lengths[rows].argsort(stable=True)].split(size)
+    if not share_prompts:
+        return list(by_length)
+    prompts, completion = (
+        [tuple(prompt) for prompt in rollout.prompts],
+        rollout.mask.sum(1).tolist(),
+    )
+    longest = {}  # completion of each prompt
+    for i in rows.tolist():
+        longest[prompts[i]] = max(longest.get(prompts[i], 0), completion[i])
+    grouped = sorted(rows.tolist(), key=lambda i: (longest[prompts[i]], prompts[i], completion[i]))
+
+    def tokens(pieces):
+        """What running them costs: each distinct prompt once, and each completion, all padded to the longest."""
+        cost = 0
+        for piece in map(torch.Tensor.tolist, pieces):
+            distinct = {prompts[i] for i in piece}
+            cost += len(distinct) * max(map(len, distinct)) + len(piece) * max(
+                completion[i] for i in piece
+            )
+        return cost
+
+    return list(min(by_length, torch.tensor(grouped).split(size), key=tokens))
