@@ -336,9 +336,9 @@ def measure(name, argv):
     environment = os.environ | ({} if name == "rollout" else {"MALLOC_MMAP_THRESHOLD_": str(2**22)})
     done = subprocess.run(line, capture_output=True, text=True, env=environment)
     if done.returncode:
-        sys.exit(
-            f"bench.py: {name} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}"
-        )
+        last_line = (done.stderr.strip() or "no message").splitlines()[-1]
+        print(f"bench.py: {name} failed: {last_line}", file=sys.stderr)
+        sys.exit(done.returncode)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -465,11 +465,20 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.measure:
-        print(json.dumps(MEASUREMENTS[args.measure](args, device)))
+        try:
+            print(json.dumps(MEASUREMENTS[args.measure](args, device)))
+        except (
+            ValueError,
+            OSError,
+        ) as error:  # the user's model or data; a traceback is for our bugs
+            print(" ".join(str(error).split()), file=sys.stderr)
+            sys.exit(2)
         return
     parts = args.only.split(",")
     if unknown := [part for part in parts if part not in PARTS]:
         parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    if args.model != "tiny" and not Path(args.model).is_dir():
+        parser.error(f"--model {args.model}: no such folder; --model takes a model folder, or tiny")
     if args.peer and ("step" not in parts or args.model == "tiny"):
         parser.error(
             "--peer goes with the part step, and with --model FOLDER, a model of some size"

@@ -191,24 +191,44 @@ last {LAST} training steps. Seconds: the median step's, rollout and updates, tim
     )
 
 
+def algorithms(text):
+    """ "tepo,grpo" -> ["tepo", "grpo"]. Raises ArgumentTypeError for a name that is none."""
+    names = list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in ALGORITHMS:
+            known = ", ".join(ALGORITHMS)
+            raise argparse.ArgumentTypeError(f"no algorithm {name!r}; there are {known}")
+    return names
+
+
+def counts(text):
+    """ "0,1,2" -> [0, 1, 2]. Raises ArgumentTypeError."""
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: whole numbers with commas, such as 0,1,2")
+    return list(dict.fromkeys(int(part) for part in parts))
+
+
+def clip_ranges(text):
+    """ "0.2/0.28,3e-4/4e-4" -> [("0.2", "0.28"), ("3e-4", "4e-4")]. Raises ArgumentTypeError."""
+    pairs = [tuple(part.split("/")) for part in text.split(",")]
+    for pair in pairs:
+        if len(pair) != 2 or not all(is_clip_bound(bound) for bound in pair):
+            raise argparse.ArgumentTypeError(
+                f"{'/'.join(pair)!r}: a range is LOW/HIGH, such as 0.2/0.28; commas between ranges"
+            )
+    return list(dict.fromkeys(pairs))
+
+
+def is_clip_bound(text):
+    try:
+        return 0 <= float(text) < float("inf")
+    except ValueError:
+        return False
+
+
 def parse_args(argv):
     """The options; `rest` is what follows --. Raises SystemExit."""
-
-    def algos(text):
-        unknown = [name for name in text.split(",") if name not in ALGORITHMS]
-        if unknown:
-            raise argparse.ArgumentTypeError(
-                f"no algorithm {unknown[0]!r}; there are {', '.join(ALGORITHMS)}"
-            )
-        return list(dict.fromkeys(text.split(",")))
-
-    def counts(text):
-        return list(dict.fromkeys(int(n) for n in text.split(",")))
-
-    def clips(text):
-        pairs = [part.split("/") for part in text.split(",")]
-        return [(low, high) for low, high in pairs if float(low) + float(high)]
-
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(
         "compare.py",
@@ -218,7 +238,7 @@ def parse_args(argv):
         formatter_class=raw,
     )
     parser.add_argument(
-        "--algos", type=algos, metavar="A,B", help="default: all seven; with --eps: tepo"
+        "--algos", type=algorithms, metavar="A,B", help="default: all seven; with --eps: tepo"
     )
     parser.add_argument(
         "--seeds", type=counts, metavar="N,N", default=[0, 1, 2], help="default: 0,1,2"
@@ -231,7 +251,11 @@ def parse_args(argv):
         help="updates a rollout, each a variant",
     )
     parser.add_argument(
-        "--eps", type=clips, metavar="LOW/HIGH,...", default=[], help="clip ranges, each a variant"
+        "--eps",
+        type=clip_ranges,
+        metavar="LOW/HIGH,...",
+        default=[],
+        help="clip ranges, each a variant",
     )
     parser.add_argument(
         "--jobs",

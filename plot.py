@@ -23,6 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image  # a dependency of matplotlib
 
+from trainer import options
 from trainer.runs import average, finite, group, read_jsonl, read_runs
 
 # Okabe and Ito's colours, less their yellow, lost on white; dashes and markers tell the methods apart in grey.
@@ -403,8 +404,8 @@ EXAMPLES = """examples:
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """Refuses a wrong command line in one line, as every other error is told."""
+class Parser(options.Parser):
+    """Refuses a wrong command line in one line, like every other error, with exit status 2."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")

@@ -15,6 +15,11 @@ import sys
 import time
 from pathlib import Path
 
+from trainer.options import ALLOWED_ON_RESUME, check_command_line, fill, parse, split_options
+
+if __name__ == "__main__":  # --help and a misspelt option do not wait for torch to be imported
+    check_command_line()
+
 import torch
 import transformers
 from tqdm import tqdm
@@ -31,8 +36,7 @@ from trainer.data import (
 )
 from trainer.evaluate import decode, evaluate, evaluate_only
 from trainer.logprobs import prompts_can_be_shared
-from trainer.options import ALLOWED_ON_RESUME, fill, parse, split_options
-from trainer.policy import Rollout, context_length, load_policy, sample
+from trainer.policy import Rollout, context_length, load_policy, sample, use_threads
 from trainer.records import group_to_show, metrics_line, peak_mib, sample_lines
 from trainer.update import Updater
 
@@ -388,6 +392,7 @@ def set_up(o):
         ([], 0) if o["eval_only"] else split_overlap(load_problems(o["data"], "train"), test)
     )
     model, tokenizer, eos_ids, pad_id = load_policy(o["model"], o["device"])
+    use_threads(o["threads"], model)
     longest = context_length(model) - o["max_new_tokens"]
     how = o["prompt"], longest, len(model.get_input_embeddings().weight)
     train, long_train = ([], 0) if o["eval_only"] else encode_problems(tokenizer, train, *how)

@@ -22,8 +22,16 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import HfArgumentParser
-from trl import GRPOConfig, GRPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
+
+try:
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.models.utils import disable_gradient_checkpointing
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    install = "pip install -r requirements.txt -r scale/requirements.txt"
+    print(f"trl_trainer.py: error: TRL is needed ({error}): {install}", file=sys.stderr)
+    sys.exit(2)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -228,7 +236,7 @@ def parse(argv):
     """(train.py's options, a GRPOConfig): ours by their names in train.py, every other flag goes to GRPOConfig."""
     parser = Parser(
         prog="trl_trainer.py", description=__doc__.split("\n")[0],
-        allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        argument_default=argparse.SUPPRESS,
         epilog="Every other --flag is a field of TRL's GRPOConfig: --use_vllm true --gradient_checkpointing false ...",
     )  # fmt: skip
     parser.add_argument(

@@ -110,7 +110,7 @@ def one_line(text):
         ("--device cuda:99", "--device cuda:99: torch sees"),
         ("--preset big", "--preset is auto, tiny or gsm8k, not 'big'"),
         ("--steps many", "argument --steps: invalid int value: 'many'"),
-        ("--step 3", "unrecognized arguments: --step 3"),
+        ("--step 3", "no option --step; did you mean --steps?"),
         ("--option eps_hgih=0.3", "tepo has no option 'eps_hgih'; it has eps_low=0.2"),
         ("--option eps_high", "--option eps_high=: a finite number"),
         ("--option eps_high=nan", "--option eps_high=nan: a finite number"),

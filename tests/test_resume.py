@@ -267,7 +267,7 @@ def refused(capsys, *argv):
         ("--steps 11", "it has 12 steps, and --steps may only be raised"),
         ("--eval-only", "its --eval-only is False, not True"),
         ("--option beta=0.5", "its --option is"),
-        ("--stepz 30", "unrecognized arguments: --stepz 30"),
+        ("--stepz 30", "no option --stepz; did you mean --steps?"),
     ],
 )
 def test_resume_with_other_options(stopped, capsys, monkeypatch, words, line):

@@ -1,12 +1,15 @@
-"""Every option of train.py, its default in each preset, and the refusal of nonsense before any model is loaded."""
+"""Every option of train.py, its default in each preset, and the refusal of nonsense before any model is loaded.
+
+torch is imported only where it is needed: --help and a wrong command line are answered without it.
+"""
 
 import argparse
 import difflib
 import importlib
 import inspect
 import math
-
-import torch
+import os
+import sys
 
 ALGORITHMS = ("tepo", "grpo", "dapo", "gspo", "gtpo", "grpo_s", "trgrpo")
 
@@ -45,6 +48,7 @@ OPTIONS = {
         ("dtype", str, "auto", "auto", "of the compute: fp32, bf16, or auto (bf16 on CUDA); weights are fp32 always"),
         ("micro_batch", str, "auto", "auto", "rows of one forward pass, or auto; it does not change the gradient"),
         ("sample_batch", str, "auto", "auto", "rows of one generate call: a number, or auto"),
+        ("threads", str, "auto", "auto", "CPU threads, or auto: 1 for a model of under 10 M weights, else all cores"),
         ("gradient_checkpointing", bool, False, False, "less memory for a slower update"),
     ],
     "evaluation and output": [
@@ -79,14 +83,36 @@ ALLOWED_ON_RESUME = ("steps", "save_every")  # what a resumed run may change
 
 
 class Parser(argparse.ArgumentParser):
+    """Answers a misspelt option with the nearest one. A wrong command line is a ValueError."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)  # --seed is not short for --seeds
+
+    def parse_args(self, argv):
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            self.error(self.refusal(unknown[0]))
+        return args
+
     def error(self, message):
         raise ValueError(message)
+
+    def refusal(self, word):
+        """What to say of a word that is no option, with the option that it may have meant."""
+        name = word.split("=")[0]
+        options = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        near = difflib.get_close_matches(name.replace("_", "-"), options, n=1)
+        if not name.startswith("-"):
+            return f"{word!r} belongs to no option; --help lists the options"
+        if near:
+            return f"no option {name}; did you mean {near[0]}?"
+        return f"no option {name}; --help lists the options"
 
 
 def build_parser():
     parser = Parser(
         prog="train.py", description="Train a language model by a method of the GRPO family, on one GPU or on none.",
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )  # fmt: skip
     parser.add_argument(
@@ -129,8 +155,19 @@ def parse(argv):
     return given
 
 
+def check_command_line():
+    """Answer --help, or refuse a wrong command line of train.py. Raises SystemExit."""
+    try:
+        parse(sys.argv[1:])
+    except ValueError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 def fill(given):
     """All options: the preset's defaults, and over them what was given. Raises ValueError on nonsense."""
+    import torch
+
     options = dict(given)
     cuda = torch.cuda.is_available()
     if options.get("preset", "auto") == "auto":
@@ -157,6 +194,8 @@ def fill(given):
 
 def validate(o):
     """Raises ValueError, one line, for the first option that makes no sense."""
+    import torch
+
     near = difflib.get_close_matches(o["algo"].lower().replace("-", "_"), ALGORITHMS, 1, 0.4)
     batch = o["prompts"] * o["group_size"]
     at_least = {
@@ -194,6 +233,8 @@ def validate(o):
         (batch % max(1, o["updates"]), f"--updates {o['updates']} does not divide the {batch} completions of a step "
          f"(--prompts {o['prompts']} x --group-size {o['group_size']}): no equal mini-batches"),
         (sizes, sizes and f"--{sizes[0]} {o[sizes[0]]}: a number of rows, at least 1, or auto"),
+        (o["threads"] != "auto" and not (_is_size(o["threads"]) and int(o["threads"]) <= (os.cpu_count() or 1)),
+         f"--threads {o['threads']}: 1 to {os.cpu_count()}, the cores of this machine, or auto"),
         (o["eval_samples"] < o["k"], f"--eval-samples {o['eval_samples']} is below --k {o['k']}"),
         (o["overlong_cache"] > o["max_new_tokens"], "--overlong-cache is over --max-new-tokens"),
         ("{question}" not in o["prompt"], "--prompt must hold {question}, where the problem goes"),
@@ -215,6 +256,8 @@ def algorithm_options(algo, given):
 
     What may be set is every keyword whose default is a number, a bool or a text. Raises ValueError otherwise.
     """
+    import torch
+
     module = importlib.import_module(algo)
     defaults = {}
     for function in (module.advantages, module.loss):

@@ -7,6 +7,7 @@ have one prompt: causal attention gives it the same keys and values in every row
 """
 
 import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as hf_logging
 
 from trainer.logprobs import left_padded, prefill
+
+SMALL_MODEL = 10_000_000  # weights; below this a second thread gains little or nothing
 
 hf_logging.disable_progress_bar()  # "Loading weights" and the like, in the middle of our own lines
 
@@ -105,6 +108,27 @@ def load_policy(name, device="cpu"):
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
     return model.to(device).eval(), tokenizer, *special_tokens(model, tokenizer)
+
+
+def use_threads(threads, model):
+    """Set the number of CPU threads: `threads`, or a choice by the size of the model for "auto".
+
+    Threads wait for each other at the end of every operation. A small model has so little to do in
+    between that a second thread hardly helps; on a busy machine it makes a step many times slower.
+    OMP_NUM_THREADS, where it is set, is the user's choice.
+    """
+    weights = sum(weight.numel() for weight in model.parameters())
+    if threads != "auto":
+        torch.set_num_threads(int(threads))
+        reason = "as asked"
+    elif "OMP_NUM_THREADS" in os.environ:
+        reason = "OMP_NUM_THREADS"
+    elif weights < SMALL_MODEL:
+        torch.set_num_threads(1)
+        reason = f"auto: the model has {weights / 1e6:.1f} M weights"
+    else:
+        reason = f"auto: the model has {weights / 1e6:.0f} M weights"
+    print(f"CPU threads: {torch.get_num_threads()} ({reason}); --threads N changes it")
 
 
 def special_tokens(model, tokenizer):

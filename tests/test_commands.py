@@ -1,0 +1,138 @@
+"""The command lines: what a newcomer mistypes is answered in one line, at once."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from trainer import options, policy
+
+
+def command(*words, **environment):
+    """(exit status, what was printed) of `python WORDS` in the project's folder."""
+    line = [sys.executable, *map(str, words)]
+    done = subprocess.run(
+        line, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment, timeout=60
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "text"),
+    [
+        ("--help", 0, "--max-new-tokens"),
+        ("--step 3", 2, "train.py: error: no option --step; did you mean --steps?"),
+        (
+            "--temprature=2",
+            2,
+            "train.py: error: no option --temprature; did you mean --temperature?",
+        ),
+        (
+            "--group_size 4",
+            2,
+            "train.py: error: no option --group_size; did you mean --group-size?",
+        ),
+        ("--zzz", 2, "train.py: error: no option --zzz; --help lists the options"),
+        ("tepo", 2, "train.py: error: 'tepo' belongs to no option; --help lists the options"),
+    ],
+)
+def test_help_and_a_misspelt_option_are_answered_without_importing_torch(words, status, text):
+    # A module that is None in sys.modules cannot be imported: whoever tries gets an ImportError.
+    code = (
+        "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:];"
+        "runpy.run_path('train.py', run_name='__main__')"
+    )
+    found, printed = command("-c", code, "train.py", *words.split())
+    assert found == status and text in printed
+    if status:
+        assert printed == text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("--eps 0.2", "argument --eps: '0.2': a range is LOW/HIGH, such as 0.2/0.28"),
+        ("--eps 0.2/x", "argument --eps: '0.2/x': a range is LOW/HIGH"),
+        ("--eps 0.2/nan", "argument --eps: '0.2/nan': a range is LOW/HIGH"),
+        ("--eps -0.2/0.2", "argument --eps: expected one argument"),
+        ("--seeds x", "argument --seeds: 'x': whole numbers with commas, such as 0,1,2"),
+        ("--seeds 1,,2", "argument --seeds: '1,,2': whole numbers with commas"),
+        ("--off-policy 4,1.5", "argument --off-policy: '4,1.5': whole numbers with commas"),
+        ("--seed 1", "no option --seed; did you mean --seeds?"),
+        ("--algos tepo,gppo", "argument --algos: no algorithm 'gppo'; there are tepo, grpo"),
+    ],
+)
+def test_compare_says_what_an_option_wants(words, text, capsys):
+    import compare
+
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(words.split())
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and printed.startswith(f"compare.py: error: {text}")
+    assert printed.count("\n") == 1
+
+
+def test_bench_refuses_a_model_that_is_no_folder():
+    status, printed = command("bench.py", "--model", "nope")
+    assert status == 2 and printed.startswith("bench.py: error: --model nope: no such folder")
+    assert printed.count("\n") == 1
+
+
+def test_the_trl_port_says_how_to_install_trl():
+    code = (
+        "import runpy, sys; sys.modules['trl'] = None;"
+        "runpy.run_path('scale/trl_trainer.py', run_name='__main__')"
+    )
+    status, printed = command("-c", code)
+    assert status == 2 and printed.startswith("trl_trainer.py: error: TRL is needed")
+    assert "pip install -r requirements.txt -r scale/requirements.txt" in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+class Model:
+    """As many weights as a test asks for, without memory for them."""
+
+    def __init__(self, weights):
+        self.weights = weights
+
+    def parameters(self):
+        return [torch.empty(self.weights, device="meta")]
+
+
+@pytest.mark.parametrize(
+    ("asked", "weights", "variable", "want"),
+    [
+        ("auto", 700_000, None, 1),
+        ("auto", 9_999_999, None, 1),
+        ("auto", 10_000_000, None, 2),
+        ("auto", 700_000, "2", 2),
+        ("2", 700_000, None, 2),
+        ("1", 494_000_000, "2", 1),
+    ],
+)
+def test_a_small_model_runs_on_one_thread_unless_the_user_says_otherwise(
+    asked, weights, variable, want, threads, monkeypatch, capsys
+):
+    torch.set_num_threads(2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    policy.use_threads(asked, Model(weights))
+    assert torch.get_num_threads() == want
+    assert capsys.readouterr().out.startswith(f"CPU threads: {want} (")
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "two", "100000"])
+def test_a_number_of_threads_that_the_machine_has_not_is_refused(threads):
+    with pytest.raises(ValueError, match=f"--threads {threads}: 1 to .*, the cores of this"):
+        options.fill({"preset": "tiny", "threads": threads})
