@@ -67,17 +67,21 @@ class Trainer:
         self.warned = False  # of ratios that are not 1 before the first update
 
     def step(self, step):
-        """One rollout and its updates. Returns (its line for metrics.jsonl, the rollout, rows to blame for a skip)."""
+        """One rollout and its updates.
+
+        Returns (its line for metrics.jsonl, the rollout, the rows that caused a skipped update).
+        """
         o, updater, started = self.o, self.updater, time.perf_counter()
         lr = o["lr"] * min(1.0, step / max(1, o["warmup"]))
         updater.optimizer.param_groups[0]["lr"] = lr
 
-        # 1 Sample G completions of each prompt, and 2 reward them. (--dynamic-sampling repeats the two.)
+        # 1 Sample G completions of each prompt, and 2 reward them. (--dynamic-sampling repeats both.)
         rollout, sampled = self.sample_and_reward()
         rollout_s = time.perf_counter() - started
 
-        # 3 Advantages. Old log-probabilities and entropies come from our own forward pass, not from generate: the ratio
-        # is 1 before the first update only if both of its sides come from the same code, rows and padding.
+        # 3 Advantages. Old log-probabilities and entropies come from our own forward pass, not from
+        # generate: the ratio is 1 before the first update only if both of its sides come from the
+        # same code, rows and padding.
         batch = o["prompts"] * o["group_size"]
         mini_batches = torch.arange(batch).split(batch // o["updates"])
         updater.measure(rollout, mini_batches)

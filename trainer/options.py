@@ -29,7 +29,7 @@ OPTIONS = {
         ("group_size", int, 8, 8, "G, completions a prompt"),
         ("temperature", float, 1.0, 1.0, "divides the logits, in sampling and in training alike"),
         ("max_new_tokens", int, 64, 512, "longest completion; what is cut has no answer and earns nothing"),
-        ("dynamic_sampling", int, 0, 0, "DAPO: replace groups all right or all wrong by others, in at most so many tries"),
+        ("dynamic_sampling", int, 0, 0, "DAPO: replace groups all right or all wrong, in at most so many tries"),
         ("overlong_cache", int, 0, 0, "DAPO: punish the last so many tokens before --max-new-tokens; 0 is off"),
     ],
     "update": [
