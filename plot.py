@@ -79,8 +79,9 @@ def stretches(count):
 
 def label_seeds(ax, step, value, seeds, colour):
     """Says at its first point how many seeds a stretch has."""
-    look = {"fontsize": 7, "color": colour, "textcoords": "offset points", "xytext": (3, 5)}
-    ax.annotate(f"n = {seeds}", (step, value), annotation_clip=False, **look)
+    look = {"fontsize": 7, "color": colour, "textcoords": "offset points", "xytext": (3, 6)}
+    look["bbox"] = {"fc": "white", "alpha": 0.75, "lw": 0, "pad": 0.5}
+    ax.annotate(f"n = {seeds}", (step, value), annotation_clip=False, zorder=20, **look)
 
 
 def draw_metric(ax, metric, algos):
@@ -146,16 +147,17 @@ def seeds_note(groups):
             ends = [f"{count[part][0]} to step {steps[part][-1]}" for part in stretches(count)]
             if len(ends) > 1:
                 name = style(algo)[0] + (f", {variant}" if variant else "")
-                told.append(f"{name} {', '.join(ends)}")
+                told.append(f"{name}: {', '.join(ends)}")
     sentences = []
     if max(most, default=0) > 1:
         several = " to ".join(str(n) for n in sorted({min(most), max(most)}))
         sentences.append(f"Means of {several} seeds; bands and bars: lowest to highest seed.")
     if min(least, default=0) == 1:
         sentences.append("One seed: bars are its 95% Wilson interval.")
+    lines = [" ".join(sentences)]
     if told:
-        sentences.append(f"Seeds (n where they are fewer): {'; '.join(told)}.")
-    return "\n".join(textwrap.wrap(" ".join(sentences), 130))
+        lines += textwrap.wrap(f"Seeds (n where they are fewer): {'; '.join(told)}.", 130)
+    return "\n".join(lines)
 
 
 def plot_runs(runs, out):

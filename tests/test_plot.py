@@ -276,7 +276,7 @@ def test_note_says_the_seeds_of_each_stretch(tmp_path):
     short = short_run_among_three(tmp_path)
     note = plot.seeds_note({"": {"tepo": short}}).replace("\n", " ")
     assert note.startswith("Means of 3 seeds; bands and bars: lowest to highest seed.")
-    assert note.endswith("Seeds (n where they are fewer): TEPO 3 to step 8, 2 to step 12.")
+    assert note.endswith("Seeds (n where they are fewer): TEPO: 3 to step 8, 2 to step 12.")
     whole = read_runs([write_run(tmp_path / f"g{s}", "gspo", s) for s in (0, 1)])
     one = read_runs([write_run(tmp_path / "d", "dapo")])
     waiting = read_runs([write_run(tmp_path / "w", "gspo", 5, steps=0)])
@@ -289,14 +289,14 @@ def test_note_says_the_seeds_of_each_stretch(tmp_path):
     assert plot.seeds_note({"": {"gspo": waiting}}) == ""
     several = plot.seeds_note({"": {"gspo": whole, "dapo": one}})
     assert several == usual.replace("2", "1 to 2") + " " + interval
-    assert "TEPO, x 3 to step 8" in plot.seeds_note({"x": {"tepo": short}, "y": {"gspo": whole}})
+    assert "TEPO, x: 3 to step 8" in plot.seeds_note({"x": {"tepo": short}, "y": {"gspo": whole}})
 
 
 def test_the_figure_carries_the_note(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plot, "save", lambda figure, out: figures.append(figure))
     plot.plot_runs(short_run_among_three(tmp_path), tmp_path / "x.png")
-    assert "TEPO 3 to step 8, 2 to step 12." in figures[0].get_supxlabel()
+    assert "TEPO: 3 to step 8, 2 to step 12." in figures[0].get_supxlabel()
 
 
 def test_variants_and_seeds(tmp_path):
