@@ -138,12 +138,13 @@ def seeds_note(groups):
     for variant, algos in groups.items():
         for algo, runs in algos.items():
             steps, *_, count = average(runs, "train", "accuracy")
-            if not len(count):
-                steps, *_, count = average(runs, "eval", "accuracy")
+            held_out, *_, markers = average(runs, "eval", "accuracy")
+            if not len(count):  # no step of training yet, or an older file
+                steps, count = held_out, markers
             if not len(count):
                 continue
             most.append(count.max())
-            least.append(count.min())
+            least.append(min([*count, *markers]))
             ends = [f"{count[part][0]} to step {steps[part][-1]}" for part in stretches(count)]
             if len(ends) > 1:
                 name = style(algo)[0] + (f", {variant}" if variant else "")

@@ -287,6 +287,10 @@ def test_note_says_the_seeds_of_each_stretch(tmp_path):
     assert plot.seeds_note({"": {"gspo": whole + waiting}}) == usual  # a run without lines is none
     assert plot.seeds_note({"": {"dapo": one}}) == interval
     assert plot.seeds_note({"": {"gspo": waiting}}) == ""
+    unlike = [whole[0] | {"rows": [r for r in whole[0]["rows"] if r["phase"] == "train"]}, whole[1]]
+    assert (
+        plot.seeds_note({"": {"gspo": unlike}}) == usual + " " + interval
+    )  # one has no evaluation
     several = plot.seeds_note({"": {"gspo": whole, "dapo": one}})
     assert several == usual.replace("2", "1 to 2") + " " + interval
     assert "TEPO, x: 3 to step 8" in plot.seeds_note({"x": {"tepo": short}, "y": {"gspo": whole}})
