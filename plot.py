@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import textwrap
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -70,39 +71,103 @@ def save(figure, out):
         part.unlink(missing_ok=True)
 
 
+def stretches(count):
+    """The parts of a curve, as slices, over which as many seeds have a value. count [N]"""
+    ends = np.flatnonzero(np.diff(count)) + 1
+    bounds = [0, *ends.tolist(), len(count)]
+    return [slice(start, end) for start, end in pairwise(bounds) if start < end]
+
+
+def label_seeds(ax, step, value, seeds, colour):
+    """Says at its first point how many seeds a stretch has."""
+    look = {"fontsize": 7, "color": colour, "textcoords": "offset points", "xytext": (3, 6)}
+    look["bbox"] = {"fc": "white", "alpha": 0.75, "lw": 0, "pad": 0.5}
+    ax.annotate(f"n = {seeds}", (step, value), annotation_clip=False, zorder=20, **look)
+
+
 def draw_metric(ax, metric, algos):
-    """One metric of {algo: runs} into one panel."""
+    """One metric of {algo: runs} into one panel: means over seeds, with their spread.
+
+    Where a seed ends, the line breaks, and what remains is thinner and says how many seeds it has.
+    """
     for z, (algo, runs) in enumerate(algos.items(), 3):
-        _, colour, dashes, marker = style(algo)
-        steps, mean, low, high = average(runs, "train", metric)
-        if metric != "accuracy":
-            ax.plot(steps, mean, color=colour, ls=dashes, lw=1.4, zorder=z)
-            ax.fill_between(steps, low, high, color=colour, alpha=0.13, lw=0)
-            continue
-        ax.plot(steps, mean, color=colour, lw=0.6, alpha=0.5)
-        steps, mean, low, high = average(runs, "eval", metric)
-        if len(runs) == 1:
-            low, high = average(runs, "eval", "ci_lo")[1], average(runs, "eval", "ci_hi")[1]
-        bars = np.abs([mean - low, high - mean]) if len(low) == len(mean) == len(high) else None
-        ax.errorbar(
-            steps,
-            mean,
-            bars,
-            color=colour,
-            ls=dashes,
-            lw=1.4,
-            marker=marker,
-            ms=4,
-            elinewidth=0.9,
-            zorder=z,
-        )
+        _, colour, dashes, _ = style(algo)
+        steps, mean, low, high, count = average(runs, "train", metric)
+        for part in stretches(count):
+            x, y = steps[part], mean[part]
+            fewer = count[part][0] < count.max()
+            dot = "." if len(x) == 1 else None  # a line of one point does not show
+            if metric == "accuracy":
+                ax.plot(x, y, color=colour, lw=0.6, alpha=0.5, marker=dot)
+                continue
+            width = 0.7 if fewer else 1.4
+            ax.plot(x, y, color=colour, ls=dashes, lw=width, marker=dot, zorder=z)
+            ax.fill_between(x, low[part], high[part], color=colour, alpha=0.13, lw=0)
+            if fewer:
+                label_seeds(ax, x[0], y[0], count[part][0], colour)
+        if metric == "accuracy":
+            draw_evaluations(ax, algo, runs, z)
+
+
+def draw_evaluations(ax, algo, runs, z):
+    """Greedy accuracy on held-out problems: bars from the lowest to the highest seed.
+
+    Where there is one seed only, the bar is its own interval. Markers are hollow for fewer seeds.
+    """
+    _, colour, dashes, marker = style(algo)
+    steps, mean, low, high, count = average(runs, "eval", "accuracy")
+    ends = []
+    for bound, name in ((low, "ci_lo"), (high, "ci_hi")):
+        at, interval, *_ = average(runs, "eval", name)
+        interval = dict(zip(at, interval, strict=True))
+        alone = [interval.get(step, value) for step, value in zip(steps, mean, strict=True)]
+        ends.append(np.where(count == 1, alone, bound))
+    bars = np.abs([mean - ends[0], ends[1] - mean])  # [2, N]
+    look = {"color": colour, "ls": dashes, "marker": marker, "ms": 4, "elinewidth": 0.9}
+    for part in stretches(count):
+        fewer = count[part][0] < count.max()
+        look["lw"], look["mfc"] = (0.7, "white") if fewer else (1.4, colour)
+        ax.errorbar(steps[part], mean[part], bars[:, part], zorder=z, **look)
+        if fewer:
+            label_seeds(ax, steps[part][0], mean[part][0], count[part][0], colour)
+
+
+def seeds_note(groups):
+    """What the figure says of its seeds: what is averaged, what the bars are, and which curves have
+    fewer seeds where. groups: {variant: {algo: runs}}."""
+    most, least, told = [], [], []
+    for variant, algos in groups.items():
+        for algo, runs in algos.items():
+            steps, *_, count = average(runs, "train", "accuracy")
+            held_out, *_, markers = average(runs, "eval", "accuracy")
+            if not len(count):  # no step of training yet, or an older file
+                steps, count = held_out, markers
+            if not len(count):
+                continue
+            most.append(count.max())
+            least.append(min([*count, *markers]))
+            ends = [f"{count[part][0]} to step {steps[part][-1]}" for part in stretches(count)]
+            if len(ends) > 1:
+                name = style(algo)[0] + (f", {variant}" if variant else "")
+                told.append(f"{name}: {', '.join(ends)}")
+    sentences = []
+    if max(most, default=0) > 1:
+        several = " to ".join(str(n) for n in sorted({min(most), max(most)}))
+        sentences.append(f"Means of {several} seeds; bands and bars: lowest to highest seed.")
+    if min(least, default=0) == 1:
+        sentences.append("One seed: bars are its 95% Wilson interval.")
+    lines = [" ".join(sentences)]
+    if told:
+        lines += textwrap.wrap(f"Seeds (n where they are fewer): {'; '.join(told)}.", 130)
+    return "\n".join(lines)
 
 
 def plot_runs(runs, out):
-    """Draws accuracy, entropy [nats], length [tokens] and clip fraction against the training step into the file `out`.
+    """Draws accuracy, entropy [nats], length [tokens] and clip fraction into the file `out`.
 
-    runs: folders, .csv files, or what `read_runs` returns. Runs that differ in the seed alone are averaged; variants of
-    one algorithm stand side by side. A run without lines yet makes empty panels. Raises ValueError at what is no run.
+    runs: folders, .csv files, or what `read_runs` returns. Runs that differ in the seed alone are
+    averaged, at each step over those that have a value; variants of one algorithm stand side by
+    side. A run without lines yet makes empty panels. Raises ValueError for what is no run.
     """
     runs = [
         run for item in runs for run in ([item] if isinstance(item, dict) else read_runs([item]))
@@ -152,16 +217,8 @@ def plot_runs(runs, out):
     ]
     look = {"frameon": False, "fontsize": 9, "handlelength": 3.2, "columnspacing": 1.1}
     figure.legend(handles=lines, loc="outside upper center", ncols=7, **look)
-    seeds = sorted({len(runs) for algos in groups.values() for runs in algos.values()})
-    several = " to ".join(str(n) for n in seeds[:: max(1, len(seeds) - 1)])
-    bars = (
-        f"Means of {several} seeds; bands and bars: lowest to highest seed. "
-        if seeds[-1] > 1
-        else ""
-    )
-    bars += "One seed: bars are its 95% Wilson interval." if seeds[0] == 1 else ""
     note = "Accuracy: markers are greedy, on held-out problems; thin lines are the sampled training rollouts."
-    figure.supxlabel(f"{note}\n{bars}", fontsize=8)
+    figure.supxlabel(f"{note}\n{seeds_note(groups)}", fontsize=8)
     save(figure, out)
 
 
@@ -179,7 +236,11 @@ def fit_entropy(entropy, accuracy):
 
 
 def plot_entropy(runs, out):
-    """Draws accuracy against entropy [nats] of every training step, a panel a method, with the fit; prints the fits."""
+    """Draws accuracy against entropy [nats] of every training step, a panel per method, and the fit.
+
+    Both are of the rows trained on. Files from before accuracy_trained was logged have `accuracy`
+    only, which without --dynamic-sampling is the same. Prints the fits.
+    """
     methods = [
         (name, algo, runs) for name, algos in group(runs).items() for algo, runs in algos.items()
     ]
@@ -191,8 +252,11 @@ def plot_entropy(runs, out):
     )
     print(f"{'R = -a exp(H) + b':<32} {'a':>8} {'b':>8} {'R2':>6} {'points':>7}")
     for ax, (variant, algo, runs) in zip(axes.flat, methods, strict=False):
-        rows = [row for run in runs for row in run["rows"] if row["phase"] == "train"]
-        points = [(row["entropy"], row["accuracy"], row["step"]) for row in rows]
+        points = []
+        for row in (row for run in runs for row in run["rows"] if row["phase"] == "train"):
+            trained = row["accuracy_trained"]
+            accuracy = row["accuracy"] if trained is None else trained
+            points.append((row["entropy"], accuracy, row["step"]))
         entropy, accuracy, step = (
             np.array([p for p in points if None not in p]).reshape(-1, 3).T
         )  # [N] each
@@ -229,18 +293,21 @@ NOTES = {
 }
 
 
-def push(algo, rewards, entropy, logprobs, old_logprobs, mask):
-    """How the algorithm, with its default options, pushes the tokens of one group; rewards [G], the others [G, T].
+def push(algo, rewards, right, entropy, logprobs, old_logprobs, mask):
+    """How the algorithm, with its default options, pushes the tokens of one group.
+
+    rewards and right (1 where the answer is right) [G], the others [G, T].
 
     Returns -dloss/dlogprobs [G, T], above 0 where the update makes a token more likely, and clipped [G, T], where the
     advantage is not 0 and yet the gradient is exactly 0.
     """
     import torch  # here: the curves do without it
 
+    from trainer.options import named
+
     module = importlib.import_module(algo)
-    advantages = module.advantages(
-        rewards, len(rewards), entropy=entropy, mask=mask
-    )  # [G] or [G, T]
+    inputs = named(module.advantages, {"entropy": entropy, "mask": mask, "right": right})
+    advantages = module.advantages(rewards, len(rewards), **inputs)  # [G] or [G, T]
     logprobs = logprobs.detach().clone().requires_grad_()
     (gradient,) = torch.autograd.grad(
         module.loss(logprobs, old_logprobs, advantages, mask), logprobs
@@ -261,9 +328,9 @@ def read_group(path, step=None):
                 continue
             lists = [row["logprobs"], row["old_logprobs"], row["entropy"]]
             if all(len(x) == len(row["tokens"]) and None not in map(finite, x) for x in lists):
-                groups.setdefault((row["step"], row["prompt"]), []).append(
-                    row | {"right": row["reward"] > 0.5}
-                )
+                # files from before "right" was recorded: their reward
+                row["right"] = row.get("right", row["reward"]) > 0.5
+                groups.setdefault((row["step"], row["prompt"]), []).append(row)
         except (KeyError, TypeError, ValueError):
             raise ValueError(
                 f"{path}: line {number} is not a completion with tokens and logprobs"
@@ -326,6 +393,7 @@ def plot_credit(path, out, step=None, shown=2):
     given["mask"] = [torch.ones(len(row["tokens"])) for row in rows]
     given = {k: pad_sequence(x, batch_first=True) for k, x in given.items()}  # [G, T] each
     rewards = torch.tensor([row["reward"] for row in rows]).double()  # [G]
+    correct = torch.tensor([row["right"] for row in rows])  # [G]
     picked = []  # the right ones first; of each kind the shortest, the longest and what lies between
     for right in True, False:
         kind = sorted(
@@ -338,7 +406,8 @@ def plot_credit(path, out, step=None, shown=2):
 
     panels = [("Entropy", "of the policy that sampled, nats", given["entropy"], given["mask"] < 0)]
     panels += [
-        (STYLES[algo][0], note, *push(algo, rewards, **given)) for algo, note in NOTES.items()
+        (STYLES[algo][0], note, *push(algo, rewards, correct, **given))
+        for algo, note in NOTES.items()
     ]
     panel = 0.29 + 0.19 * len(picked)  # inches, title and rows
     height = 0.42 + len(panels) * panel + 0.5

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.options import ALLOWED_ON_RESUME, check_command_line, fill, parse, split_options
+from trainer.options import ALLOWED_ON_RESUME, check_command_line, fill, named, parse, split_options
 
 if __name__ == "__main__":  # --help and a misspelt option do not wait for torch to be imported
     check_command_line()
@@ -43,6 +43,8 @@ from trainer.update import Updater
 BAD_STEPS = (
     3  # so many optimizer steps in a row with a loss or gradient that is not finite end the run
 )
+# The largest |pi_theta / pi_old - 1| before a rollout's first update that rounding explains.
+RATIO_LIMITS = {"fp32": 1e-3, "bf16": 2e-2}
 
 
 class BadReward(Exception):
@@ -66,57 +68,76 @@ class Trainer:
         longest = max(len(p["prompt_ids"]) for p in problems) + options["max_new_tokens"]
         self.updater = Updater(model, self.algo, loss_options, options, longest)
         self.cursor = 0  # prompts drawn so far
+        self.warned = False  # of ratios that are not 1 before the first update
 
     def step(self, step):
-        """One rollout and its updates. Returns (its line for metrics.jsonl, the rollout, rows to blame for a skip)."""
-        o, updater, started = self.o, self.updater, time.perf_counter()
-        lr = updater.optimizer.param_groups[0]["lr"] = o["lr"] * min(
-            1.0, step / max(1, o["warmup"])
-        )
+        """One rollout and its updates.
 
-        # 1 Sample G completions of each prompt, and 2 reward them. (--dynamic-sampling repeats the two.)
+        Returns (its line for metrics.jsonl, the rollout, the rows that caused a skipped update).
+        """
+        o, updater, started = self.o, self.updater, time.perf_counter()
+        lr = o["lr"] * min(1.0, step / max(1, o["warmup"]))
+        updater.optimizer.param_groups[0]["lr"] = lr
+
+        # 1 Sample G completions of each prompt, and 2 reward them. (--dynamic-sampling repeats both.)
         rollout, sampled = self.sample_and_reward()
         rollout_s = time.perf_counter() - started
 
-        # 3 Advantages. Old log-probabilities and entropies come from our own forward pass, not from generate: the ratio
-        # is 1 before the first update only if both of its sides come from the same code, rows and padding.
+        # 3 Advantages. Old log-probabilities and entropies come from our own forward pass, not from
+        # generate: the ratio is 1 before the first update only if both of its sides come from the
+        # same code, rows and padding.
         batch = o["prompts"] * o["group_size"]
         mini_batches = torch.arange(batch).split(batch // o["updates"])
         updater.measure(rollout, mini_batches)
-        rollout.advantages = self.algo.advantages(
-            rollout.rewards,
-            o["group_size"],
-            entropy=rollout.entropy,
-            mask=rollout.mask,
-            **self.advantage_options,
-        )
+        rollout.advantages = self.advantages(rollout)
 
         # 4 Update: one optimizer step on each mini-batch.
         updates = []
         for rows in mini_batches * o["epochs"]:
-            updates.append(
-                updater.update(rollout, rows, first=not any(u["moved"] for u in updates))
-            )
+            first = not any(update["moved"] for update in updates)
+            updates.append(updater.update(rollout, rows, first))
             if updater.bad_steps == BAD_STEPS:
                 break
+
         seconds = time.perf_counter() - started
         tokens = sum(batch.mask.sum().item() for batch in sampled)
-        line = {"phase": "train", "step": step} | metrics_line(
-            rollout, sampled, updates, o["group_size"]
-        )
-        line |= {
-            "lr": lr,
-            "rollout_s": rollout_s,
-            "update_s": seconds - rollout_s,
-            "tokens_per_s": tokens / seconds,
-        }
+        line = {"phase": "train", "step": step}
+        line.update(metrics_line(rollout, sampled, updates, o["group_size"]))
+        line["lr"] = lr
+        line["rollout_s"] = rollout_s
+        line["update_s"] = seconds - rollout_s
+        line["tokens_per_s"] = tokens / seconds
+        line["peak_mib"] = peak_mib(self.model.device)
+        self.warn_of_ratios(step, line["ratio_first_max"])
         bad_rows = sorted({row for update in updates for row in update["bad_rows"]})
-        return line | {"peak_mib": peak_mib(self.model.device)}, rollout, bad_rows
+        return line, rollout, bad_rows
+
+    def advantages(self, rollout):
+        """The algorithm's advantages of the rollout, [B] or [B, T]."""
+        # Everything that an algorithm's `advantages` may ask for, by the name of its parameter.
+        inputs = {"entropy": rollout.entropy, "mask": rollout.mask, "right": rollout.right}
+        wanted = named(self.algo.advantages, inputs)
+        group_size = self.o["group_size"]
+        return self.algo.advantages(rollout.rewards, group_size, **wanted, **self.advantage_options)
+
+    def warn_of_ratios(self, step, largest):
+        """One line, once, if a ratio is not 1 where nothing has been trained yet."""
+        limit = RATIO_LIMITS[self.o["dtype"]]
+        if self.warned or largest is None or largest <= limit:
+            return
+        self.warned = True
+        tqdm.write(
+            f"warning: step {step}: before its first update pi_theta / pi_old is off 1 by up to "
+            f"{largest:.2g} (rounding in {self.o['dtype']} explains {limit:g}): two passes of the "
+            f"same weights differ, so every ratio is off by as much. Is something random, such as "
+            f"dropout, left in the model? Said once; see ratio_first_max in metrics.jsonl"
+        )
 
     def sample_and_reward(self):
         """(the step's Rollout, with rewards; the list of all that was sampled for it).
 
-        With --dynamic-sampling, groups of equal rewards make way for further prompts; after the last try they stay.
+        With --dynamic-sampling, groups that are all right or all wrong make way for further prompts
+        (DAPO, Eq. 11: by correctness, whatever else shapes the reward); after the last try they stay.
         """
         o, G, kept, dull, sampled = self.o, self.o["group_size"], [], [], []
         for _ in range(1 + o["dynamic_sampling"]):
@@ -131,8 +152,8 @@ class Trainer:
             )
             sampled.append(batch)
             for i in range(0, len(rewards), G):
-                equal = min(rewards[i : i + G]) == max(rewards[i : i + G])
-                (dull if equal and o["dynamic_sampling"] else kept).append(batch.rows(i, i + G))
+                one_sided = min(right[i : i + G]) == max(right[i : i + G])
+                (dull if one_sided and o["dynamic_sampling"] else kept).append(batch.rows(i, i + G))
             if len(kept) == o["prompts"]:
                 break
         return Rollout.join((kept + dull)[: o["prompts"]]), sampled

@@ -36,11 +36,20 @@ except ImportError as error:
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from grpo import k3, token_mean  # noqa: E402
+from grpo import token_mean  # noqa: E402
 from rewards import correct, overlong_penalty  # noqa: E402
 from trainer.data import encode_problems, load_problems  # noqa: E402
-from trainer.options import DEFAULTS, TYPES, Parser, fill, parameters, split_options  # noqa: E402
+from trainer.options import (  # noqa: E402
+    DEFAULTS,
+    TYPES,
+    Parser,
+    fill,
+    named,
+    parameters,
+    split_options,
+)
 from trainer.policy import context_length, load_policy  # noqa: E402
+from trainer.update import KL_COEFFICIENTS, kl_estimate  # noqa: E402
 
 # The options of train.py that mean the same here.
 OPTIONS = (
@@ -59,7 +68,9 @@ class Trainer(GRPOTrainer):
     """GRPOTrainer with the advantages and the loss of one of our files; text models.
 
     algo: the module's name. options: keywords of its two functions, {"eps_high": 0.3}. The rest goes to GRPOTrainer,
-    `args` by keyword. Raises ValueError on a GRPOConfig that would be ignored or that splits an optimizer step.
+    `args` by keyword. A reward function named `right` says which completions succeeded (1.0), for GTPO and GRPO-S;
+    without one these are the ones with a reward above 0.5. Raises ValueError on a GRPOConfig that would be ignored or
+    that splits an optimizer step.
     """
 
     def __init__(self, algo, *, args, options=None, **kwargs):
@@ -125,12 +136,18 @@ class Trainer(GRPOTrainer):
             self.rewards_per_func * self.reward_weights.to(self.rewards_per_func.device)
         ).nansum(1)  # [B]
         group_size = self.num_generations if self.model.training else self.num_generations_eval
-        advantages = self.algo.advantages(
-            rewards, group_size, entropy=self.everywhere(batch["entropy"]), mask=self.everywhere(batch["mask"]),
-            **self.advantage_options,
-        )  # fmt: skip
+        inputs = {name: self.everywhere(batch[name]) for name in ("entropy", "mask")}
+        inputs["right"] = self.right()
+        wanted = named(self.algo.advantages, inputs)
+        advantages = self.algo.advantages(rewards, group_size, **wanted, **self.advantage_options)
         batch["advantages"] = self.own(advantages, batch["mask"])  # [b] or [b, t]
         return batch
+
+    def right(self):
+        """What the reward function named `right` gave, [B] of all processes; None without one."""
+        if "right" not in self.reward_func_names:
+            return None
+        return self.rewards_per_func[:, self.reward_func_names.index("right")]
 
     def _prepare_inputs(self, inputs):
         """At the first of the micro-batches of an optimizer step, the first half of the gradient for all of them."""
@@ -173,16 +190,25 @@ class Trainer(GRPOTrainer):
         }
         wanted = [name for name in parameters(self.algo.loss) if others.get(name) is not None]
         others = {name: self.everywhere(others[name]) for name in wanted}
-        with torch.enable_grad():
-            loss = self.algo.loss(logp, old, A, mask, **self.loss_options, **others)
-            push = torch.autograd.grad(loss, logp)[0]
+        options = self.loss_options | others
+
+        def loss_and_push(**changed):
+            with torch.enable_grad():
+                loss = self.algo.loss(logp, old, A, mask, **(options | changed))
+                return loss, torch.autograd.grad(loss, logp)[0]
+
+        loss, push = loss_and_push()
+        without_kl = {name: 0.0 for name in KL_COEFFICIENTS if options.get(name)}
+        policy_push = loss_and_push(**without_kl)[1] if without_kl else push
         sizes = [len(x["mask"]) for x in window]
         for x, piece in zip(window, self.own(push, logprobs).split(sizes), strict=True):
             x["push"], x["loss"] = piece, loss.detach()
         signal = mask * ((A if A.ndim == 2 else A[:, None]) != 0)
         metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["clip_frac"].append(token_mean((push == 0).float(), signal).item())
-        metrics["kl_old"].append(token_mean(k3(old, logp.detach()), mask).item())
+        # of tokens with an advantage: those for which the clip leaves the policy's term no gradient
+        metrics["clip_frac"].append(token_mean((policy_push == 0).float(), signal).item())
+        # of all completion tokens: KL(pi_old || pi_theta) and the current policy's entropy, nats per token
+        metrics["kl_old"].append(token_mean(kl_estimate(logp.detach(), old), mask).item())
         metrics["entropy"].append(token_mean(self.everywhere(entropy), mask).item())
 
     def _compute_loss(self, model, inputs):
@@ -202,21 +228,24 @@ class Trainer(GRPOTrainer):
         return share + (reported - share).detach()
 
 
-def reward(options):
-    """train.py's reward as TRL calls it: texts, or single assistant turns, and the dataset's column "answer"."""
+def texts_of(completions):
+    """TRL hands texts, or conversations of one assistant turn."""
+    return [c if isinstance(c, str) else c[0]["content"] for c in completions]
 
-    def reward(completions, completion_ids, answer, **_):
-        texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-        values = [correct(text, truth) for text, truth in zip(texts, answer, strict=True)]
-        if options["overlong_cache"]:
-            limits = options["max_new_tokens"], options["overlong_cache"]
-            values = [
-                v + overlong_penalty(len(ids), *limits)
-                for v, ids in zip(values, completion_ids, strict=True)
-            ]
-        return values
 
-    return reward
+def rewards(options):
+    """train.py's reward as functions that TRL calls and adds up: `right`, and `overlong` if asked for."""
+
+    def right(completions, answer, **_):
+        return [
+            correct(text, truth) for text, truth in zip(texts_of(completions), answer, strict=True)
+        ]
+
+    def overlong(completion_ids, **_):
+        limits = options["max_new_tokens"], options["overlong_cache"]
+        return [overlong_penalty(len(ids), *limits) for ids in completion_ids]
+
+    return [right, overlong] if options["overlong_cache"] else [right]
 
 
 def rows(tokenizer, problems, template):
@@ -308,7 +337,7 @@ def main(argv=None):
     if dropped:
         print(f"dropped {dropped} problems of over {longest} prompt tokens")
     trainer = Trainer(
-        o["algo"], options=o["option"], args=config, model=model, processing_class=tokenizer, reward_funcs=reward(o),
+        o["algo"], options=o["option"], args=config, model=model, processing_class=tokenizer, reward_funcs=rewards(o),
         train_dataset=Dataset.from_list(rows(tokenizer, problems, o["prompt"])),
     )  # fmt: skip
     trainer.train()

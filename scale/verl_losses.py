@@ -73,7 +73,12 @@ def policy_loss(algo):
 
 
 def metrics(value, log_prob, old_log_prob, advantages, mask):
-    """verl's two, of this micro-batch: the share of tokens with an advantage but no gradient, and the k1 KL in nats."""
+    """Under verl's two names, of this micro-batch.
+
+    ppo_kl: KL(pi_old || pi_theta), nats per completion token, as the mean of log pi_old - log pi_theta
+    (k1, verl's own: unbiased, may be below 0). pg_clipfrac: of the tokens with an advantage (verl: of
+    all), the share to which the clip leaves no gradient; the loss has no KL term here.
+    """
     logged = {"actor/ppo_kl": (old_log_prob - log_prob.detach())[mask].mean().nan_to_num().item()}
     if log_prob.requires_grad:  # a forward pass alone has no gradient to look at
         signal = mask & (advantages if advantages.ndim == 2 else advantages[:, None]).ne(0)

@@ -202,10 +202,14 @@ def grpo_advantages(rewards, group_size):
     return out
 
 
-def gtpo_shaped(rewards, group, entropy, mask, alpha1, alpha2):
+def sets(group, success):
+    """O+ and O- of a group."""
+    return [i for i in group if success[i] > 0.5], [i for i in group if success[i] <= 0.5]
+
+
+def gtpo_shaped(rewards, success, group, entropy, mask, alpha1, alpha2):
     """Eqs. 3 and 5: r+ and r- as {(i, t): value} over the tokens of O+ and of O-."""
-    right = [i for i in group if rewards[i] > 0.5]
-    wrong = [i for i in group if not rewards[i] > 0.5]
+    right, wrong = sets(group, success)
     h = {(i, t): max(entropy[i][t], 1e-6) for i in group for t in tokens(mask[i])}
     r_plus, r_minus = {}, {}
     for t in range(len(mask[0])):
@@ -220,10 +224,9 @@ def gtpo_shaped(rewards, group, entropy, mask, alpha1, alpha2):
     return r_plus, r_minus
 
 
-def grpo_s_shaped(rewards, group, entropy, mask, beta1, beta2):
+def grpo_s_shaped(rewards, success, group, entropy, mask, beta1, beta2):
     """Eqs. 8 and 9: r+ and r- as {i: value}."""
-    right = [i for i in group if rewards[i] > 0.5]
-    wrong = [i for i in group if not rewards[i] > 0.5]
+    right, wrong = sets(group, success)
     h = {i: max(fmean(entropy[i][t] for t in tokens(mask[i])), 1e-6) for i in group}
     r_plus = {
         i: beta1 * rewards[i] + beta2 * h[i] / sum(h[k] for k in right) * len(right) for i in right
@@ -247,22 +250,22 @@ def normalised(r_plus, r_minus, normalize):
 
 
 def gtpo_advantages(
-    rewards, group_size, entropy, mask, *, alpha1=1.0, alpha2=0.1, normalize="zeros"
+    rewards, group_size, entropy, mask, *, right=None, alpha1=1.0, alpha2=0.1, normalize="zeros"
 ):
     out = [[0.0] * len(mask[0]) for _ in rewards]
     for group in groups(len(rewards), group_size):
-        shaped = gtpo_shaped(rewards, group, entropy, mask, alpha1, alpha2)
+        shaped = gtpo_shaped(rewards, right or rewards, group, entropy, mask, alpha1, alpha2)
         for (i, t), a in normalised(*shaped, normalize).items():
             out[i][t] = a
     return out
 
 
 def grpo_s_advantages(
-    rewards, group_size, entropy, mask, *, beta1=1.0, beta2=0.1, normalize="zeros"
+    rewards, group_size, entropy, mask, *, right=None, beta1=1.0, beta2=0.1, normalize="zeros"
 ):
     out = [0.0] * len(rewards)
     for group in groups(len(rewards), group_size):
-        shaped = grpo_s_shaped(rewards, group, entropy, mask, beta1, beta2)
+        shaped = grpo_s_shaped(rewards, right or rewards, group, entropy, mask, beta1, beta2)
         for i, a in normalised(*shaped, normalize).items():
             out[i] = a
     return out

@@ -406,6 +406,92 @@ def test_advantages_carry_no_gradient_and_keep_the_device(name):
     assert a.device.type == "meta"
 
 
+# ---- success is correctness, the reward may be shaped --------------------------------------------------------
+
+
+@every_shaped
+@every_normalize
+def test_an_all_right_group_with_one_punished_row_gets_exactly_0(name, normalize):
+    """Three rewards of 1 and one long row's 0: by reward that row would be wrong, at A about -1."""
+    _, entropy, mask = make_groups(4, B=4)
+    rewards, right = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.ones(4)
+    shape = SHAPED[name][0].advantages
+    options = {"entropy": entropy, "mask": mask, "normalize": normalize}
+    assert not shape(rewards, 4, right=right, **options).any()
+    assert shape(rewards, 4, **options).any()
+
+
+@every_shaped
+def test_a_group_all_wrong_gets_exactly_0_whatever_its_rewards(name):
+    _, entropy, mask = make_groups(4, B=4)
+    rewards = torch.tensor([0.0, 0.9, -1.0, 0.6])
+    a = SHAPED[name][0].advantages(rewards, 4, entropy=entropy, mask=mask, right=torch.zeros(4))
+    assert not a.any()
+
+
+@every_normalize
+def test_gtpo_by_hand_with_a_shaped_reward(normalize):
+    """Row 1 is right and punished to 0.3, row 2 wrong and punished to -1: only alpha1 r_i differs.
+
+    r+ is test_gtpo_by_hand's but for row 1, 1.05 - 0.7; r- is the same, -alpha1 having no reward.
+    """
+    rewards = torch.tensor([1.0, 0.3, -1.0, 0.0], dtype=torch.float64)
+    plus, minus = [1.15, 1.1, 0.35], [-1.15, -1.05, -1.1]
+    p, m = pools(plus, minus, normalize)
+    want = [
+        [standardised(1.15, p), standardised(1.1, p)],
+        [standardised(0.35, p), 0],
+        [standardised(-1.15, m), 0],
+        [standardised(-1.05, m), standardised(-1.1, m)],
+    ]
+    options = {"entropy": H, "mask": MASK, "normalize": normalize}
+    close(gtpo.advantages(rewards, 4, right=REWARDS, **options), want)
+
+
+@every_normalize
+def test_grpo_s_by_hand_with_a_shaped_reward(normalize):
+    rewards = torch.tensor([1.0, 0.3, -1.0, 0.0], dtype=torch.float64)
+    plus, minus = [1 + 1 / 7, 0.3 + 0.4 / 7], [-1 - 3.4 / 27, -1 - 2 / 27]
+    p, m = pools(plus, minus, normalize)
+    want = [standardised(x, p) for x in plus] + [standardised(x, m) for x in minus]
+    options = {"entropy": H, "mask": MASK, "normalize": normalize}
+    close(grpo_s.advantages(rewards, 4, right=REWARDS, **options), want)
+
+
+@every_shaped
+@every_normalize
+def test_shaped_advantages_with_correctness_equal_the_slow_loop(name, normalize):
+    module, slow = SHAPED[name]
+    for seed in range(3):
+        rewards, entropy, mask = make_groups(seed, rewards=(-1.0, 0.2, 0.7, 1.0))
+        right = make_groups(seed + 50)[0]
+        got = module.advantages(
+            rewards, 4, entropy=entropy, mask=mask, right=right, normalize=normalize
+        )
+        given = rewards.tolist(), 4, entropy.tolist(), mask.tolist()
+        close(got, slow(*given, right=right.tolist(), normalize=normalize))
+
+
+@every_shaped
+def test_right_may_be_of_any_dtype_and_defaults_to_rewards_above_a_half(name):
+    rewards, entropy, mask = make_groups(5, rewards=(0.0, 0.5, 0.51, 1.0))
+    advantages = SHAPED[name][0].advantages
+    want = advantages(rewards, 4, entropy=entropy, mask=mask)
+    for right in (rewards > 0.5, (rewards > 0.5).long(), (rewards > 0.5).bfloat16()):
+        got = advantages(rewards, 4, entropy=entropy, mask=mask, right=right)
+        assert torch.equal(got, want)
+
+
+@every_shaped
+@pytest.mark.parametrize("shape", [(3,), (1,), (4, 1), ()])
+def test_right_misshapen(name, shape):
+    mask = torch.ones(4, 3)
+    with pytest.raises(ValueError, match=r"right \[B\].*\[4\]"):
+        SHAPED[name][0].advantages(
+            torch.tensor([1.0, 0, 1, 0]), 2, entropy=mask, mask=mask, right=torch.ones(shape)
+        )
+
+
 # ---- signatures and errors -----------------------------------------------------------------------------------
 
 
@@ -418,7 +504,8 @@ def test_signature(name):
     parameters = inspect.signature(MODULES[name].advantages).parameters
     assert list(parameters)[:2] == ["rewards", "group_size"]
     keyword_only = list(parameters.values())[2:]
-    assert {p.name: p.default for p in keyword_only} == {"entropy": None, "mask": None} | options
+    inputs = {"entropy": None, "mask": None} | ({"right": None} if options else {})
+    assert {p.name: p.default for p in keyword_only} == inputs | options
     assert all(p.kind is p.KEYWORD_ONLY for p in keyword_only)
 
 

@@ -200,6 +200,7 @@ def test_t_interval():
     assert compare.mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / 3**0.5))
     assert compare.mean_interval([0.5, 0.7]) == pytest.approx((0.6, 12.706 * 0.02**0.5 / 2**0.5))
     assert compare.mean_interval([0.5]) == (0.5, None)
+    assert compare.mean_interval([0.0, 0.0, 3.0])[0] == 1  # the mean; the median is 0
     twenty = [float(i) for i in range(20)]
     exact = 2.093 * statistics.stdev(twenty) / 20**0.5
     assert exact < compare.mean_interval(twenty)[1] < 1.07 * exact

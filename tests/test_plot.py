@@ -170,21 +170,28 @@ def test_bad_csv_is_named(tmp_path):
 # Grouping and averaging
 
 
-def test_average_over_seeds(tmp_path):
-    """Seeds 0, 1, 2 rise by 1, 2, 3 % a step: mean 0.2 + 0.02 t, lowest 0.2 + 0.01 t, highest 0.2 + 0.03 t; the one
-    that stopped at step 8 ends the line there."""
-    runs = read_runs(
-        [write_run(tmp_path / str(s), seed=s, steps=8 if s == 2 else STEPS) for s in range(3)]
+def short_run_among_three(folder):
+    return read_runs(
+        [write_run(folder / str(s), seed=s, steps=8 if s == 4 else STEPS) for s in (0, 1, 4)]
     )
-    steps, mean, low, high = average(runs, "train", "accuracy")
-    assert steps.tolist() == list(range(1, 9))
-    np.testing.assert_allclose(mean, 0.2 + 0.02 * steps)
+
+
+def test_average_over_seeds(tmp_path):
+    """Seeds 0, 1, 4 rise by 1, 2, 5 % a step: the mean rises by 8/3 %, their median by 2 %. Seed 4
+    stops at step 8: the others go on, and from there their mean rises by 1.5 %."""
+    runs = short_run_among_three(tmp_path)
+    steps, mean, low, high, count = average(runs, "train", "accuracy")
+    assert steps.tolist() == list(range(1, STEPS + 1))
+    assert count.tolist() == [3] * 8 + [2] * 4
+    rise = np.where(steps <= 8, 0.08 / 3, 0.015)
+    np.testing.assert_allclose(mean, 0.2 + rise * steps)
     np.testing.assert_allclose(low, 0.2 + 0.01 * steps)
-    np.testing.assert_allclose(high, 0.2 + 0.03 * steps)
-    assert average(runs, "eval", "accuracy")[0].tolist() == [0, 4, 8]
-    waiting = write_run(tmp_path / "w", seed=3, steps=0)
-    assert len(average(runs + read_runs([waiting]), "train", "accuracy")[0]) == 8
-    assert [len(x) for x in average(read_runs([waiting]), "train", "accuracy")] == [0] * 4
+    np.testing.assert_allclose(high, 0.2 + np.where(steps <= 8, 0.05, 0.02) * steps)
+    steps, *_, count = average(runs, "eval", "accuracy")
+    assert (steps.tolist(), count.tolist()) == ([0, 4, 8, 12], [3, 3, 3, 2])
+    waiting = read_runs([write_run(tmp_path / "w", seed=3, steps=0)])
+    assert average(runs + waiting, "train", "accuracy")[4].tolist() == [3] * 8 + [2] * 4
+    assert [len(x) for x in average(waiting, "train", "accuracy")] == [0] * 5
 
 
 def test_band_and_mean_are_what_is_drawn(tmp_path):
@@ -213,6 +220,87 @@ def test_band_and_mean_are_what_is_drawn(tmp_path):
     band = ax.collections[0].get_paths()[0].vertices
     at_5 = band[np.isclose(band[:, 0], 5), 1]
     assert (at_5.min(), at_5.max()) == (15, 17) and ax.lines[0].get_ydata()[4] == 16
+
+
+def test_a_value_that_one_seed_lacks_is_left_out_of_the_mean_at_that_step_alone(tmp_path):
+    runs = read_runs([write_run(tmp_path / str(s), seed=s) for s in range(3)])
+    next(row for row in runs[2]["rows"] if row["phase"] == "train")["accuracy"] = None
+    _, mean, _, _, count = average(runs, "train", "accuracy")
+    assert count.tolist() == [2] + [3] * 11
+    np.testing.assert_allclose(mean[:2], [0.215, 0.24])
+
+
+def test_what_is_drawn_is_the_mean_over_seeds_and_no_median(tmp_path):
+    from matplotlib.figure import Figure
+
+    runs = read_runs([write_run(tmp_path / str(s), seed=s) for s in (0, 1, 4)])
+    ax = Figure().add_subplot()
+    plot.draw_metric(ax, "accuracy", {"tepo": runs})
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), 0.2 + 0.08 / 3 * np.arange(1, 13))
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), 0.2 + 0.08 / 3 * np.arange(0, 13, 4))
+    assert "Means of 3 seeds" in plot.seeds_note({"": {"tepo": runs}})
+
+
+def test_a_line_breaks_where_a_seed_ends_and_says_how_many_are_left(tmp_path):
+    from matplotlib.figure import Figure
+
+    runs = short_run_among_three(tmp_path)
+    ax = Figure().add_subplot()
+    plot.draw_metric(ax, "entropy", {"tepo": runs})
+    assert [line.get_xdata().tolist() for line in ax.lines] == [[*range(1, 9)], [*range(9, 13)]]
+    assert ax.lines[0].get_linewidth() > ax.lines[1].get_linewidth()
+    assert [(text.get_text(), text.xy) for text in ax.texts] == [("n = 2", (9, 0.1))]
+    ax = Figure().add_subplot()
+    plot.draw_metric(ax, "accuracy", {"tepo": runs})
+    full, fewer = ax.containers  # the evaluations at 0, 4, 8 and the one at 12
+    assert full.lines[0].get_xdata().tolist() == [0, 4, 8]
+    assert full.lines[0].get_markerfacecolor() == plot.STYLES["tepo"][1]
+    assert fewer.lines[0].get_xdata().tolist() == [12]
+    assert fewer.lines[0].get_markerfacecolor() == "white"
+    np.testing.assert_allclose(fewer.lines[0].get_ydata(), [0.38])
+    assert [text.get_text() for text in ax.texts] == ["n = 2"]
+
+
+def test_a_stretch_with_one_seed_has_that_seeds_interval_as_its_bar(tmp_path):
+    from matplotlib.figure import Figure
+
+    runs = read_runs([write_run(tmp_path / str(s), seed=s, steps=(12, 8)[s]) for s in (0, 1)])
+    ax = Figure().add_subplot()
+    plot.draw_metric(ax, "accuracy", {"tepo": runs})
+    both, alone = (bars.lines[2][0].get_segments() for bars in ax.containers)
+    np.testing.assert_allclose(both[2], [[8, 0.28], [8, 0.36]])  # lowest to highest seed
+    np.testing.assert_allclose(alone[0], [[12, 0.27], [12, 0.37]])  # 0.32 -+ 0.05
+
+
+def test_note_says_the_seeds_of_each_stretch(tmp_path):
+    short = short_run_among_three(tmp_path)
+    note = plot.seeds_note({"": {"tepo": short}}).replace("\n", " ")
+    assert note.startswith("Means of 3 seeds; bands and bars: lowest to highest seed.")
+    assert note.endswith("Seeds (n where they are fewer): TEPO: 3 to step 8, 2 to step 12.")
+    whole = read_runs([write_run(tmp_path / f"g{s}", "gspo", s) for s in (0, 1)])
+    one = read_runs([write_run(tmp_path / "d", "dapo")])
+    waiting = read_runs([write_run(tmp_path / "w", "gspo", 5, steps=0)])
+    waiting[0]["rows"].clear()
+    usual = "Means of 2 seeds; bands and bars: lowest to highest seed."
+    interval = "One seed: bars are its 95% Wilson interval."
+    assert plot.seeds_note({"": {"gspo": whole}}) == usual
+    assert plot.seeds_note({"": {"gspo": whole + waiting}}) == usual  # a run without lines is none
+    assert plot.seeds_note({"": {"dapo": one}}) == interval
+    assert plot.seeds_note({"": {"gspo": waiting}}) == ""
+    unlike = [whole[0] | {"rows": [r for r in whole[0]["rows"] if r["phase"] == "train"]}, whole[1]]
+    assert (
+        plot.seeds_note({"": {"gspo": unlike}}) == usual + " " + interval
+    )  # one has no evaluation
+    several = plot.seeds_note({"": {"gspo": whole, "dapo": one}})
+    assert several == usual.replace("2", "1 to 2") + " " + interval
+    assert "TEPO, x: 3 to step 8" in plot.seeds_note({"x": {"tepo": short}, "y": {"gspo": whole}})
+
+
+def test_the_figure_carries_the_note(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, out: figures.append(figure))
+    plot.plot_runs(short_run_among_three(tmp_path), tmp_path / "x.png")
+    assert "TEPO: 3 to step 8, 2 to step 12." in figures[0].get_supxlabel()
 
 
 def test_variants_and_seeds(tmp_path):
@@ -354,7 +442,9 @@ def test_entropy_figure_prints_the_fit(tmp_path, capsys):
         rows = read_folder(folder)["rows"]
         for row in rows:
             if row["phase"] == "train":
-                row["accuracy"] = 0.9 - 0.2 * math.exp(row["entropy"])
+                # of the rows that entropy covers; an older file has `accuracy` alone
+                name = "accuracy_trained" if folder.name.startswith("tepo") else "accuracy"
+                row[name] = 0.9 - 0.2 * math.exp(row["entropy"])
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     plot.plot_entropy(read_runs(folders), tmp_path / "entropy.png")
     check_picture(tmp_path / "entropy.png", 1280)
@@ -386,7 +476,7 @@ def test_push_is_minus_the_gradient(algo, tmp_path):
             )
             mask[i, t] = 1
     rewards = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
-    push, clipped = plot.push(algo, rewards, entropy, new, old, mask)
+    push, clipped = plot.push(algo, rewards, rewards, entropy, new, old, mask)
 
     module = importlib.import_module(algo)
     advantages = module.advantages(rewards, 4, entropy=entropy, mask=mask)
@@ -403,6 +493,41 @@ def test_push_is_minus_the_gradient(algo, tmp_path):
             all(len(set(clipped[i][mask[i] == 1].tolist())) == 1 for i in range(4))
             and clipped.any()
         )
+
+
+@pytest.mark.parametrize("algo", ["gtpo", "grpo_s"])
+def test_push_takes_success_from_correctness(algo):
+    """Row 1 is right, its reward 0.5 for its length: its tokens are pushed up all the same."""
+    ones = torch.ones(4, 2, dtype=torch.float64)
+    rewards, right = torch.tensor([[1, 0.5, 0, 0], [1, 1, 0, 0]], dtype=torch.float64)
+    push, _ = plot.push(algo, rewards, right, ones, -ones, -ones, ones)
+    assert (push[:2] > 0).all() and (push[2:] < 0).all()
+
+
+def test_rows_are_right_by_correctness_and_by_reward_only_in_older_files(tmp_path):
+    folder = write_samples(tmp_path)
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [row["right"] for row in plot.read_group(folder)] == [True, False, True, False]
+    for row, right in zip(lines, (True, True, False, False), strict=True):
+        row["right"] = right  # row 1: right, its reward 0; row 2: wrong, its reward 1
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    assert [row["right"] for row in plot.read_group(folder)] == [True, True, False, False]
+    lines[0]["right"] = "yes"
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    with pytest.raises(ValueError, match="line 1 is not a completion"):
+        plot.read_group(folder)
+
+
+def test_credit_picture_labels_by_correctness(tmp_path, monkeypatch):
+    folder, figures = write_samples(tmp_path), []
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    for row, right in zip(lines, (True, True, True, False), strict=True):
+        row["right"] = right
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    monkeypatch.setattr(plot, "save", lambda figure, out: figures.append(figure))
+    plot.plot_credit(folder, tmp_path / "x.png", shown=4)
+    labels = [text.get_text() for text in figures[0].axes[0].texts]
+    assert labels.count("right") == 3 and labels.count("WRONG") == 1
 
 
 def test_group_is_the_one_that_moved_most(tmp_path):

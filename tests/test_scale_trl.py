@@ -80,6 +80,7 @@ def train(
         folder
     )  # TRL loads the reference from where the model is from
     trainer_settings = {k: settings.pop(k) for k in ("algo", "options") if k in settings}
+    reward_funcs = settings.pop("reward_funcs", is_right)
     config = GRPOConfig(
         output_dir=str(out), use_cpu=True, bf16=False, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant",
         max_grad_norm=0.5, per_device_train_batch_size=ROWS // (processes * accumulated * updates),
@@ -93,7 +94,7 @@ def train(
         {"prompt": "Zoe"},
     ]
     trainer = pinned(base)(
-        args=config, model=model, processing_class=tokenizer(), reward_funcs=is_right,
+        args=config, model=model, processing_class=tokenizer(), reward_funcs=reward_funcs,
         train_dataset=Dataset.from_list(rows), **trainer_settings,
     )  # fmt: skip
     trainer.train()
@@ -166,6 +167,43 @@ def test_gradient_accumulation_does_not_change_the_averages(algo, tmp_path):
         and len(logged[0]) == EPOCHS
         and any(logged[0])
     )
+
+
+@pytest.mark.parametrize("algo", ["gtpo", "grpo_s"])
+def test_success_is_what_the_function_right_says_whatever_else_is_rewarded(algo, tmp_path):
+    """Each right row is punished by 0.6: by their sums, no row of any group would be right."""
+
+    def right(completion_ids, **_):
+        return is_right(completion_ids)
+
+    def overlong(completion_ids, **_):
+        return [-0.6] * len(completion_ids)
+
+    _, trainer = train(tmp_path, algo=algo, steps=1, reward_funcs=[right, overlong])
+    assert trainer.reward_func_names == ["right", "overlong"]
+    said = torch.tensor(is_right([completion(i) for i in range(ROWS)]))
+    torch.testing.assert_close(trainer.right().float(), said)
+    batch = trainer._buffered_inputs[0]
+    A = batch["advantages"].view(ROWS, -1)
+    inputs = {"entropy": batch["entropy"], "mask": batch["mask"], "right": said}
+    want = trainer.algo.advantages(said - 0.6, GROUP, **inputs)
+    torch.testing.assert_close(A, want.view(ROWS, -1))
+    assert A.any()
+
+
+def test_kl_old_and_clip_frac_by_hand(tmp_path):
+    """Row 0: w = e, clipped. Row 1, of A < 0: w = e, not clipped. The KL of beta pushes every token."""
+    _, trainer = train(tmp_path, algo="grpo", options={"beta": 0.3}, steps=1)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    logp = torch.full((2, 3), -1.0)
+    old, A = logp - torch.tensor([[1.0], [1.0]]), torch.tensor([1.0, -1.0])
+    batch = {"old_per_token_logps": old, "entropy": old * 0, "mask": mask, "advantages": A}
+    batch["ref_per_token_logps"] = logp - 0.5
+    trainer.push([batch], logp, old * 0)
+    metrics = trainer._metrics["train"]
+    assert (batch["push"] != 0)[mask == 1].all()
+    assert metrics["clip_frac"][-1] == pytest.approx(2 / 5)
+    assert metrics["kl_old"][-1] == pytest.approx(torch.e - 1 - 1, rel=1e-5)
 
 
 def worker(rank, port, out):
@@ -282,9 +320,12 @@ def test_prompts_and_reward_are_those_of_train_py():
         [row["prompt"]], add_generation_prompt=True, tokenize=True, return_dict=True
     )
     assert as_trl_does["input_ids"] == [encode_prompt(tok, "Mia has 3 eggs.", template)]
-    score = trl_trainer.reward({"overlong_cache": 2, "max_new_tokens": 4})
+    right, overlong = trl_trainer.rewards({"overlong_cache": 2, "max_new_tokens": 4})
     turns = ["so #### 3", [{"role": "assistant", "content": "#### 4"}], "#### 3"]
-    assert score(turns, [[1] * 2, [1] * 3, [1] * 4], ["#### 3"] * 3) == [1.0, -0.5, 0.0]
+    given = {"completions": turns, "completion_ids": [[1] * 2, [1] * 3, [1] * 4]}
+    given["answer"] = ["#### 3"] * 3
+    assert right(**given) == [1.0, 0.0, 1.0] and overlong(**given) == [0.0, -0.5, -1.0]
+    assert len(trl_trainer.rewards({"overlong_cache": 0, "max_new_tokens": 4})) == 1
 
 
 def test_script_trains_and_saves(tmp_path, capfd):

@@ -11,7 +11,7 @@ from trainer import update
 from trainer.logprobs import token_logprobs
 from trainer.options import ALGORITHMS, fill
 from trainer.policy import Rollout
-from trainer.update import Updater
+from trainer.update import Updater, kl_estimate
 
 B, T, G = 8, 6, 4
 
@@ -43,9 +43,11 @@ def updater(model, algo, loss_options=None, **options):
     return Updater(model, importlib.import_module(algo), loss_options or {}, o, longest=16)
 
 
-def two_updates(algo, dtype, loss_options=None, **options):
-    """Measure and update twice, on policy and then off it. Returns the trained model and what update said."""
-    model, r = tiny_model().to(dtype), rollout(dtype=dtype)
+def two_updates(algo, dtype, loss_options=None, r=None, **options):
+    """Measure and update twice, on policy and then off it. Returns the trained model, what update said, and the
+    rollout, `r` if given.
+    """
+    model, r = tiny_model().to(dtype), rollout(dtype=dtype) if r is None else r
     u = updater(model, algo, loss_options, **options)
     if u.reference is not None:
         torch.manual_seed(1)
@@ -87,10 +89,17 @@ def test_a_micro_batch_does_not_change_the_gradient_in_fp32(algo):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("one_sided", [False, True])
 @pytest.mark.parametrize(("algo", "loss_options"), KINDS)
-def test_two_halves_are_the_plain_gradient(algo, loss_options):
-    """Four optimizer steps against a loop that backpropagates the loss through the whole mini-batch at once."""
-    trained, _, r = two_updates(algo, torch.float64, loss_options, micro_batch="3")
+def test_two_halves_are_the_plain_gradient(algo, loss_options, one_sided):
+    """Four optimizer steps against a loop that backpropagates the loss through the whole mini-batch at once.
+
+    one_sided: the second group is all wrong; only a KL to the reference pushes its rows.
+    """
+    r = rollout()
+    if one_sided:
+        r.right[G:] = r.rewards[G:] = 0
+    trained, _, r = two_updates(algo, torch.float64, loss_options, r, micro_batch="3")
     model, options = tiny_model().double(), dict(loss_options or {})
     reference = copy.deepcopy(model)
     torch.manual_seed(1)
@@ -229,6 +238,150 @@ def test_clip_frac_counts_tokens_with_advantage_and_no_push():
     r.old_logprobs[2, 0] += 1.0  # wrong, ratio 1/e < 0.8: clipped, one token
     said = u.update(r, torch.arange(B), first=False)
     assert (said["signal"], said["clipped"]) == (r.mask.sum().item(), 7)
+
+
+@pytest.mark.parametrize("loss_options", [{"beta": 0.1}, {"beta": 5.0}])
+def test_clip_frac_is_of_the_policy_term_where_a_kl_pushes_too(loss_options):
+    """The same seven tokens as above: the KL to a reference elsewhere moves every one of them."""
+    model, r = tiny_model(), rollout(dtype=torch.float32)
+    u = updater(model, "grpo", loss_options, updates=1)
+    with torch.no_grad():
+        for p in u.reference.parameters():
+            p.mul_(1.1)
+    u.measure(r, [torch.arange(B)])
+    assert (r.ref_logprobs - r.old_logprobs)[r.mask].abs().min() > 1e-4
+    r.advantages = u.algo.advantages(r.rewards, G)
+    r.old_logprobs[0] -= 1.0
+    r.old_logprobs[1] -= 1.0
+    r.old_logprobs[2, 0] += 1.0
+    said = u.update(r, torch.arange(B), first=False)
+    assert (said["signal"], said["clipped"]) == (r.mask.sum().item(), 7)
+
+
+def test_clip_frac_is_of_the_policy_term_under_the_kl_mask_of_tepo():
+    """Rows 0 and 3 are right, s = e for both: clipped, 6 + 1 tokens, though the KL mask has them all."""
+    model, r = tiny_model(), rollout(dtype=torch.float32)
+    u = updater(model, "tepo", {"kl_coef": 0.5}, updates=1)
+    u.measure(r, [torch.arange(B)])
+    r.advantages = u.algo.advantages(r.rewards, G)
+    r.old_logprobs[[0, 1, 3]] -= 1.0
+    r.entropy += 1.0  # so the entropy has decreased everywhere
+    said = u.update(r, torch.arange(B), first=False)
+    assert (said["signal"], said["clipped"]) == (r.mask.sum().item(), 7)
+
+
+def test_signal_and_clip_are_counted_in_the_mini_batch_alone_and_without_rows_of_advantage_0():
+    model, r = tiny_model(), rollout(dtype=torch.float32)
+    u = updater(model, "grpo", updates=2)
+    u.measure(r, torch.arange(B).split(4))
+    r.advantages = u.algo.advantages(r.rewards, G)
+    r.advantages[1] = 0.0
+    r.old_logprobs[0] -= 1.0  # clipped, 6 tokens
+    r.old_logprobs[5] -= 1.0  # clipped, 6 tokens of the other mini-batch
+    said = u.update(r, torch.arange(4), first=False)
+    assert (said["signal"], said["clipped"]) == (6 + 5 + 1, 6)
+    kl = kl_estimate(r.logprobs, r.old_logprobs)
+    assert said["kl"] == pytest.approx(kl[[0, 2, 3]].sum().item(), rel=1e-5)
+    assert said["kl"] > 6 * 0.7  # e - 1 - 1 for each of the six
+
+
+# Eight draws in the proportions of pi_old: over them a mean is the expectation under pi_old.
+DRAWN = [0, 0, 0, 0, 1, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "new",
+    [
+        [0.4, 0.4, 0.1, 0.1],
+        [0.5, 0.25, 0.125, 0.125],
+        [0.05, 0.05, 0.1, 0.8],
+        [0.57, 0.2999, 0.13, 1e-4],  # pi_old / pi_theta = 1250 on one token: k3 of it is 1242
+    ],
+)
+def test_kl_is_the_exact_kl_of_old_and_new_over_an_enumerated_vocabulary(new, monkeypatch):
+    old = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64)
+    new = torch.tensor(new, dtype=torch.float64)
+    model, r = tiny_model().double(), rollout()
+    r.mask, r.completions = r.mask[:, :1] | True, torch.tensor(DRAWN)[:, None]
+    u = updater(model, "grpo", updates=1)
+    r.old_logprobs, r.entropy = old[r.completions].log(), torch.ones(B, 1).double()
+    r.logprobs, r.advantages = r.old_logprobs.clone(), u.algo.advantages(r.rewards, G)
+
+    def forward(rollout, rows, model, with_entropy=True):
+        graph = 0 * next(model.parameters()).sum()
+        logprobs = new[rollout.completions[rows]].log()
+        return logprobs + graph, torch.zeros_like(logprobs)
+
+    monkeypatch.setattr(u, "forward", forward)
+    said = u.update(r, torch.arange(B), first=False)
+    exact = (old * (old / new).log()).sum().item()
+    assert said["signal"] == B
+    assert said["kl"] / said["signal"] == pytest.approx(exact, abs=1e-12)
+
+
+def test_kl_of_whole_sequences_is_the_sum_of_their_tokens_expectations():
+    """All nine completions of two tokens over three words, each weighted by its chance under pi_old."""
+    g = torch.Generator().manual_seed(0)
+    old, new = torch.rand(2, 4, 3, generator=g, dtype=torch.float64).log_softmax(-1)
+    expected = exact = 0.0
+    for first in range(3):
+        for second in range(3):
+            # the second word's distribution, row 1 + first, depends on the first word
+            of_old = torch.stack([old[0, first], old[1 + first, second]])
+            of_new = torch.stack([new[0, first], new[1 + first, second]])
+            chance = of_old.sum().exp()
+            expected += chance * kl_estimate(of_new, of_old).sum()
+            exact += chance * (of_old.sum() - of_new.sum())
+    assert exact > 1e-3
+    torch.testing.assert_close(expected, exact, rtol=1e-12, atol=0)
+
+
+def test_kl_estimate_is_not_lost_to_rounding_nor_to_overflow():
+    """(w - 1) - log w is log(w)^2 / 2 close to w = 1, far below fp32's rounding of w."""
+    log_w = torch.tensor([1e-4, -1e-4, 1e-3])
+    want = [5e-9, 5e-9, 5e-7]
+    assert kl_estimate(log_w, torch.zeros(3)).tolist() == pytest.approx(want, rel=2e-3)
+    far = kl_estimate(torch.tensor([90.0, -90.0]), torch.zeros(2))
+    assert far.isfinite().all() and far[1] == 89  # e^-90 - 1 + 90
+
+
+def test_groups_left_out_by_correctness_do_not_pad_the_others_otherwise(monkeypatch):
+    """Shaped rewards: GTPO leaves out group 0, all right with one row punished, and keeps group 1."""
+    runs = []
+
+    def recorded(model, prompts, completions, mask, **options):
+        runs.append((torch.is_grad_enabled(), completions.tolist(), mask.tolist()))
+        return token_logprobs(model, prompts, completions, mask, **options)
+
+    monkeypatch.setattr(update, "token_logprobs", recorded)
+    r = rollout(dtype=torch.float32)
+    r.right = torch.tensor([1.0, 1, 1, 1, 0, 1, 0, 0])
+    r.rewards = r.right - torch.tensor([0.5, 0, 0, 0, 0, 0, 0, 0])
+    u = updater(tiny_model(), "gtpo", updates=1, micro_batch="8")
+    u.measure(r, [torch.arange(B)])
+    inputs = {"entropy": r.entropy, "mask": r.mask, "right": r.right}
+    r.advantages = u.algo.advantages(r.rewards, G, **inputs)
+    assert not r.advantages[:G].any() and r.advantages[G:].any()
+    measured = [run[1:] for run in runs]
+    runs.clear()
+    said = u.update(r, torch.arange(B), first=True)
+    assert len(runs) == 1 and len(runs[0][1]) == G and runs[0][1:] in measured
+    assert said["signal"] == r.mask[G:].sum() and len(said["ratio"]) == said["signal"]
+
+
+def test_a_kl_to_the_reference_runs_and_pushes_groups_without_advantage(rows_run):
+    r = rollout(dtype=torch.float32)
+    r.rewards = r.right = torch.zeros(B)
+    u = updater(tiny_model(), "grpo", {"beta": 0.1}, updates=1, micro_batch="8")
+    with torch.no_grad():
+        for p in u.reference.parameters():
+            p.mul_(1.1)
+    u.measure(r, [torch.arange(B)])
+    r.advantages = u.algo.advantages(r.rewards, G)
+    rows_run.clear()
+    said = u.update(r, torch.arange(B), first=True)
+    assert rows_run == [(B, True)]
+    assert said["moved"] and said["grad_norm"] > 0 and said["signal"] == 0
 
 
 def test_out_of_memory_halves_and_loses_nothing(monkeypatch, capsys):

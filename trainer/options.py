@@ -32,7 +32,7 @@ OPTIONS = {
         ("group_size", int, 8, 8, "G, completions a prompt"),
         ("temperature", float, 1.0, 1.0, "divides the logits, in sampling and in training alike"),
         ("max_new_tokens", int, 64, 512, "longest completion; what is cut has no answer and earns nothing"),
-        ("dynamic_sampling", int, 0, 0, "DAPO: replace all-equal groups by further prompts, in at most so many tries"),
+        ("dynamic_sampling", int, 0, 0, "DAPO: replace groups all right or all wrong, in at most so many tries"),
         ("overlong_cache", int, 0, 0, "DAPO: punish the last so many tokens before --max-new-tokens; 0 is off"),
     ],
     "update": [
@@ -301,9 +301,11 @@ def parameters(function):
     return inspect.signature(function).parameters
 
 
+def named(function, values):
+    """Those of values, {name: value}, that are parameters of the function."""
+    return {name: values[name] for name in values if name in parameters(function)}
+
+
 def split_options(module, values):
     """The options of module.advantages and those of module.loss."""
-    return (
-        {k: v for k, v in values.items() if k in parameters(f)}
-        for f in (module.advantages, module.loss)
-    )
+    return named(module.advantages, values), named(module.loss, values)

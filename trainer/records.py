@@ -11,30 +11,39 @@ from trainer.policy import Rollout
 def metrics_line(rollout, sampled, updates, group_size):
     """The step's numbers but for its times; the README's table says what each means.
 
-    rollout: what was trained on; sampled: list of all that was sampled for it; updates: what Updater.update returned.
+    rollout: the rows trained on; sampled: list of everything sampled for it; updates: what
+    Updater.update returned. A metric covers one of these sets of rows only.
     """
     r, every = rollout, Rollout.join(sampled)
     groups = every.rewards.view(-1, group_size)
+    equal = groups.amax(1) == groups.amin(1)
     A = per_token(r.advantages, r.mask)
+    against = torch.where(r.right[:, None] > 0.5, A < 0, A > 0)  # [B, T]
     signal = max(1, sum(u["signal"] for u in updates))
-    ratios = [ratio for u in updates for ratio in u["ratio"]]  # only of before the weights moved
+    ratios = [ratio for u in updates for ratio in u["ratio"]]
     norms = [u["grad_norm"] for u in updates if u["grad_norm"] is not None]
-    flipped = torch.where(r.right[:, None] > 0.5, A < 0, A > 0) & r.mask
     return {
         "reward": every.rewards.mean().item(),
         "accuracy": every.right.mean().item(),
+        "accuracy_trained": r.right.mean().item(),
         "entropy": r.entropy[r.mask].mean().item(),
         "kl": sum(u["kl"] for u in updates) / signal,
         "clip_frac": sum(u["clipped"] for u in updates) / signal,
         "ratio_first": sum(ratios) / len(ratios) if ratios else None,
+        "ratio_first_max": furthest_from_1(ratios) if ratios else None,
         "grad_norm": sum(norms) / len(norms) if norms else None,
         "length": every.mask.sum(1).float().mean().item(),
         "truncated": every.truncated.float().mean().item(),
-        "zero_std": (groups.amax(1) == groups.amin(1)).float().mean().item(),
-        "sign_flip": (flipped.sum() / r.mask.sum()).item(),
+        "zero_std": equal.float().mean().item(),
+        "sign_flip": against[r.mask].float().mean().item(),
         "skipped": sum(bool(u["bad_rows"]) for u in updates),
         "prompts": len(groups),
     }
+
+
+def furthest_from_1(ratios):
+    """The largest |w - 1| of a list; NaN if one is NaN."""
+    return (torch.tensor(ratios, dtype=torch.float64) - 1).abs().max().item()
 
 
 def per_token(advantages, mask):
@@ -43,29 +52,33 @@ def per_token(advantages, mask):
 
 
 def sample_lines(step, rollout, rows, tokenizer, **more):
-    """One object for each of the rows: the completion, and what training made of each of its tokens."""
-    r, lines, A = rollout, [], per_token(rollout.advantages, rollout.mask)
+    """One object for each of the rows: the completion, and what training made of its tokens."""
+    r, lines = rollout, []
+    per = {
+        "advantages": per_token(r.advantages, r.mask),
+        "logprobs": r.logprobs,
+        "old_logprobs": r.old_logprobs,
+        "entropy": r.entropy,
+    }
     for i in rows:
         n = int(r.mask[i].sum())
         line = {"step": step, "prompt": r.problems[i]["question"], "completion": r.texts[i]}
-        line |= {"answer": r.problems[i]["answer"], "reward": r.rewards[i].item()}
+        line["answer"] = r.problems[i]["answer"]
+        line["right"] = r.right[i].item() > 0.5
+        line["reward"] = r.rewards[i].item()
         line["tokens"] = [tokenizer.decode([token]) for token in r.completions[i, :n].tolist()]
-        per = {
-            "advantages": A,
-            "logprobs": r.logprobs,
-            "old_logprobs": r.old_logprobs,
-            "entropy": r.entropy,
-        }
-        lines.append(
-            line
-            | {name: [round(x, 6) for x in values[i, :n].tolist()] for name, values in per.items()}
-            | more
-        )
+        for name, values in per.items():
+            line[name] = [round(x, 6) for x in values[i, :n].tolist()]
+        line.update(more)
+        lines.append(line)
     return lines
 
 
 def group_to_show(rollout, group_size):
-    """Rows of the last group with right and wrong completions, else of the last: there the policy has moved most."""
+    """Rows of the last group with right and wrong completions, else of the last group.
+
+    In the last one the policy has moved most.
+    """
     groups = [range(i, i + group_size) for i in range(0, len(rollout.prompts), group_size)]
     mixed = [g for g in groups if 0 < rollout.right[g.start : g.stop].sum() < group_size]
     return (mixed or groups)[-1]

@@ -13,6 +13,7 @@ import numpy as np
 ORDER = ("grpo", "dapo", "gspo", "tepo", "gtpo", "grpo_s", "trgrpo")
 COLUMNS = (
     "accuracy",
+    "accuracy_trained",
     "ci_lo",
     "ci_hi",
     "entropy",
@@ -175,16 +176,17 @@ def group(runs):
 
 
 def average(runs, phase, metric):
-    """Steps [N] at which every run has a value, and the mean, lowest and highest [N] over the runs. Runs without any
-    value do not count."""
-    curves = [{r["step"]: r[metric] for r in run["rows"] if r["phase"] == phase} for run in runs]
-    curves = [
-        curve for c in curves if (curve := {step: v for step, v in c.items() if v is not None})
-    ]
-    steps = sorted(set.intersection(*map(set, curves))) if curves else []
-    values = np.array([[curve[step] for step in steps] for curve in curves])  # [runs, N]
-    return (
-        (np.array(steps), values.mean(0), values.min(0), values.max(0))
-        if steps
-        else (np.empty(0),) * 4
-    )
+    """Steps at which any run has a value; over the runs that have one there, the mean, the lowest,
+    the highest, and how many they are. Five arrays [N], the last of whole numbers."""
+    values = {}  # {step: [a value per run]}
+    for run in runs:
+        curve = {row["step"]: row[metric] for row in run["rows"] if row["phase"] == phase}
+        for step, value in curve.items():
+            if value is not None:
+                values.setdefault(step, []).append(value)
+    steps = sorted(values)
+    mean = [np.mean(values[step]) for step in steps]
+    low = [min(values[step]) for step in steps]
+    high = [max(values[step]) for step in steps]
+    count = [len(values[step]) for step in steps]
+    return (*map(np.array, (steps, mean, low, high)), np.array(count, int))

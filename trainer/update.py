@@ -15,8 +15,9 @@ import copy
 import torch
 from tqdm import tqdm
 
-from grpo import k3
 from trainer.logprobs import head_is_plain, prompts_can_be_shared, token_logprobs
+
+KL_COEFFICIENTS = "beta", "kl_coef"  # the options of a loss that switch on a KL term
 
 
 class Updater:
@@ -88,19 +89,26 @@ class Updater:
             )  # fmt: skip
 
     def pieces(self, rollout, rows, size):
-        """The indices `rows` in micro-batches, groups of equal rewards apart from the others.
+        """The indices `rows` in micro-batches; groups that an update may leave out stand apart.
 
-        An update leaves those groups out. Were they in the micro-batches that were measured, the rows beside them would
-        now be padded otherwise, in bf16 be rounded otherwise, and have ratios off 1 by that alone.
+        An update leaves out the groups whose advantages are all 0. With most algorithms these are
+        the groups of equal rewards, with GTPO and GRPO-S those that are all right or all wrong; the
+        two differ where the reward is shaped. In one micro-batch with others, their absence would
+        change the padding of the rows that remain, in bf16 also their rounding, and so the ratio.
         """
-        groups = rollout.rewards.view(-1, self.o["group_size"])
-        dull = (groups == groups[:, :1]).all(1).repeat_interleave(groups.shape[1]).cpu()[rows]
-        parts = [part for part in (rows[~dull], rows[dull]) if len(part)]
-        return [
-            piece
-            for part in parts
-            for piece in micro_batches(rollout, part, size, self.share_prompts)
-        ]
+        differ = self.groups_differ(rollout.rewards) + 2 * self.groups_differ(rollout.right)  # [B]
+        pieces = []
+        for kind in (3, 1, 2, 0):  # rewards and correctness differ, one of the two, neither
+            part = rows[differ[rows] == kind]
+            if len(part):
+                pieces += micro_batches(rollout, part, size, self.share_prompts)
+        return pieces
+
+    def groups_differ(self, values):
+        """[B] -> [B] int on the CPU: 1 for the rows of groups whose values are not all equal."""
+        groups = values.view(-1, self.o["group_size"])
+        differ = (groups != groups[:, :1]).any(1)
+        return differ.repeat_interleave(groups.shape[1]).int().cpu()
 
     def measure(self, rollout, mini_batches):
         """Fill in old_logprobs, entropy and, if wanted, ref_logprobs, [B, T], in the micro-batches of the updates."""
@@ -128,76 +136,127 @@ class Updater:
     def update(self, rollout, rows, first):
         """One optimizer step on the mini-batch `rows` (indices); first: nothing has moved since the rollout.
 
-        A loss or gradient that is not finite leaves the weights alone. Returns counts of tokens with an advantage
-        (signal) and, of those, with a push of exactly 0 (clipped); the summed kl; the ratios if first; the gradient's
-        norm before clipping (None: skipped); the rows to blame for a skip; whether the weights moved.
+        A loss or gradient that is not finite leaves the weights alone. Returns a dict:
+        signal: tokens whose advantage is not 0;
+        clipped: those of them for which the clip leaves the policy's term no gradient;
+        kl: the sum over them of kl_estimate, nats, before this step;
+        ratio: if first, pi_theta / pi_old of each token of the rows that were run;
+        grad_norm: of the whole gradient before clipping, None if the step was skipped;
+        bad_rows: rows that caused a skip; moved: whether the weights moved.
         """
         return self.halving("micro_batch", lambda size: self._update(rollout, rows, first, size))
 
     def _update(self, r, rows, first, size):
-        options = dict(self.loss_options)
         signal = r.mask & (r.advantages.view(len(r.prompts), -1) != 0)  # [B, T]
-        # A row without any advantage has no push, whatever its log-probabilities, unless a KL pushes it.
+        # A row whose advantages are all 0 has no push, unless the KL to the reference pushes it.
         live = signal.any(1).cpu() | (self.reference is not None)
         pieces = [piece for piece in self.pieces(r, rows, size) if live[piece].any()]
-        entropy, in_one = r.entropy.clone(), len(pieces) == 1 and not first
         self.optimizer.zero_grad()
-        self.model.train(
-            self.o["gradient_checkpointing"]
-        )  # transformers checkpoints only in train mode; no dropout
-        if not first:  # before the first update the old log-probabilities are the current ones
-            with torch.set_grad_enabled(
-                in_one
-            ):  # a mini-batch that is one micro-batch needs no second pass
-                for piece in pieces:
-                    graph, H = self.forward(r, piece, self.model, self.needs_entropy)
-                    r.logprobs[piece], entropy[piece] = graph.detach(), H
-        if self.needs_entropy:
-            options |= {"entropy": entropy[rows], "old_entropy": r.entropy[rows]}
-        if self.reference is not None:
-            options |= {"ref_logprobs": r.ref_logprobs[rows]}
-        logp = r.logprobs[rows].requires_grad_()
-        loss = self.algo.loss(
-            logp, r.old_logprobs[rows], r.advantages[rows], r.mask[rows], **options
-        )
-        push = torch.zeros_like(r.logprobs)
-        push[rows] = torch.autograd.grad(loss, logp)[0]  # dL/dlogp  [B, T]
-        stats = {
-            "signal": signal[rows].sum().item(), "clipped": (signal & (push == 0))[rows].sum().item(),
-            "kl": (k3(r.old_logprobs, r.logprobs) * signal)[rows].sum().item(), "ratio": [],
-            "grad_norm": None, "bad_rows": [], "moved": False,
-        }  # fmt: skip
-        pushed = push.any(1).cpu()  # a row of NaN counts
+        # transformers checkpoints only in train mode; dropout is off
+        self.model.train(self.o["gradient_checkpointing"])
+        graph, entropy = self.current_logprobs(r, pieces, first)
+        loss, push, policy_push = self.first_half(r, rows, entropy)
+
+        clipped = signal & (policy_push == 0)
+        kl = kl_estimate(r.logprobs, r.old_logprobs)
+        said = {
+            "signal": signal[rows].sum().item(),
+            "clipped": clipped[rows].sum().item(),
+            "kl": kl[rows][signal[rows]].sum().item(),
+            "ratio": [],
+            "grad_norm": None,
+            "bad_rows": [],
+            "moved": False,
+        }
         if loss.isfinite() and push.isfinite().all():
-            for piece in pieces:
-                if not in_one:
-                    if not pushed[piece].any():
-                        continue
-                    if not first:  # then the ratio is taken from this very pass
-                        piece = piece[pushed[piece]]
-                    graph, _ = self.forward(r, piece, self.model, False)
-                if first:
-                    stats["ratio"] += (
-                        (graph.detach() - r.old_logprobs[piece]).exp()[r.mask[piece]].tolist()
-                    )
-                graph.backward(gradient=push[piece])
+            said["ratio"] = self.second_half(r, pieces, push, graph, first)
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.o["max_grad_norm"])
-            stats["grad_norm"] = norm.item()
+            said["grad_norm"] = norm.item()
         self.model.eval()
-        if stats["grad_norm"] is None or not norm.isfinite():
-            bad = (
-                ~(push.isfinite() & r.logprobs.isfinite() & r.old_logprobs.isfinite()).all(1).cpu()
-            )
-            stats["bad_rows"] = [i for i in rows.tolist() if bad[i]] or rows.tolist()
+        if said["grad_norm"] is None or not norm.isfinite():
             self.bad_steps += 1
-            return stats
+            said["bad_rows"] = rows_to_blame(r, rows, push)
+            return said
         self.bad_steps = 0
-        stats["moved"] = bool(pushed[rows].any())
-        if stats[
-            "moved"
-        ]:  # else there is nothing to learn from, and AdamW would move on its momentum alone
+        said["moved"] = bool(push.any())
+        if said["moved"]:  # without any push, AdamW would move on its momentum alone
             self.optimizer.step()
-        return stats
+        return said
+
+    def current_logprobs(self, r, pieces, first):
+        """Fills in r.logprobs. Returns (the graph behind them or None, the entropy now [B, T]).
+
+        Before the first update they are the old ones, and nothing is run. If the mini-batch fits in
+        one micro-batch, this pass keeps its graph, and the second half needs no other.
+        """
+        graph, entropy = None, r.entropy.clone()
+        if first:
+            return graph, entropy
+        with torch.set_grad_enabled(len(pieces) == 1):
+            for piece in pieces:
+                logprobs, H = self.forward(r, piece, self.model, self.needs_entropy)
+                r.logprobs[piece], entropy[piece] = logprobs.detach(), H
+        if len(pieces) == 1:
+            graph = logprobs
+        return graph, entropy
+
+    def first_half(self, r, rows, entropy):
+        """(loss, dL/dlogp [B, T], the same [B, T] of the loss without its KL terms)."""
+        options = dict(self.loss_options)
+        if self.needs_entropy:
+            options["entropy"], options["old_entropy"] = entropy[rows], r.entropy[rows]
+        if self.reference is not None:
+            options["ref_logprobs"] = r.ref_logprobs[rows]
+        loss, push = self.loss_and_push(r, rows, options)
+        without_kl = {name: 0.0 for name in KL_COEFFICIENTS if options.get(name)}
+        if not without_kl:
+            return loss, push, push
+        _, policy_push = self.loss_and_push(r, rows, options | without_kl)
+        return loss, push, policy_push
+
+    def loss_and_push(self, r, rows, options):
+        """(loss of the mini-batch, dL/dlogp [B, T], 0 in other rows)."""
+        logp = r.logprobs[rows].requires_grad_()
+        old, A, mask = r.old_logprobs[rows], r.advantages[rows], r.mask[rows]
+        loss = self.algo.loss(logp, old, A, mask, **options)
+        push = torch.zeros_like(r.logprobs)
+        push[rows] = torch.autograd.grad(loss, logp)[0]
+        return loss, push
+
+    def second_half(self, r, pieces, push, graph, first):
+        """Carries the push back to the weights. Returns the ratios if first, else []."""
+        ratios = []
+        pushed = push.any(1).cpu()  # [B]
+        for piece in pieces:
+            if graph is None and not pushed[piece].any():
+                continue
+            logprobs = graph
+            if graph is None:
+                if not first:  # the first time, the same rows as in measure: the ratio is logged
+                    piece = piece[pushed[piece]]
+                logprobs, _ = self.forward(r, piece, self.model, False)
+            if first:
+                log_ratio = (logprobs.detach() - r.old_logprobs[piece])[r.mask[piece]]
+                ratios += log_ratio.exp().tolist()
+            logprobs.backward(gradient=push[piece])
+        return ratios
+
+
+def kl_estimate(logprobs, old_logprobs):
+    """(w - 1) - log w, w = pi_theta / pi_old, in nats, at the tokens that pi_old drew. [B, T]
+
+    Its mean over samples of pi_old estimates KL(pi_old || pi_theta) without bias, since E[w] = 1,
+    and no term is below 0. log w is clamped to at most 20 in w, as in the losses.
+    """
+    log_ratio = logprobs - old_logprobs
+    return log_ratio.clamp(max=20).expm1() - log_ratio
+
+
+def rows_to_blame(r, rows, push):
+    """Those of `rows` in which a number is not finite; all of them if there is none."""
+    finite = push.isfinite() & r.logprobs.isfinite() & r.old_logprobs.isfinite()  # [B, T]
+    bad = ~finite.all(1).cpu()
+    return [i for i in rows.tolist() if bad[i]] or rows.tolist()
 
 
 def rows_that_fit(model, tokens, budget=7 * 2**28, checkpointing=False):

@@ -1,0 +1,330 @@
+"""What a step writes down: every key of metrics.jsonl against a rollout worked out by hand."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_model
+
+import gtpo
+import train
+from trainer import records, update
+from trainer.logprobs import token_logprobs
+from trainer.options import fill, parse
+from trainer.policy import Rollout
+from trainer.records import group_to_show, metrics_line, peak_mib, sample_lines
+
+G = 2
+X = math.nan  # stands where the mask is off: it must reach nothing
+
+
+def rollout(lengths, width, right, rewards, truncated):
+    B = len(lengths)
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    problems = [{"question": f"q{i // G}", "answer": f"#### {i // G}"} for i in range(B)]
+    return Rollout(
+        prompts=[[3, 4 + i // G] for i in range(B)],
+        completions=torch.arange(B * width).view(B, width),
+        mask=mask,
+        truncated=torch.tensor(truncated),
+        problems=problems,
+        texts=[f"text {i}" for i in range(B)],
+        right=torch.tensor(right),
+        rewards=torch.tensor(rewards),
+    )
+
+
+def hand_made():
+    """(trained on, everything sampled, the updates): three groups of two, the last two trained on.
+
+    The first group is all right, one row of it punished. The batches are 3 and 4 tokens wide.
+    """
+    first = rollout([2, 3, 1, 3], 3, [1.0, 1, 1, 0], [1.0, 0.68, 1, -1], [False] * 4)
+    second = rollout([4, 2], 4, [0.0, 0], [0.0, 0], [True, False])
+    trained = Rollout.join([first.rows(2, 4), second])  # of 1, 3, 4 and 2 tokens
+    trained.entropy = torch.tensor(
+        [[0.5, X, X, X], [0.1, 0.2, 0.3, X], [1.0, 1, 1, 1], [0.4, 0.9, X, X]]
+    )
+    trained.advantages = torch.tensor(
+        [[-0.5, X, X, X], [-1.0, 2, -1, 9], [0.0, 0, 0, 0], [0.0, 0, 9, 9]]
+    )
+    updates = [
+        {"signal": 3, "clipped": 1, "kl": 0.2, "ratio": [1.4, 0.6], "grad_norm": 3.0},
+        {"signal": 6, "clipped": 2, "kl": 0.3, "ratio": [1.0], "grad_norm": None},
+        {"signal": 1, "clipped": 0, "kl": 0.0, "ratio": [], "grad_norm": 5.0},
+    ]
+    for said, bad_rows in zip(updates, ([], [1, 3], []), strict=True):
+        said["bad_rows"], said["moved"] = bad_rows, not bad_rows
+    return trained, [first, second], updates
+
+
+EXPECTED = {
+    "reward": (1 + 0.68 + 1 - 1 + 0 + 0) / 6,  # all sampled
+    "accuracy": 3 / 6,  # all sampled
+    "accuracy_trained": 1 / 4,
+    "entropy": (0.5 + 0.1 + 0.2 + 0.3 + 4 * 1 + 0.4 + 0.9) / 10,  # tokens of the rows trained on
+    "kl": (0.2 + 0.3 + 0.0) / 10,  # over the tokens with an advantage of all updates
+    "clip_frac": (1 + 2 + 0) / 10,
+    "ratio_first": (1.4 + 0.6 + 1.0) / 3,
+    "ratio_first_max": 0.4,
+    "grad_norm": (3 + 5) / 2,  # of the updates that were made
+    "length": (2 + 3 + 1 + 3 + 4 + 2) / 6,  # all sampled
+    "truncated": 1 / 6,  # all sampled
+    "zero_std": 1 / 3,  # all sampled: the last group; the first is all right, its rewards differ
+    "sign_flip": 2 / 10,  # trained on: a right token with A < 0, a wrong one with A > 0
+    "skipped": 1,  # an update with two rows to blame is one update
+    "prompts": 3,  # all sampled
+}
+
+
+@pytest.mark.parametrize("key", EXPECTED)
+def test_each_statistic_of_a_rollout_by_hand(key):
+    assert metrics_line(*hand_made(), G)[key] == pytest.approx(EXPECTED[key], abs=1e-6)
+
+
+def test_the_line_has_these_keys_and_no_others():
+    assert list(metrics_line(*hand_made(), G)) == list(EXPECTED)
+
+
+def test_no_two_expected_statistics_are_equal_so_none_can_stand_in_for_another():
+    assert len({round(value, 6) for value in EXPECTED.values()} - {1.0}) == len(EXPECTED) - 2
+
+
+def test_sign_flip_of_an_advantage_per_sequence_counts_its_tokens():
+    trained, sampled, updates = hand_made()
+    trained.advantages = torch.tensor([-0.5, -1.0, 0.0, 2.0])  # row 0 is right, row 3 wrong
+    assert metrics_line(trained, sampled, updates, G)["sign_flip"] == pytest.approx(3 / 10)
+
+
+def test_what_no_update_measured_is_null_and_no_signal_is_0():
+    trained, sampled, updates = hand_made()
+    nothing = {"signal": 0, "clipped": 0, "kl": 0.0, "ratio": [], "grad_norm": None, "bad_rows": []}
+    line = metrics_line(trained, sampled, [nothing], G)
+    assert line["ratio_first"] is line["ratio_first_max"] is line["grad_norm"] is None
+    assert line["kl"] == line["clip_frac"] == line["skipped"] == 0
+
+
+def test_a_ratio_that_is_nan_is_not_hidden_by_larger_ones():
+    assert math.isnan(records.furthest_from_1([1.0, math.nan, 2.0]))
+    assert records.furthest_from_1([1.0, 0.5, 1.25]) == 0.5
+
+
+# ---- samples.jsonl -------------------------------------------------------------------------------
+
+
+def test_a_sample_line_has_the_tokens_that_are_on_and_correctness_beside_the_reward():
+    trained, _, _ = hand_made()
+    trained.logprobs = torch.arange(16.0).view(4, 4) / -7
+    trained.old_logprobs = torch.arange(16.0).view(4, 4) / -8
+    trained.rewards[0] = 0.3  # right, and punished
+    tokenizer = SimpleNamespace(decode=lambda ids: f"<{ids[0]}>")
+    lines = sample_lines(7, trained, [0, 3], tokenizer, skipped=True)
+    assert lines[0] == {
+        "step": 7,
+        "prompt": "q1",
+        "completion": "text 2",
+        "answer": "#### 1",
+        "right": True,
+        "reward": pytest.approx(0.3),
+        "tokens": ["<6>"],
+        "advantages": [-0.5],
+        "logprobs": [0.0],
+        "old_logprobs": [0.0],
+        "entropy": [0.5],
+        "skipped": True,
+    }
+    assert lines[1]["right"] is False and lines[1]["tokens"] == ["<4>", "<5>"]
+    assert lines[1]["logprobs"] == [-1.714286, -1.857143]  # 12 / 7 and 13 / 7, six digits
+    assert lines[1]["old_logprobs"] == [-1.5, -1.625]
+    assert lines[1]["entropy"] == pytest.approx([0.4, 0.9]) and lines[1]["advantages"] == [0, 0]
+    trained.advantages = torch.tensor([0.25, 0.0, 0.0, -0.25])
+    assert sample_lines(7, trained, [3], tokenizer)[0]["advantages"] == [-0.25, -0.25]
+    assert "skipped" not in sample_lines(7, trained, [3], tokenizer)[0]
+
+
+@pytest.mark.parametrize(
+    ("right", "rows"),
+    [
+        ([1, 0, 0, 1, 1, 1], [2, 3]),  # the last group that is mixed
+        ([1, 1, 0, 0, 0, 0], [4, 5]),  # none is: the last
+        ([1, 0, 1, 1, 0, 0], [0, 1]),
+    ],
+)
+def test_the_group_to_show_is_mixed_by_correctness(right, rows):
+    shown = SimpleNamespace(prompts=[0] * 6, right=torch.tensor(right), rewards=torch.arange(6))
+    assert list(group_to_show(shown, G)) == rows
+
+
+# ---- the step's own keys -------------------------------------------------------------------------
+
+
+class Tokenizer:
+    chat_template = None
+
+    @staticmethod
+    def batch_decode(rows, skip_special_tokens):
+        return [f"#### {row[0]}" for row in rows]
+
+
+def trainer(*args):
+    """A Trainer of a tiny model whose problems have the answer 7; prompts 2, groups of 4."""
+    common = "--preset tiny --prompts 2 --group-size 4 --updates 2 --max-new-tokens 3 --device cpu"
+    o = fill(parse([*common.split(), "--dtype", "fp32", *args]))
+    problems = [{"question": str(i), "answer": "#### 7", "prompt_ids": [i]} for i in range(8, 14)]
+    limits = {"max_new_tokens": 3, "eos_ids": [1], "pad_id": 0}
+    return train.Trainer(o, tiny_model(), Tokenizer, limits, problems)
+
+
+def sampled_by_hand(t, monkeypatch, lengths=(3, 2, 1, 3, 2, 3, 3, 1)):
+    """Trainer.sample gives eight rows of these lengths; a row is right if its first token is 7."""
+    mask = torch.arange(3) < torch.tensor(lengths)[:, None]
+    completions = torch.tensor([[7, 5, 1], [8, 1, 0], [1, 0, 0], [9, 9, 9]] * 2)
+
+    def sample(prompts, n):
+        assert len(prompts) == 2 and n == 4
+        rows = [prompt for prompt in prompts for _ in range(n)]
+        return Rollout(rows, completions.clone(), mask.clone(), torch.zeros(8, dtype=torch.bool))
+
+    monkeypatch.setattr(t, "sample", sample)
+
+
+def test_times_rate_and_memory_by_hand(monkeypatch):
+    t = trainer()
+    sampled_by_hand(t, monkeypatch)
+    clock = iter([100.0, 102.5, 108.5])  # started, rewarded, done
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(train, "peak_mib", lambda device: (device.type, 321.0))
+    line, _, _ = t.step(2)
+    assert (line["phase"], line["step"]) == ("train", 2)
+    assert line["lr"] == pytest.approx(1e-4 * 2 / 5)  # the second of five steps of warm-up
+    assert (line["rollout_s"], line["update_s"]) == (2.5, 6.0)
+    assert line["tokens_per_s"] == pytest.approx(18 / 8.5)
+    assert line["peak_mib"] == ("cpu", 321.0)
+    own = ["lr", "rollout_s", "update_s", "tokens_per_s", "peak_mib"]
+    assert list(line) == ["phase", "step", *EXPECTED, *own]
+
+
+@pytest.mark.parametrize(
+    ("step", "warmup", "share"), [(1, 5, 0.2), (5, 5, 1), (9, 5, 1), (1, 0, 1), (1, 1, 1)]
+)
+def test_learning_rate_rises_over_the_warm_up_and_stays(step, warmup, share, monkeypatch):
+    t = trainer("--warmup", str(warmup), "--lr", "0.01")
+    sampled_by_hand(t, monkeypatch)
+    line, _, _ = t.step(step)
+    assert line["lr"] == pytest.approx(0.01 * share)
+    assert t.updater.optimizer.param_groups[0]["lr"] == line["lr"]
+
+
+def test_peak_mib_is_the_process_high_water_mark_or_cuda_s_allocator(monkeypatch):
+    status = train.Path("/proc/self/status")
+    if status.exists():
+        (kib,) = (x.split()[1] for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        assert peak_mib(torch.device("cpu")) == pytest.approx(int(kib) / 1024, rel=0.05)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**20)
+    assert peak_mib(torch.device("cuda")) == 3
+
+
+# ---- what the step does with its options ---------------------------------------------------------
+
+
+def test_epochs_is_how_often_each_mini_batch_is_trained_on(monkeypatch):
+    t = trainer("--epochs", "3")
+    sampled_by_hand(t, monkeypatch)
+    calls = []
+    real = t.updater.update
+
+    def recorded(rollout, rows, first):
+        calls.append((rows.tolist(), first))
+        return real(rollout, rows, first)
+
+    monkeypatch.setattr(t.updater, "update", recorded)
+    t.step(1)
+    assert [rows for rows, _ in calls] == [[0, 1, 2, 3], [4, 5, 6, 7]] * 3
+    assert [first for _, first in calls] == [True] + [False] * 5
+
+
+def test_options_of_the_advantages_and_correctness_reach_them(monkeypatch):
+    given = ["--algo", "gtpo", "--option", "alpha2=0.7", "--option", "normalize=joint"]
+    t = trainer(*given, "--overlong-cache", "3")
+    sampled_by_hand(t, monkeypatch)
+    _, rollout, _ = t.step(1)
+    assert rollout.right.tolist() == [1, 0, 0, 0] * 2
+    assert rollout.rewards[0] == 0  # right, at the limit of three tokens: punished by 1
+    common = {"entropy": rollout.entropy, "mask": rollout.mask}
+    options = {"right": rollout.right, "alpha2": 0.7, "normalize": "joint"}
+    want = gtpo.advantages(rollout.rewards, 4, **common, **options)
+    assert torch.equal(rollout.advantages, want)
+    for name in options:
+        fewer = {key: value for key, value in options.items() if key != name}
+        other = gtpo.advantages(rollout.rewards, 4, **common, **fewer)
+        assert not torch.equal(want, other), name
+
+
+def test_options_of_the_loss_reach_it(monkeypatch):
+    t = trainer("--algo", "grpo", "--option", "eps_low=0.05", "--option", "eps_high=0.06")
+    sampled_by_hand(t, monkeypatch)
+    seen = []
+
+    def loss(*args, **options):
+        seen.append(options)
+        return real(*args, **options)
+
+    real = t.algo.loss
+    monkeypatch.setattr(t.algo, "loss", loss)
+    t.step(1)
+    assert seen == [{"eps_low": 0.05, "eps_high": 0.06}] * 2
+
+
+def test_dynamic_sampling_goes_by_correctness_where_the_reward_is_shaped(monkeypatch):
+    """An all-right group with a punished row makes way; a mixed one of equal rewards stays."""
+    t = trainer("--dynamic-sampling", "1")
+    punished = [(1.0, 1.0)] * 3 + [(1.0, 0.2)]
+    mixed = [(1.0, 0.0), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0)]
+    last = [(0.0, 0.0), (1.0, 1.0), (0.0, 0.0), (0.0, 0.0)]
+    queue = iter(punished + mixed + last)
+    monkeypatch.setattr(t, "reward", lambda *_: next(queue))
+    rollout, sampled = t.sample_and_reward()
+    assert list(zip(rollout.right.tolist(), rollout.rewards.tolist(), strict=True)) == mixed + last
+    assert [len(batch.prompts) for batch in sampled] == [8, 4]
+
+
+# ---- ratios before the first update --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "within", "beyond"), [("fp32", 9e-4, 1.1e-3), ("bf16", 0.019, 0.021)]
+)
+def test_a_ratio_off_1_before_the_first_update_is_told_once(dtype, within, beyond, capsys):
+    t = trainer("--dtype", dtype)
+    t.warn_of_ratios(1, None)
+    t.warn_of_ratios(2, within)
+    assert capsys.readouterr().out == ""
+    t.warn_of_ratios(3, beyond)
+    t.warn_of_ratios(4, 1.0)
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1 and "step 3" in told and f"{beyond:.2g}" in told
+    assert "ratio_first_max" in told and dtype in told
+
+
+def test_a_ratio_that_is_nan_is_told(capsys):
+    trainer().warn_of_ratios(1, math.nan)
+    assert "nan" in capsys.readouterr().out
+
+
+def test_noise_that_cancels_in_the_mean_ratio_shows_in_the_largest(monkeypatch, capsys):
+    """Log-ratios of +-0.05: the mean ratio is cosh 0.05 = 1.00125, the largest is off by 0.0513."""
+    t = trainer()
+    sampled_by_hand(t, monkeypatch, [2] * 8)
+
+    def noisy(model, prompts, completions, mask, **options):
+        logprobs, entropy = token_logprobs(model, prompts, completions, mask, **options)
+        noise = torch.tensor([0.05, -0.05, 0.0]) * torch.is_grad_enabled()
+        return logprobs + noise * mask, entropy
+
+    monkeypatch.setattr(update, "token_logprobs", noisy)
+    line, _, _ = t.step(1)
+    assert line["ratio_first"] == pytest.approx(math.cosh(0.05), abs=1e-5)
+    assert line["ratio_first_max"] == pytest.approx(math.exp(0.05) - 1, abs=1e-5)
+    t.step(2)
+    assert capsys.readouterr().out.count("warning: step 1") == 1
