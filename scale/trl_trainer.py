@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from grpo import k3, token_mean  # noqa: E402
 from rewards import correct, overlong_penalty  # noqa: E402
-from trainer.data import encode_problems, load_problems  # noqa: E402
+from trainer.data import encode_problems, load_problems, split_overlap  # noqa: E402
 from trainer.options import DEFAULTS, TYPES, Parser, fill, parameters, split_options  # noqa: E402
 from trainer.policy import context_length, load_policy  # noqa: E402
 
@@ -194,12 +194,16 @@ class Trainer(GRPOTrainer):
         return share + (reported - share).detach()
 
 
-def reward(options):
-    """train.py's reward as TRL calls it: texts, or single assistant turns, and the dataset's column "answer"."""
+def reward(options, eos_ids):
+    """train.py's reward as TRL calls it: texts, or single assistant turns, and the dataset's column "answer".
+
+    A completion without any of eos_ids was truncated.
+    """
 
     def reward(completions, completion_ids, answer, **_):
         texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-        values = [correct(text, truth) for text, truth in zip(texts, answer, strict=True)]
+        truncated = [set(eos_ids).isdisjoint(ids) for ids in completion_ids]
+        values = [correct(*row) for row in zip(texts, answer, truncated, strict=True)]
         if options["overlong_cache"]:
             limits = options["max_new_tokens"], options["overlong_cache"]
             values = [
@@ -291,18 +295,25 @@ def parse(argv):
 
 def main(argv=None):
     o, config = parse(argv)
-    problems = load_problems(o["data"], "train")
-    model, tokenizer, _, _ = load_policy(
-        o["model"]
-    )  # fp32 weights, dropout off; accelerate moves them
+    held_out = load_problems(o["data"], "test")
+    problems, overlap = split_overlap(load_problems(o["data"], "train"), held_out)
+    if overlap:
+        print(f"dropped {overlap} problems of training that are held out too")
+    # fp32 weights, dropout off; accelerate moves them
+    model, tokenizer, eos_ids, _ = load_policy(o["model"])
     longest = context_length(model) - o["max_new_tokens"]
     problems, dropped = encode_problems(tokenizer, problems, o["prompt"], longest)
     if dropped:
         print(f"dropped {dropped} problems of over {longest} prompt tokens")
     trainer = Trainer(
-        o["algo"], options=o["option"], args=config, model=model, processing_class=tokenizer, reward_funcs=reward(o),
+        o["algo"],
+        options=o["option"],
+        args=config,
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=reward(o, eos_ids),
         train_dataset=Dataset.from_list(rows(tokenizer, problems, o["prompt"])),
-    )  # fmt: skip
+    )
     trainer.train()
     trainer.save_model()  # model and tokenizer: python train.py --eval-only --model FOLDER
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards import correct, extract_answer, format_reward, overlong_penalty
+from rewards import correct, extract_answer, overlong_penalty
 
 # What stands after "#### " and what is read there. Each is tried behind the marker, in a box, and, lenient, bare.
 NUMERALS = [
@@ -31,7 +31,7 @@ NUMERALS = [
     ("\u2212$5", -5),
     (r"-\$5", -5),
     ("-\\$ .5", Fraction(-1, 2)),
-    ("-$-5", -5),
+    ("-$-5", None),  # two signs
     ("€1,234.50", Fraction(2469, 2)),
     ("-£3", -3),
     ("₹500", 500),
@@ -77,11 +77,9 @@ NUMERALS = [
     ("18dollars", 18),
     ("18 kg", 18),
     ("5eggs", 5),
-    ("5e", 5),
     ("$5/hour", 5),
     ("**72**", 72),
     ("'72'", 72),
-    ("x15", 15),
     ("x = -5", -5),
     ("x=-5", -5),
     ("答案是72。", 72),
@@ -107,7 +105,7 @@ NUMERALS = [
     ("12,34", None),
     ("1234,567", None),
     ("1,2345", None),
-    ("1,,234", 1),  # two commas group nothing: the first number is 1; see BARE
+    ("1,,234", None),
     ("1.2.3", None),
     (".5.5", None),
     ("1.234,5", None),
@@ -131,7 +129,6 @@ NUMERALS = [
     ("12/25/2023", None),
     ("1{,}23", None),
 ]
-BARE = {"1,,234": 234}  # lenient reads the last number of the text, not the first
 
 
 @pytest.mark.parametrize("numeral, value", NUMERALS)
@@ -140,7 +137,7 @@ def test_numeral(numeral, value):
     assert extract_answer(f"####{numeral}\n") == value
     assert extract_answer(f"so \\boxed{{{numeral}}}") == value
     assert extract_answer(numeral) is None
-    assert extract_answer(f"it is {numeral} ", lenient=True) == BARE.get(numeral, value)
+    assert extract_answer(f"it is {numeral} ", lenient=True) == value
 
 
 # text, strict, lenient
@@ -150,20 +147,20 @@ TEXTS = [
     ("The answer is 15", None, 15),
     ("She has 3, then 15.", None, 15),
     ("5 and 1,23,4", None, 5),
-    ("5 - 3", None, 3),
-    ("5-3", None, 3),
-    ("GPT-4", None, 4),
-    ("f(2)-4", None, 4),
+    ("5 - 3", None, None),
+    ("5-3", None, None),
+    ("GPT-4", None, None),
+    ("f(2)-4", None, None),
     ("(-4)", None, -4),
-    ("2024-01-15", None, 15),
+    ("2024-01-15", None, None),
     # the last marker, the first numeral of its line
     ("#### 1\n#### 2", 2, 2),
     ("#### 1 #### 2", 2, 2),
     ("#### 72 73 74", 72, 72),
-    ("#### 5-3", 5, 5),
-    (r"#### A-\$ .5", Fraction(1, 2), Fraction(1, 2)),
-    ("#### 16 - 3 = 13", 16, 16),
-    ("#### 2024-01-15", 2024, 2024),
+    ("#### 5-3", None, None),
+    (r"#### A-\$ .5", None, None),
+    ("#### 16 - 3 = 13", None, 13),
+    ("#### 2024-01-15", None, None),
     ("#### 72\n99", 72, 72),
     ("#### 72\r99", 72, 72),
     ("#### 72\u202899", 72, 72),
@@ -195,8 +192,8 @@ TEXTS = [
     (r"\boxed{5} \boxed{6", None, 6),
     (r"\boxed{{6}", None, 6),
     (r"\boxed 5", None, 5),
-    (r"\boxed{\frac{3}{4}}", None, None),
-    (r"#### \dfrac{3}{4}", None, None),
+    (r"\boxed{\frac{3}{4}}", Fraction(3, 4), Fraction(3, 4)),
+    (r"#### \dfrac{3}{4}", Fraction(3, 4), Fraction(3, 4)),
     (r"\boxed{5} #### 6", 6, 6),
     (r"#### 6 \boxed{5}", 6, 6),
     (r"\boxed{5} ####", None, 5),
@@ -259,30 +256,6 @@ def test_a_refused_answer_is_shortened():
         and len(str(error.value)) < 250
         and "\n" not in str(error.value)
     )
-
-
-@pytest.mark.parametrize(
-    "completion, reward",
-    [
-        ("work\n#### 72", 1),
-        ("#### 72 \n\n \t", 1),
-        ("#### 72 apples.", 1),
-        ("#### 1\n#### 2", 1),
-        (r"so $\boxed{72}$.", 1),
-        ("\\boxed{\n72\n}.\n", 1),
-        ("72", 0),
-        ("", 0),
-        ("####", 0),
-        ("#### 72\nHuman: next", 0),
-        ("#### 72\rnext", 0),
-        ("#### 72\n#### x", 0),
-        ("\\boxed{72}\nand so on", 0),
-        ("\\boxed{72", 0),
-    ],
-)
-def test_format_reward(completion, reward):
-    got = format_reward(completion)
-    assert got == reward and isinstance(got, float)
 
 
 @pytest.mark.parametrize(
@@ -408,10 +381,9 @@ def test_a_megabyte_in_linear_time(unit):
 
 
 @pytest.mark.parametrize("unit", ["9", "#### 1\n", " ", "{"])
-def test_the_other_rewards_on_ten_megabytes(unit):
+def test_correct_takes_ten_megabytes(unit):
     start = time.process_time()
     completion = "#### 72\n" + unit * (10**7 // len(unit))
-    assert format_reward(completion) == (unit in ("#### 1\n", " "))
     assert correct(completion, "72") == (unit != "#### 1\n")
     assert time.process_time() - start < 5
 
@@ -450,7 +422,6 @@ def test_nothing_raises_and_the_parts_agree(text, answer):
     strict, lenient = extract_answer(text), extract_answer(text, lenient=True)
     assert strict is None or (type(strict) is Fraction and lenient == strict)
     assert lenient is None or (type(lenient) is Fraction and any(char.isdecimal() for char in text))
-    assert format_reward(text) in (0.0, 1.0) and (format_reward(text) == 0.0 or strict is not None)
     try:
         reward = correct(text, answer)
     except ValueError as error:
@@ -471,14 +442,14 @@ def test_one_number_however_written(number, currency, sign_first, data):
         digits = digits.translate({ord("0") + i: chr(0xFF10 + i) for i in range(10)})
     before = sign + currency if sign_first else currency.rstrip() + sign
     after = data.draw(
-        st.sampled_from(["", ".", ",", "%", " kg", "dollars", ".\n", " and 5", "\n5"])
+        st.sampled_from(["", ".", ",", "%", " kg", "dollars", ".\n", " and 5", "\n5", " = 5"])
     )
     text = before + digits + after
     assert extract_answer(f"5 #### 6\n#### {text}") == number
     assert extract_answer(f"\\boxed{{6}} \\boxed{{{text}}} 5") == number
     assert correct(f"#### {text}", f"#### {number}") == 1.0
     assert correct(f"#### {text}", str(number + 1)) == 0.0
-    assert correct(f"#### {number}", f"6\n#### {text}") == 1.0
+    assert correct(f"#### {number}", f"6\n#### {before + digits}") == 1.0
 
 
 @fuzz
@@ -511,8 +482,10 @@ def test_only_the_first_number_of_its_line_counts(before, number, rest, after):
 )
 def test_many_answers_pay_at_most_one(numbers, separator):
     spam = "#### " + separator.join(map(str, numbers))
-    assert sum(correct(spam, str(number)) for number in numbers) == 1.0
-    assert correct(spam, str(numbers[-1 if "####" in separator else 0])) == 1.0
+    paid = [number for number in numbers if correct(spam, str(number))]
+    ambiguous = separator == " " and 100 <= numbers[1]  # 1 234: one number or two
+    first_or_last = numbers[-1 if "####" in separator else 0]
+    assert paid == ([] if ambiguous else [first_or_last])
     boxes = "".join(f"\\boxed{{{number}}}" for number in numbers)
     assert [correct(boxes, str(number)) for number in numbers] == [0.0] * (len(numbers) - 1) + [1.0]
 
@@ -521,12 +494,7 @@ def test_many_answers_pay_at_most_one(numbers, separator):
 @given(TEXT.map(lambda text: text.replace("#", "").replace("\\", "")), NUMBER)
 def test_no_marker_no_pay(text, number):
     text = f"{text} {number} "
-    assert (
-        extract_answer(text) is None
-        and correct(text, str(number)) == 0.0
-        and format_reward(text) == 0.0
-    )
-    assert extract_answer(text, lenient=True) == number
+    assert extract_answer(text) is None and correct(text, str(number)) == 0.0
 
 
 @fuzz

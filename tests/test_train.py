@@ -188,12 +188,12 @@ def test_dynamic_sampling_replaces_groups_of_equal_rewards(tmp_path, monkeypatch
 def test_overlong_punishment_is_added_but_is_not_accuracy(tmp_path, monkeypatch):
     t = trainer(tmp_path, "--overlong-cache", "4")
     problem = {"answer": "#### 7"}
-    assert t.reward("#### 7", problem, 8) == (1.0, 1.0)
-    assert t.reward("#### 7", problem, 10) == (1.0, 0.5)
-    assert t.reward("#### 8", problem, 13) == (0.0, -1.0)
+    assert t.reward("#### 7", problem, 8, False) == (1.0, 1.0)
+    assert t.reward("#### 7", problem, 10, False) == (1.0, 0.5)
+    assert t.reward("#### 8", problem, 13, True) == (0.0, -1.0)
     monkeypatch.setattr(train, "correct", lambda *_: float("nan"))
     with pytest.raises(train.BadReward, match="so it says"):
-        t.reward("so it says", problem, 1)
+        t.reward("so it says", problem, 1, False)
 
 
 def test_beta_and_the_kl_mask_get_what_they_need(tmp_path):
