@@ -49,6 +49,7 @@ H = rf"[ \t{THIN}]*+"  # horizontal space
 S = rf"[ \t{THIN}]++"
 WHOLE = rf"(?:\d{{1,3}}(?:(?:,\d{{3}}){{1,33}}+|(?:{THIN}\d{{3}}){{1,33}}+)(?!\d)|\d++)"
 DECIMAL = rf"(?:{WHOLE}(?:\.\d++)?|(?<![\w.])\.\d++)(?:[eE][-+]?\d{{1,3}}(?!\d))?"
+OTHER = "²³¹¼-¾⁰-₉⅐-↋①-⒛"  # numbers that have no digits: never read
 LATEX_FRACTION = re.compile(
     rf"(?<![.,'/])\\[dt]?frac{H}(?:\{{{H}(-?{WHOLE}){H}\}}|(\d)){H}(?:\{{{H}({WHOLE}){H}\}}|(\d))(?!{H}\.?\d)"
 )
@@ -56,8 +57,9 @@ NUMERAL = re.compile(
     rf"(?P<top>{WHOLE})/(?P<bottom>{WHOLE})"
     rf"|(?P<mixed>{WHOLE}){S}(?P<part>\d{{1,2}})/(?P<of>\d{{1,3}})(?!\d)"
     rf"|(?P<decimal>{DECIMAL})"
-    r"|[²³¹¼-¾⁰-₉⅐-↋①-⒛]"  # a number, of no digits: never read
+    rf"|[{OTHER}]"
 )
+FIRST = re.compile(rf"[\d{OTHER}]")  # a plain class of characters, for which re searches fast
 
 # 3. What stands before a numeral or after it and belongs to it. Commands that only format do not.
 FORMAT = r"(?:text\w*|math[a-z]+|mbox|boxed|q?quad|degree|end|approx|implies|Rightarrow|therefore)(?![a-zA-Z])"
@@ -83,14 +85,14 @@ AFTER = re.compile(
     rf"""(?:
       {H}\^(?!\{{?\\circ) | {H}! | _[^\W_] | _\{{           # powers, factorials, bases
     | {H}\+ | -(?![\w>]) | {H}[-*/·]{H}{OPERAND} | \*[^\W_] | \({OPERAND}      # 5+x  5-  5/x  5(x)
-    | \.?{H}\\(?!{FORMAT})[a-zA-Z] | \.\(                   # 3\pi  0.\overline{{3}}  0.(3)
-    | (?:[ \t{THIN}-]|\\(?:text|math)\w*\{{)*+(?:(?:hundred|thousand|million|billion|trillion)s?|k|bn|mn)(?![^\W_])
+    | [.,]?{H}\\(?!{FORMAT})[a-zA-Z] | \.\(                  # 3\pi  0.\overline{{3}}  0.(3)
+    | (?:[ \t{THIN}-]|\\(?:text|math)\w*\{{)*+(?:(?:hundred|thousand|million|billion|trillion)s?|[kK]|bn|mn)(?![^\W_])
     | {H}M(?![^\W_]) | {H}(?:π|pi(?![^\W_])) | {VARIABLE}(?![^\W_]) | {S}[nxyz](?![^\W_])
     | {S}[<>]=?[ ] | {S}and{S}a{S}half
     )""",
     re.VERBOSE,
 )
-TIGHT = re.compile(r"[^\w\s=<>|]{0,4}|\.?[A-Za-z_]{1,3}[-+]?")  # 12/25/2023  5,6  3x4  1_000
+TIGHT = re.compile(r"[^\w\s=<>]{0,4}|\.?[A-Za-z_]+[-+]?")  # 12/25/2023  5,6  3x4  1_000
 SPACED = re.compile(rf"{H}(?:[-+*/^·]|\*\*){H}-?|{S}[:xX%]{S}|{S}")  # 5 - 3  3 : 4  and see joined
 A_WORD = re.compile(rf"{S}(?!and\b)[^\W\d]+\s")
 
@@ -207,7 +209,13 @@ def slashed(fraction):
 
 def numerals(text):
     """Matches of everything that may be a number, in order. `text` is plain."""
-    return NUMERAL.finditer(text)
+    end = 0
+    while start := FIRST.search(text, end):
+        at = start.start()
+        with_point = NUMERAL.match(text, at - 1) if at > end else None  # .5
+        match = with_point or NUMERAL.match(text, at)
+        end = match.end()
+        yield match
 
 
 def joined(left, right):
@@ -221,8 +229,9 @@ def joined(left, right):
         return False
     if gap.strip():
         return True
-    grouped = re.match(r"\d{3}(?!\d)", right[0]) and len(left[0]) <= 3  # by plain spaces
-    return THIN in gap or not right[0][-1].isdecimal() or bool(grouped)
+    if THIN in gap or "/" in right[0] or not right[0][-1].isdecimal():
+        return True
+    return len(left[0]) <= 3 and re.match(r"\d{3}(?!\d)", right[0]) is not None  # 12 000
 
 
 def signed(before):
