@@ -482,7 +482,7 @@ def test_the_place_of_the_answer(text, truncated, place):
 
 
 def test_no_table_of_all_characters_is_made_at_import():
-    assert len(rewards._TABLE) < 200
+    assert len(rewards.TABLE) < 200
 
 
 # text, strict, lenient
