@@ -145,7 +145,8 @@ class Trainer:
             batch = self.sample([p["prompt_ids"] for p in problems], G)
             batch.problems = [p for p in problems for _ in range(G)]
             batch.texts = decode(self.tokenizer, batch)
-            graded = zip(batch.texts, batch.problems, batch.mask.sum(1).tolist(), strict=True)
+            lengths, truncated = batch.mask.sum(1).tolist(), batch.truncated.tolist()
+            graded = zip(batch.texts, batch.problems, lengths, truncated, strict=True)
             right, rewards = zip(*(self.reward(*row) for row in graded), strict=True)
             batch.right, batch.rewards = (
                 torch.tensor(x, device=self.model.device) for x in (right, rewards)
@@ -182,9 +183,9 @@ class Trainer:
         # an update is below half a bf16 ulp.
         return copy.deepcopy(self.model).bfloat16() if self.o["dtype"] == "bf16" else self.model
 
-    def reward(self, text, problem, length):
+    def reward(self, text, problem, length, truncated):
         """(is it right, what is trained on): `correct`, and DAPO's overlong punishment where it is asked for."""
-        right = reward = correct(text, problem["answer"])
+        right = reward = correct(text, problem["answer"], truncated)
         if self.o["overlong_cache"]:
             reward += overlong_penalty(length, self.o["max_new_tokens"], self.o["overlong_cache"])
         if not -1 <= reward <= 1:
@@ -408,10 +409,11 @@ def set_up(o):
     """(model, tokenizer, limits of policy.sample, training problems, held-out problems) for the options."""
     torch.manual_seed(o["seed"])
     offline_without_network(o["model"], o["data"])
-    test = load_problems(o["data"], "test")[: o["eval_n"]]
+    test = load_problems(o["data"], "test")  # all of it is held out, not only the first --eval-n
     train, overlap = (
         ([], 0) if o["eval_only"] else split_overlap(load_problems(o["data"], "train"), test)
     )
+    test = test[: o["eval_n"]]
     model, tokenizer, eos_ids, pad_id = load_policy(o["model"], o["device"])
     use_threads(o["threads"], model)
     longest = context_length(model) - o["max_new_tokens"]

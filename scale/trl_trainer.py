@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 from grpo import token_mean  # noqa: E402
 from rewards import correct, overlong_penalty  # noqa: E402
-from trainer.data import encode_problems, load_problems  # noqa: E402
+from trainer.data import encode_problems, load_problems, split_overlap  # noqa: E402
 from trainer.options import (  # noqa: E402
     DEFAULTS,
     TYPES,
@@ -233,13 +233,16 @@ def texts_of(completions):
     return [c if isinstance(c, str) else c[0]["content"] for c in completions]
 
 
-def rewards(options):
-    """train.py's reward as functions that TRL calls and adds up: `right`, and `overlong` if asked for."""
+def rewards(options, eos_ids):
+    """train.py's reward as functions that TRL calls and adds up: `right`, and `overlong` if asked for.
 
-    def right(completions, answer, **_):
-        return [
-            correct(text, truth) for text, truth in zip(texts_of(completions), answer, strict=True)
-        ]
+    A completion without any of eos_ids is truncated.
+    """
+
+    def right(completions, completion_ids, answer, **_):
+        texts = texts_of(completions)
+        truncated = [set(eos_ids).isdisjoint(ids) for ids in completion_ids]
+        return [correct(*row) for row in zip(texts, answer, truncated, strict=True)]
 
     def overlong(completion_ids, **_):
         limits = options["max_new_tokens"], options["overlong_cache"]
@@ -328,18 +331,25 @@ def parse(argv):
 
 def main(argv=None):
     o, config = parse(argv)
-    problems = load_problems(o["data"], "train")
-    model, tokenizer, _, _ = load_policy(
-        o["model"]
-    )  # fp32 weights, dropout off; accelerate moves them
+    held_out = load_problems(o["data"], "test")
+    problems, overlap = split_overlap(load_problems(o["data"], "train"), held_out)
+    if overlap:
+        print(f"dropped {overlap} problems of training that are held out too")
+    # fp32 weights, dropout off; accelerate moves them
+    model, tokenizer, eos_ids, _ = load_policy(o["model"])
     longest = context_length(model) - o["max_new_tokens"]
     problems, dropped = encode_problems(tokenizer, problems, o["prompt"], longest)
     if dropped:
         print(f"dropped {dropped} problems of over {longest} prompt tokens")
     trainer = Trainer(
-        o["algo"], options=o["option"], args=config, model=model, processing_class=tokenizer, reward_funcs=rewards(o),
+        o["algo"],
+        options=o["option"],
+        args=config,
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=rewards(o, eos_ids),
         train_dataset=Dataset.from_list(rows(tokenizer, problems, o["prompt"])),
-    )  # fmt: skip
+    )
     trainer.train()
     trainer.save_model()  # model and tokenizer: python train.py --eval-only --model FOLDER
 

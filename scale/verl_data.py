@@ -13,14 +13,15 @@ from rewards import correct  # noqa: E402
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_):
-    """1.0 or 0.0: train.py's reward, in verl's signature (reward.custom_reward_function)."""
+    """1.0 or 0.0: train.py's reward, in verl's signature (reward.custom_reward_function).
+
+    verl hands over the text alone, so a truncated completion is graded as if it had ended there.
+    """
     return correct(solution_str, ground_truth)
 
 
-def rows(name, split, template):
-    """The problems of load_problems(name, split) as verl's rows; verl applies the chat template."""
-    from trainer.data import load_problems  # here: a reward worker needs none of it
-
+def rows(name, split, problems, template):
+    """Problems as verl's rows; verl applies the chat template."""
     return [
         {
             "data_source": name,
@@ -28,13 +29,14 @@ def rows(name, split, template):
             "reward_model": {"style": "rule", "ground_truth": p["answer"]},
             "extra_info": {"split": split, "index": i},
         }
-        for i, p in enumerate(load_problems(name, split))
+        for i, p in enumerate(problems)
     ]
 
 
 def main(argv=None):
-    from datasets import Dataset
+    from datasets import Dataset  # here: a reward worker needs none of these
 
+    from trainer.data import load_problems, split_overlap
     from trainer.options import DEFAULTS
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -44,10 +46,13 @@ def main(argv=None):
         "--out", type=Path, required=True, help="the folder for train.parquet and test.parquet"
     )
     args = parser.parse_args(argv)
-    for split in ("train", "test"):
-        Dataset.from_list(rows(args.data, split, args.prompt)).to_parquet(
-            args.out / f"{split}.parquet"
-        )
+    test = load_problems(args.data, "test")
+    train, overlap = split_overlap(load_problems(args.data, "train"), test)
+    if overlap:
+        print(f"dropped {overlap} problems of training that are held out too")
+    for split, problems in (("train", train), ("test", test)):
+        dataset = Dataset.from_list(rows(args.data, split, problems, args.prompt))
+        dataset.to_parquet(args.out / f"{split}.parquet")
 
 
 if __name__ == "__main__":

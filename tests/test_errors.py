@@ -156,10 +156,10 @@ GOOD = '{"question": "1+1?", "answer": "#### 2"}'
         ([GOOD, GOOD[:-3]], "line 2 is not JSON"),
         ([GOOD, "[" * 100_000], "line 2 is not JSON"),
         ([GOOD, '{"question": "q", "answer": ' + "9" * 5000 + "}"], "line 2 is not JSON"),
-        ([GOOD, '["1+1?", "2"]'], 'line 2: need {"question": text, "answer": text}'),
+        ([GOOD, '["1+1?", "2"]'], 'line 2: need {"question": text, "answer": text or number}'),
         ([GOOD, '{"question": "1+1?"}'], "line 2: need"),
         ([GOOD, '{"answer": "2"}'], "line 2: need"),
-        ([GOOD, '{"question": "1+1?", "answer": 2}'], "line 2: need"),
+        ([GOOD, '{"question": "1+1?", "answer": true}'], "line 2: need"),
         ([GOOD, '{"question": "1+1?", "answer": null}'], "line 2: need"),
         ([GOOD, '{"question": " ", "answer": "2"}'], "line 2: the question is empty"),
         (
@@ -774,7 +774,7 @@ def test_reward_that_is_none(monkeypatch, file, tmp_path, capsys, reward):
     """Refused, with the completion that it was given to."""
     seen = []
 
-    def correct(text, answer):
+    def correct(text, answer, truncated):
         seen.append(text)
         return 0.5 if len(seen) < 4 else reward
 

@@ -47,18 +47,22 @@ def tiny():
 
 
 def test_evaluate_by_hand(tiny, monkeypatch):
-    """Four problems; greedy: right, right but without the marker, wrong, cut. Samples: 3, 1, 0 and 0 of 3 are right."""
+    """Four problems; greedy: right, right but without the marker, wrong, and cut after what looks right. Samples: 3, 1,
+    0 and 0 of 3 are right; the last but one is cut after what looks right, too.
+    """
     model, tokenizer, limits = tiny
-    greedy = ["2+1=3\n#### 3", "2+2=4", "#### 9", "2+2=4\n2+2=4"]
+    greedy = ["2+1=3\n#### 3", "2+2=4", "#### 9", "2+2=4\n#### 6"]
     good, bad = "#### {}", "#### 99"
     drawn = [good, good, good, bad, good, "so {}", bad, bad, bad, bad, "", bad]
     drawn = [text.format(3 + i // 3) for i, text in enumerate(drawn)]
+    drawn[10] = "#### 6"
     calls = []
 
     def sample(_, prompts, n, *, temperature, **more):
         texts = greedy if temperature == 0 else drawn
         calls.append((n, temperature, more["max_new_tokens"]))
-        ended = [not (temperature == 0 and i == 3) for i in range(len(texts))]
+        cut = 3 if temperature == 0 else 10
+        ended = [i != cut for i in range(len(texts))]
         rows = [
             tokenizer(t).input_ids + limits["eos_ids"] * end
             for t, end in zip(texts, ended, strict=True)
@@ -70,7 +74,7 @@ def test_evaluate_by_hand(tiny, monkeypatch):
         width = max(map(len, rows))  # what stands after EOS is no part of the completion
         ids = torch.tensor([row + [limits["pad_id"]] * (width - len(row)) for row in rows])
         mask = completion_mask(ids, limits["eos_ids"])
-        mask[3, len(rows[3]) :] &= ended[3]
+        mask[cut, len(rows[cut]) :] = False
         return Rollout([], ids, mask, ~torch.tensor(ended))
 
     monkeypatch.setattr(evaluate, "sample", sample)

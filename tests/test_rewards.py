@@ -1,5 +1,6 @@
-"""rewards.py: a table of answers, then attacks: ten megabytes of anything, and whatever hypothesis can think of."""
+"""rewards.py: a table of answers, then attacks: megabytes of anything, and whatever hypothesis can think of."""
 
+import re
 import sys
 import time
 import unicodedata
@@ -9,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards import correct, extract_answer, format_reward, overlong_penalty
+import rewards
+from rewards import correct, extract_answer, overlong_penalty
 
 # What stands after "#### " and what is read there. Each is tried behind the marker, in a box, and, lenient, bare.
 NUMERALS = [
@@ -31,7 +33,7 @@ NUMERALS = [
     ("\u2212$5", -5),
     (r"-\$5", -5),
     ("-\\$ .5", Fraction(-1, 2)),
-    ("-$-5", -5),
+    ("-$-5", None),  # two signs
     ("€1,234.50", Fraction(2469, 2)),
     ("-£3", -3),
     ("₹500", 500),
@@ -77,11 +79,9 @@ NUMERALS = [
     ("18dollars", 18),
     ("18 kg", 18),
     ("5eggs", 5),
-    ("5e", 5),
     ("$5/hour", 5),
     ("**72**", 72),
     ("'72'", 72),
-    ("x15", 15),
     ("x = -5", -5),
     ("x=-5", -5),
     ("答案是72。", 72),
@@ -107,7 +107,7 @@ NUMERALS = [
     ("12,34", None),
     ("1234,567", None),
     ("1,2345", None),
-    ("1,,234", 1),  # two commas group nothing: the first number is 1; see BARE
+    ("1,,234", None),
     ("1.2.3", None),
     (".5.5", None),
     ("1.234,5", None),
@@ -131,7 +131,6 @@ NUMERALS = [
     ("12/25/2023", None),
     ("1{,}23", None),
 ]
-BARE = {"1,,234": 234}  # lenient reads the last number of the text, not the first
 
 
 @pytest.mark.parametrize("numeral, value", NUMERALS)
@@ -140,7 +139,350 @@ def test_numeral(numeral, value):
     assert extract_answer(f"####{numeral}\n") == value
     assert extract_answer(f"so \\boxed{{{numeral}}}") == value
     assert extract_answer(numeral) is None
-    assert extract_answer(f"it is {numeral} ", lenient=True) == BARE.get(numeral, value)
+    assert extract_answer(f"it is {numeral} ", lenient=True) == value
+
+
+# What follows belongs to the number, or makes it ambiguous. A part of it would be wrong: nothing is read.
+UNREADABLE = [
+    # roots, constants, variables, powers, factorials, bases, indices
+    *[
+        r"\sqrt{51}",
+        r"\sqrt 51",
+        r"\sqrt[3]{8}",
+        "√51",
+        "√ 51",
+        "sqrt(51)",
+        "sqrt 51",
+        "log 5",
+        "f(5)",
+    ],
+    *[
+        r"3\pi",
+        r"3 \pi",
+        "3π",
+        "3 pi",
+        "3pi",
+        "2x",
+        "2 x",
+        "x2",
+        "5e",
+        "5(x+1)",
+        "5/x",
+        r"5/\pi",
+        "π/3",
+    ],
+    *[
+        "x^2",
+        "2^10",
+        "2 ^ 10",
+        "2^{10}",
+        "{5}^2",
+        "(5)^2",
+        "2**10",
+        "5²",
+        "5⁻¹",
+        "10⁻5",
+        "x_1",
+        "101_2",
+    ],
+    *["5!", "5 !", "(5)!", r"\frac{1}{2}^2", r"\frac{1}{2}x", r"x^\frac12"],
+    # repeating decimals and cut ones
+    *["0.333...", "0.333…", r"0.3\ldots", r"0.\overline{3}", r"0.3\overline{4}", "0.(3)", "0.3̅"],
+    # other numbers of Unicode, and words that scale
+    *["½", "2½", "2 ½", "-⅓", "Ⅷ5", "5万", "5 万", "三5", "5️⃣"],
+    *[
+        "5 million",
+        "5-million",
+        r"5\text{ million}",
+        "5 hundred",
+        "5k",
+        "$5K",
+        "5M",
+        "2 and a half",
+    ],
+    # calculations, ratios, ranges, inequalities
+    *[
+        "a+1",
+        "5+x",
+        "5 + x",
+        "5 - x",
+        "x - 5",
+        "5-3",
+        "5 - 3",
+        "5 -3",
+        "16 - 3 = 13",
+        "2*3",
+        "2 * 3",
+    ],
+    *[
+        "2×3",
+        "2 × 3",
+        "3x4",
+        "3 x 4",
+        "5·2",
+        "5(3)",
+        "(5)(3)",
+        r"5\cdot 3",
+        r"5 \times 10^3",
+        "7 % 4",
+    ],
+    *["3:4", "3 : 4", "12:30", "3-5", "3–5", "3~5", "100~200", "±5", "5 ± 2", r"5 \pm 2", r"\pm 5"],
+    *["x > 5", "x ≥ 5", "≤ 5", r"x \ge 5", "5 < x", "5 ≠ 6", "5+", "3 / 4", "17 000/5 - 1"],
+    # fractions that are not of two whole numbers
+    *[r"\frac{x}{2}", r"\frac{2}{x}", r"\frac{1.5}{2}", r"\frac{3}{-4}", r"\frac{\frac12}{3}"],
+    *[r"\frac{1}{2}3", r"\frac123", r"\frac{1}{2}\frac{3}{4}", r"1,\frac{234}{5}", r"\frac{1}{0}"],
+    *["2 4/3", "2 1/0", "2.5 1/2", "2 1/2/3", "2-1/2", "2 and 1/2", r"2\frac{-2}{3}", "2 100/300"],
+    # groups and marks
+    *[
+        "12 000",
+        "1 234 567",
+        "12\u00a00000",
+        "1234\u00a0567",
+        "12\u00a0 000",
+        "1\u202f23",
+        r"1\,23",
+    ],
+    *["10\\!000", "5,6", "5;6", "5→6", "H2O", "5eggs3", "0x1F", "1e+5e3", "5|6;7", "5\u202e6"],
+    # the sign
+    *[
+        "- 5",
+        "+ 5",
+        "- $5",
+        "--5",
+        "+-5",
+        "-+5",
+        "$-$-5",
+        "GPT-4",
+        "USD-5",
+        "-USD 5",
+        "-US$5",
+        "-Rs.5",
+    ],
+    *[
+        "-(5)",
+        "-**5**",
+        r"-\text{5}",
+        r"-\left(5",
+        "-{5+1}",
+        r"-{\frac34}",
+        "-|5|",
+        "|-5|",
+        "—5",
+        "⁻5",
+    ],
+    *["negative 5", "Minus 5", "⁒5", "∓5", "5-", "x -5", "(5)-(3)"],
+]
+
+
+@pytest.mark.parametrize("numeral", UNREADABLE)
+def test_what_continues_a_numeral_leaves_no_part_of_it(numeral):
+    assert extract_answer(f"#### {numeral}") is None
+    assert extract_answer(f"so \\boxed{{{numeral}}}") is None
+    with pytest.raises(ValueError, match="no number"):
+        correct("", numeral)
+
+
+# Written in full and unambiguous.
+READABLE = [
+    # fractions and mixed numbers
+    *[
+        (r"\frac34", "3/4"),
+        (r"\frac{3}{4}", "3/4"),
+        (r"\dfrac{3}{4}", "3/4"),
+        (r"\tfrac3{4}", "3/4"),
+    ],
+    *[
+        (r"\frac{3}4", "3/4"),
+        (r"\frac 34", "3/4"),
+        (r"\frac{-12}{4}", "-3"),
+        (r"-\frac{3}{4}", "-3/4"),
+    ],
+    *[(r"\frac{1,000}{3}", "1000/3"), (r"$\frac{3}{4}$", "3/4"), ("3⁄4", "3/4"), ("84/2", "42")],
+    *[("2 2/3", "8/3"), ("-2 2/3", "-8/3"), (r"2\frac{2}{3}", "8/3"), (r"2 \dfrac23", "8/3")],
+    *[(r"-2\frac23", "-8/3"), ("1,000 1/2", "2001/2"), ("2\u00a01/2", "5/2"), ("٢ ١/٢", "5/2")],
+    # thousands
+    *[(r"10,\!000", "10000"), ("12\u00a0000", "12000"), ("12\u2009000", "12000")],
+    *[("1\u202f234\u202f567", "1234567"), ("-12\u00a0000.5", "-24001/2"), ("1{,}234", "1234")],
+    *[(r"12\;000", "12000"), (r"12\ 000", "12000"), ("١٬٢٣٤٫٥", "2469/2")],
+    # minus signs
+    *[(f"{dash}5", "-5") for dash in "-\u2010\u2011\u2012\u2013\u2212\u02d7\u2796\ufe63\uff0d"],
+    *[("-{5}", "-5"), ("-{ 1,234 }", "-1234"), ("{-5}", "-5"), ("$-5$", "-5"), ("$-$5", "-5")],
+    *[("-\u200b5", "-5"), ("\u200e-5", "-5"), ("**-5**", "-5"), ("(-5)", "-5"), ("is -5", "-5")],
+    # dressing
+    *[(r"\text{5}", "5"), (r"\mathbf{-5}", "-5"), (r"5\text{ cm}", "5"), (r"5\,\text{kg}", "5")],
+    *[(r"5\%", "5"), ("5°", "5"), (r"90^\circ", "90"), (r"90^{\circ}", "90"), ("5-foot", "5")],
+    *[("5/hour", "5"), (r"\$5/\text{hour}", "5"), ("5 miles/hour", "5"), ("~5", "5"), ("5¢", "5")],
+    *[("5 - five", "5"), ("_5_", "5"), ("*5*", "5"), ("`5`", "5"), ("[5]", "5"), ("5th", "5")],
+    *[
+        ("<b>5</b>", "5"),
+        ("->5", "5"),
+        ("=> 5", "5"),
+        ("→ 5", "5"),
+        ("5 = 2+3", "5"),
+        ("5, 6", "5"),
+    ],
+    *[("at least 5", "5"), ("R500", "500"), ("1\u200b2", "12"), ("共5个", "5"), ("5…", "5")],
+]
+
+
+@pytest.mark.parametrize(("numeral", "number"), READABLE)
+def test_what_is_unambiguous_is_read(numeral, number):
+    assert extract_answer(f"#### {numeral}") == Fraction(number)
+    assert extract_answer(f"so \\boxed{{{numeral}}}") == Fraction(number)
+
+
+# --- truncated -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "lenient"),
+    [
+        ("#### 1", None, None),  # perhaps #### 18
+        ("#### 18 ", None, None),  # perhaps #### 18 000
+        ("#### 18 dollars and", None, 18),
+        ("#### 18\n", 18, 18),
+        ("#### 18\r", 18, 18),
+        ("#### 18\u2028then", 18, 18),
+        ("#### 5\nno, #### 1", None, 5),  # the last marker decides
+        ("#### 5\nso ##", 5, 5),
+        (r"\boxed{18}", 18, 18),
+        (r"\boxed{18} so", 18, 18),
+        (r"\boxed{1", None, None),
+        ("\\boxed{5}\n\\boxed{1", None, 5),
+        (r"\boxed{5} #### 1", None, None),
+        ("3 eggs and 1", None, 3),
+        ("3 eggs and 1\n", None, 1),
+        ("so 3", None, None),
+        ("so 3.", None, None),  # perhaps 3.5
+        ("so 3 ", None, None),
+        ("so 3 mill", None, None),
+        ("so 3 and ", None, None),  # perhaps 3 and 1/2
+        ("7 eggs\nso 3 mill", None, 7),
+    ],
+)
+def test_a_truncated_completion_has_an_answer_only_where_it_is_complete(text, strict, lenient):
+    assert extract_answer(text, truncated=True) == strict
+    assert extract_answer(text, lenient=True, truncated=True) == lenient
+
+
+@pytest.mark.parametrize("whole", ["#### 18", r"\boxed{18}", "so 180 eggs\n#### -1,234.5 kg"])
+def test_no_cut_of_a_completion_pays_for_a_part_of_its_answer(whole):
+    for end in range(len(whole)):
+        cut = whole[:end]
+        assert extract_answer(cut, truncated=True) is None
+        assert extract_answer(cut, lenient=True, truncated=True) in (None, 180)
+    assert correct(whole[:-1], "#### 1", truncated=True) == 0.0
+    assert extract_answer(whole + "\n", truncated=True) == extract_answer(whole) is not None
+
+
+def test_lenient_reads_a_window_and_never_a_numeral_that_it_cuts(monkeypatch):
+    monkeypatch.setattr(rewards, "LENIENT_WINDOW", 10)
+    assert extract_answer("5 eggs, no", lenient=True) == 5
+    assert extract_answer("5 eggs, not", lenient=True) is None
+    assert extract_answer("7 or 15, 3 eggs", lenient=True) == 3
+    assert extract_answer("1234567 eggs, ", lenient=True) is None
+
+
+# --- the parts of the grammar ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("−5 ‑5 －５", "-5 -5 -5"),
+        ("12\u00a0000 12\u202f000", "12\u2009000 12\u2009000"),
+        (r"1{,}234 1,\!234 1\,234", "1,234 1,234 1\u2009234"),
+        ("-{5} {5}", "-5 {5}"),
+        ("٣٫٥ 3⁄4 5’", "٣.٥ 3/4 5'"),
+        (r"\frac34 or 2\dfrac{2}{3}", "3/4 or 2\u20092/3"),
+        (r"\frac{x}{2} \frac{1}{2}3", r"\frac{x}{2} \frac{1}{2}3"),
+        ("a\u200bb", "ab"),
+    ],
+)
+def test_plain(text, plain):
+    assert rewards.plain(text) == plain
+
+
+@pytest.mark.parametrize("whole", ["7", "0", "1234567", "1,234", "12,345,678", "1\u2009234", "٧٢"])
+def test_a_whole_number_has_plain_digits_or_groups_of_three(whole):
+    assert re.fullmatch(rewards.WHOLE, whole) and re.fullmatch(rewards.DECIMAL, whole)
+
+
+@pytest.mark.parametrize(
+    "not_whole", ["", "1,23", "1234,567", "1,2345", "1,234\u2009567", "1.5", "½"]
+)
+def test_what_is_no_whole_number(not_whole):
+    assert not re.fullmatch(rewards.WHOLE, not_whole)
+
+
+@pytest.mark.parametrize("decimal", ["1.5", ".5", "1,234.5", "1e3", "1.5E-3", "1e999"])
+def test_a_decimal(decimal):
+    assert re.fullmatch(rewards.DECIMAL, decimal) and not re.fullmatch(rewards.WHOLE, decimal)
+
+
+@pytest.mark.parametrize("not_decimal", ["1.", "1.2.3", "1e", "1e1234", "1.234,5", "-1"])
+def test_what_is_no_decimal(not_decimal):
+    assert not re.fullmatch(rewards.DECIMAL, not_decimal)
+
+
+@pytest.mark.parametrize(
+    ("numeral", "number"),
+    [("1,234.50", "2469/2"), ("3/4", "3/4"), ("2 2/3", "8/3"), ("3/0", None), ("2 3/2", None)]
+    + [("½", None), ("1" * 100, "1" * 100), ("1" * 101, None), ("1e-999", Fraction(1, 10**999))],
+)
+def test_the_value_of_a_numeral(numeral, number):
+    expected = None if number is None else Fraction(number)
+    assert rewards.value(rewards.NUMERAL.fullmatch(numeral)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "together"),
+    [("5-3", True), ("5 - 3", True), ("1.2.3", True), ("12 000", True), ("2 and 1/2", True)]
+    + [("3x4", True), ("3 : 4", True), ("2 ½", True), ("12\u20090000", True)]
+    + [("5, 3", False), ("5 3", False), ("1234 567", False), ("5=3", False), ("5 and 3", False)]
+    + [("5 = -3", False), ("day 1: 5", False), ("5\n3", False), ("5 or 3", False)],
+)
+def test_neighbours_are_joined(text, together):
+    left, right = rewards.numerals(text)
+    assert rewards.joined(left, right) == together
+
+
+@pytest.mark.parametrize(
+    ("before", "sign", "rest"),
+    [("is -", -1, "is "), ("+", 1, ""), ("", 1, ""), ("-$", -1, ""), ("$-", -1, "$"), ("€ ", 1, "")]
+    + [("-\\$ ", -1, ""), ("GPT-", 0, "GPT"), ("--", 0, "-"), (")-", 0, ")"), ("x -", 0, "x ")],
+)
+def test_the_sign_of_a_numeral(before, sign, rest):
+    assert rewards.signed(before) == (sign, rest)
+
+
+@pytest.mark.parametrize(
+    ("before", "numeral", "after", "more"),
+    [
+        ("", "5", " eggs", False),
+        ("", "5", "%", False),
+        ("(", "5", ")", False),
+        ("", "5", "...", False),
+    ]
+    + [("", "0.3", "...", True), ("√", "5", "", True), ("", "5", "!", True), ("H", "2", "O", True)]
+    + [("", "5", "kg", False), ("USD", "5", "", False), (r"\sqrt{", "5", "}", True)],
+)
+def test_what_stands_beside_a_numeral_continues_it(before, numeral, after, more):
+    assert rewards.continued(before, numeral, after) == more
+
+
+@pytest.mark.parametrize(
+    ("text", "truncated", "place"),
+    [("a #### b\nc", False, " b"), ("####a####b", False, "b"), ("no", False, None)]
+    + [(r"\boxed{a{b}c}", False, "a{b}c"), (r"\boxed{a", False, None), (r"\boxed{a}}", False, "a")]
+    + [("#### b", True, None), ("#### b\n", True, " b"), (r"\boxed{a}", True, "a")],
+)
+def test_the_place_of_the_answer(text, truncated, place):
+    assert rewards.answer_place(text, truncated) == place
+
+
+def test_no_table_of_all_characters_is_made_at_import():
+    assert len(rewards.TABLE) < 200
 
 
 # text, strict, lenient
@@ -150,20 +492,20 @@ TEXTS = [
     ("The answer is 15", None, 15),
     ("She has 3, then 15.", None, 15),
     ("5 and 1,23,4", None, 5),
-    ("5 - 3", None, 3),
-    ("5-3", None, 3),
-    ("GPT-4", None, 4),
-    ("f(2)-4", None, 4),
+    ("5 - 3", None, None),
+    ("5-3", None, None),
+    ("GPT-4", None, None),
+    ("f(2)-4", None, None),
     ("(-4)", None, -4),
-    ("2024-01-15", None, 15),
+    ("2024-01-15", None, None),
     # the last marker, the first numeral of its line
     ("#### 1\n#### 2", 2, 2),
     ("#### 1 #### 2", 2, 2),
     ("#### 72 73 74", 72, 72),
-    ("#### 5-3", 5, 5),
-    (r"#### A-\$ .5", Fraction(1, 2), Fraction(1, 2)),
-    ("#### 16 - 3 = 13", 16, 16),
-    ("#### 2024-01-15", 2024, 2024),
+    ("#### 5-3", None, None),
+    (r"#### A-\$ .5", None, None),
+    ("#### 16 - 3 = 13", None, 13),
+    ("#### 2024-01-15", None, None),
     ("#### 72\n99", 72, 72),
     ("#### 72\r99", 72, 72),
     ("#### 72\u202899", 72, 72),
@@ -195,8 +537,8 @@ TEXTS = [
     (r"\boxed{5} \boxed{6", None, 6),
     (r"\boxed{{6}", None, 6),
     (r"\boxed 5", None, 5),
-    (r"\boxed{\frac{3}{4}}", None, None),
-    (r"#### \dfrac{3}{4}", None, None),
+    (r"\boxed{\frac{3}{4}}", Fraction(3, 4), Fraction(3, 4)),
+    (r"#### \dfrac{3}{4}", Fraction(3, 4), Fraction(3, 4)),
     (r"\boxed{5} #### 6", 6, 6),
     (r"#### 6 \boxed{5}", 6, 6),
     (r"\boxed{5} ####", None, 5),
@@ -262,30 +604,6 @@ def test_a_refused_answer_is_shortened():
 
 
 @pytest.mark.parametrize(
-    "completion, reward",
-    [
-        ("work\n#### 72", 1),
-        ("#### 72 \n\n \t", 1),
-        ("#### 72 apples.", 1),
-        ("#### 1\n#### 2", 1),
-        (r"so $\boxed{72}$.", 1),
-        ("\\boxed{\n72\n}.\n", 1),
-        ("72", 0),
-        ("", 0),
-        ("####", 0),
-        ("#### 72\nHuman: next", 0),
-        ("#### 72\rnext", 0),
-        ("#### 72\n#### x", 0),
-        ("\\boxed{72}\nand so on", 0),
-        ("\\boxed{72", 0),
-    ],
-)
-def test_format_reward(completion, reward):
-    got = format_reward(completion)
-    assert got == reward and isinstance(got, float)
-
-
-@pytest.mark.parametrize(
     "length, max_length, cache, penalty",
     [
         (0, 100, 20, 0.0),
@@ -321,8 +639,8 @@ def test_every_decimal_digit_and_currency_of_unicode_counts():
 
 # --- attacks ---------------------------------------------------------------------------------------------------------
 
-# Units that one or another part of the code would be quadratic on, were it written with less care; the first line at
-# ten megabytes, all of them at one.
+# Units that one or another part of the code would be quadratic on, were it written with less care; the first ones at
+# two megabytes, the others at 300 kB.
 LARGE = [
     "9",
     "\uff17",
@@ -386,32 +704,31 @@ def _seconds(unit, size):
 
 
 @pytest.mark.parametrize("unit", LARGE, ids=ascii)
-def test_ten_megabytes_in_linear_time(unit):
-    small = _seconds(unit, 10**6)
+def test_two_megabytes_in_linear_time(unit):
+    small = _seconds(unit, 2 * 10**5)
     assert small < 0.5, (
-        f"{unit!r}: {small:.2f} s for a megabyte"
+        f"{unit!r}: {small:.2f} s for 200 kB"
     )  # so that a quadratic one fails before it hangs
-    large = _seconds(unit, 10**7)
+    large = _seconds(unit, 2 * 10**6)
     assert large < 5 and large < 30 * small + 0.5, (
         f"{unit!r}: {small:.2f} s, then {large:.2f} s for ten times as much"
     )
 
 
 @pytest.mark.parametrize("unit", SMALL, ids=lambda unit: ascii(unit[:10]))
-def test_a_megabyte_in_linear_time(unit):
-    small = _seconds(unit, 10**5)
-    assert small < 0.2, f"{unit[:10]!r}: {small:.2f} s for 100 kB"
-    large = _seconds(unit, 10**6)
+def test_300_kilobytes_in_linear_time(unit):
+    small = _seconds(unit, 3 * 10**4)
+    assert small < 0.2, f"{unit[:10]!r}: {small:.2f} s for 30 kB"
+    large = _seconds(unit, 3 * 10**5)
     assert large < 1 and large < 30 * small + 0.1, (
         f"{unit[:10]!r}: {small:.3f} s, then {large:.2f} s for ten times as much"
     )
 
 
 @pytest.mark.parametrize("unit", ["9", "#### 1\n", " ", "{"])
-def test_the_other_rewards_on_ten_megabytes(unit):
+def test_correct_takes_two_megabytes(unit):
     start = time.process_time()
-    completion = "#### 72\n" + unit * (10**7 // len(unit))
-    assert format_reward(completion) == (unit in ("#### 1\n", " "))
+    completion = "#### 72\n" + unit * (2 * 10**6 // len(unit))
     assert correct(completion, "72") == (unit != "#### 1\n")
     assert time.process_time() - start < 5
 
@@ -450,7 +767,6 @@ def test_nothing_raises_and_the_parts_agree(text, answer):
     strict, lenient = extract_answer(text), extract_answer(text, lenient=True)
     assert strict is None or (type(strict) is Fraction and lenient == strict)
     assert lenient is None or (type(lenient) is Fraction and any(char.isdecimal() for char in text))
-    assert format_reward(text) in (0.0, 1.0) and (format_reward(text) == 0.0 or strict is not None)
     try:
         reward = correct(text, answer)
     except ValueError as error:
@@ -471,14 +787,14 @@ def test_one_number_however_written(number, currency, sign_first, data):
         digits = digits.translate({ord("0") + i: chr(0xFF10 + i) for i in range(10)})
     before = sign + currency if sign_first else currency.rstrip() + sign
     after = data.draw(
-        st.sampled_from(["", ".", ",", "%", " kg", "dollars", ".\n", " and 5", "\n5"])
+        st.sampled_from(["", ".", ",", "%", " kg", "dollars", ".\n", " and 5", "\n5", " = 5"])
     )
     text = before + digits + after
     assert extract_answer(f"5 #### 6\n#### {text}") == number
     assert extract_answer(f"\\boxed{{6}} \\boxed{{{text}}} 5") == number
     assert correct(f"#### {text}", f"#### {number}") == 1.0
     assert correct(f"#### {text}", str(number + 1)) == 0.0
-    assert correct(f"#### {number}", f"6\n#### {text}") == 1.0
+    assert correct(f"#### {number}", f"6\n#### {before + digits}") == 1.0
 
 
 @fuzz
@@ -511,8 +827,10 @@ def test_only_the_first_number_of_its_line_counts(before, number, rest, after):
 )
 def test_many_answers_pay_at_most_one(numbers, separator):
     spam = "#### " + separator.join(map(str, numbers))
-    assert sum(correct(spam, str(number)) for number in numbers) == 1.0
-    assert correct(spam, str(numbers[-1 if "####" in separator else 0])) == 1.0
+    paid = [number for number in numbers if correct(spam, str(number))]
+    ambiguous = separator == " " and 100 <= numbers[1]  # 1 234: one number or two
+    first_or_last = numbers[-1 if "####" in separator else 0]
+    assert paid == ([] if ambiguous else [first_or_last])
     boxes = "".join(f"\\boxed{{{number}}}" for number in numbers)
     assert [correct(boxes, str(number)) for number in numbers] == [0.0] * (len(numbers) - 1) + [1.0]
 
@@ -521,12 +839,7 @@ def test_many_answers_pay_at_most_one(numbers, separator):
 @given(TEXT.map(lambda text: text.replace("#", "").replace("\\", "")), NUMBER)
 def test_no_marker_no_pay(text, number):
     text = f"{text} {number} "
-    assert (
-        extract_answer(text) is None
-        and correct(text, str(number)) == 0.0
-        and format_reward(text) == 0.0
-    )
-    assert extract_answer(text, lenient=True) == number
+    assert extract_answer(text) is None and correct(text, str(number)) == 0.0
 
 
 @fuzz

@@ -1,5 +1,6 @@
 """scale/trl_trainer.py against TRL itself, against a plain loop, and against itself on two processes."""
 
+import json
 import os
 import socket
 
@@ -320,12 +321,38 @@ def test_prompts_and_reward_are_those_of_train_py():
         [row["prompt"]], add_generation_prompt=True, tokenize=True, return_dict=True
     )
     assert as_trl_does["input_ids"] == [encode_prompt(tok, "Mia has 3 eggs.", template)]
-    right, overlong = trl_trainer.rewards({"overlong_cache": 2, "max_new_tokens": 4})
+    right, overlong = trl_trainer.rewards({"overlong_cache": 2, "max_new_tokens": 4}, [7, 9])
     turns = ["so #### 3", [{"role": "assistant", "content": "#### 4"}], "#### 3"]
-    given = {"completions": turns, "completion_ids": [[1] * 2, [1] * 3, [1] * 4]}
+    given = {"completions": turns, "completion_ids": [[1, 9], [1, 1, 7], [1, 1, 1, 7]]}
     given["answer"] = ["#### 3"] * 3
     assert right(**given) == [1.0, 0.0, 1.0] and overlong(**given) == [0.0, -0.5, -1.0]
-    assert len(trl_trainer.rewards({"overlong_cache": 0, "max_new_tokens": 4})) == 1
+    assert len(trl_trainer.rewards({"overlong_cache": 0, "max_new_tokens": 4}, [7])) == 1
+
+
+def test_a_truncated_completion_earns_nothing_where_its_line_is_cut():
+    (right,) = trl_trainer.rewards({"overlong_cache": 0, "max_new_tokens": 2}, eos_ids=[7])
+    texts, ids = ["#### 3", "#### 3\n", "#### 3"], [[1, 1], [1, 1], [1, 7]]
+    assert right(texts, ids, ["#### 3"] * 3) == [0.0, 1.0, 1.0]
+
+
+class Stub:
+    def train(self):
+        pass
+
+    def save_model(self):
+        pass
+
+
+def test_no_question_of_the_test_split_is_trained_on(tmp_path, monkeypatch):
+    """main hands TRL only the problems that train.py would train on: the trainer is a recorder here."""
+    rows = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in range(4)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = [{"question": " 0+1? ", "answer": "1"}, {"question": "2+1?", "answer": "3"}]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    given = {}
+    monkeypatch.setattr(trl_trainer, "Trainer", lambda *_, **kwargs: given.update(kwargs) or Stub())
+    trl_trainer.main(["--preset", "tiny", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert given["train_dataset"]["prompt"] == ["1+1?\n", "3+1?\n"]
 
 
 def test_script_trains_and_saves(tmp_path, capfd):

@@ -185,15 +185,31 @@ def test_dynamic_sampling_replaces_groups_of_equal_rewards(tmp_path, monkeypatch
     assert rollout.rewards.tolist() == mixed + dull and sum(len(s.prompts) for s in sampled) == 20
 
 
+def test_a_truncated_completion_earns_nothing_for_a_line_that_is_cut(tmp_path, monkeypatch):
+    """Every completion reads as the right answer; those that a limit of 8 tokens truncates are cut."""
+    t = trainer(tmp_path, "--prompts", "4", "--max-new-tokens", "8")
+    problem = {"answer": "#### 7"}
+    assert t.reward("#### 7", problem, 8, True) == (0.0, 0.0)  # perhaps cut from #### 72
+    assert t.reward("#### 7\n", problem, 8, True) == (1.0, 1.0)
+    answers = [f"#### {i}" for i in range(len(t.problems))]
+    for p, answer in zip(t.problems, answers, strict=True):
+        p["answer"] = answer
+    monkeypatch.setattr(train, "decode", lambda _, batch: [p["answer"] for p in batch.problems])
+    torch.manual_seed(0)
+    rollout, _ = t.sample_and_reward()
+    assert 0 < rollout.truncated.sum() < len(rollout.truncated)
+    assert torch.equal(rollout.right == 1, ~rollout.truncated)
+
+
 def test_overlong_punishment_is_added_but_is_not_accuracy(tmp_path, monkeypatch):
     t = trainer(tmp_path, "--overlong-cache", "4")
     problem = {"answer": "#### 7"}
-    assert t.reward("#### 7", problem, 8) == (1.0, 1.0)
-    assert t.reward("#### 7", problem, 10) == (1.0, 0.5)
-    assert t.reward("#### 8", problem, 13) == (0.0, -1.0)
+    assert t.reward("#### 7", problem, 8, False) == (1.0, 1.0)
+    assert t.reward("#### 7", problem, 10, False) == (1.0, 0.5)
+    assert t.reward("#### 8", problem, 13, True) == (0.0, -1.0)
     monkeypatch.setattr(train, "correct", lambda *_: float("nan"))
     with pytest.raises(train.BadReward, match="so it says"):
-        t.reward("so it says", problem, 1)
+        t.reward("so it says", problem, 1, False)
 
 
 def test_beta_and_the_kl_mask_get_what_they_need(tmp_path):

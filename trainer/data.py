@@ -7,14 +7,16 @@ number. Everything that is wrong with a file is said in one line, with the line'
 import json
 import os
 import socket
+import unicodedata
 import urllib.request
 import zlib
+from decimal import Decimal
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import huggingface_hub
 
-from rewards import correct
+from rewards import true_answer
 from tiny.problems import problems as tiny_problems
 
 TINY_TRAIN = (
@@ -27,8 +29,8 @@ def load_problems(name, split):
 
     name: "tiny" (the embedded generator), "gsm8k", another Hub data set with those two fields ("owner/name" or
     "owner/name:config"), a local folder with train.jsonl and test.jsonl, or one .jsonl, whose last tenth (at most 500)
-    is then the test split. Says how many problems repeat a question. Raises ValueError, in one line, with the line's
-    number where there is one.
+    is then the test split. Says so, and how many problems repeat a question. Raises ValueError, in one line, with the
+    line's number where there is one.
     """
     path = Path(name)
     if name == "tiny":
@@ -62,12 +64,17 @@ def load_problems(name, split):
                 f"{path} holds one problem; two are the least, one to train on and one to hold out"
             )
         held_out = min(500, max(1, len(problems) // 10))
+        if split == "test":
+            print(f"{path}: the last {held_out} of its {len(problems)} problems are held out")
         return problems[:-held_out] if split == "train" else problems[-held_out:]
     return problems
 
 
 def read_jsonl(path):
-    """One JSON object a line; blank lines are skipped but counted. Returns a list with None for them."""
+    """One JSON object per line; blank lines are skipped but counted. Returns a list with None for them.
+
+    Numbers with a point become Decimal, which keeps every digit that the file has.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -75,7 +82,7 @@ def read_jsonl(path):
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line) if line.strip() else None)
+            rows.append(json.loads(line, parse_float=Decimal) if line.strip() else None)
         except (
             ValueError,
             RecursionError,
@@ -107,29 +114,34 @@ def check(rows, where):
     for number, row in enumerate(rows, 1):
         if row is None:
             continue
-        if not isinstance(row, dict) or not all(
-            isinstance(row.get(key), str) for key in ("question", "answer")
-        ):
-            raise ValueError(
-                f'{where}, line {number}: need {{"question": text, "answer": text}}, got {str(row)[:80]}'
-            )
         try:
-            (row["question"] + row["answer"]).encode()
-            correct("", row["answer"])
-        except (
-            UnicodeEncodeError
-        ) as error:  # JSON may hold half of a surrogate pair; no tokenizer takes it
-            raise ValueError(
-                f"{where}, line {number}: {error.object[error.start]!r} is no character"
-            ) from None
+            problem = problem_of(row)
         except ValueError as error:
             raise ValueError(f"{where}, line {number}: {error}") from None
-        if not row["question"].strip():
-            raise ValueError(f"{where}, line {number}: the question is empty")
-        seen.setdefault(row["question"], {"question": row["question"], "answer": row["answer"]})
+        seen.setdefault(problem["question"], problem)
     if not seen:
         raise ValueError(f"{where} holds no problem")
     return list(seen.values())
+
+
+def problem_of(row):
+    """{"question", "answer"}, both text, of one row; an answer may be a JSON number. Raises ValueError, in one line."""
+    fields = row if isinstance(row, dict) else {}
+    question, answer = fields.get("question"), fields.get("answer")
+    if isinstance(answer, int | float | Decimal) and not isinstance(answer, bool):
+        answer = str(answer)
+    if not isinstance(question, str) or not isinstance(answer, str):
+        raise ValueError(
+            f'need {{"question": text, "answer": text or number}}, got {str(row)[:80]}'
+        )
+    try:
+        (question + answer).encode()
+    except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair
+        raise ValueError(f"{error.object[error.start]!r} is no character") from None
+    if not question.strip():
+        raise ValueError("the question is empty")
+    true_answer(answer)
+    return {"question": question, "answer": answer}
 
 
 def encode_prompt(tokenizer, question, template):
@@ -177,10 +189,18 @@ def encode_problems(tokenizer, problems, template, longest, vocabulary=2**31):
 
 
 def split_overlap(train, test):
-    """Training problems whose question is not held out too, and how many there were that are."""
-    held_out = {p["question"] for p in test}
-    kept = [p for p in train if p["question"] not in held_out]
+    """(training problems whose question is not in the test split, how many were left out for that).
+
+    Questions are the same if they differ only in white space, in case, or in forms that NFKC makes equal.
+    """
+    held_out = {same_question(p["question"]) for p in test}
+    kept = [p for p in train if same_question(p["question"]) not in held_out]
     return kept, len(train) - len(kept)
+
+
+def same_question(text):
+    """The text that is equal for questions that split_overlap takes for one."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def checksum(problems, expected=None):

@@ -5,7 +5,7 @@ import math
 import torch
 from tqdm import tqdm
 
-from rewards import correct, extract_answer
+from rewards import correct, extract_answer, true_answer
 from trainer import checkpoint
 from trainer.policy import sample
 
@@ -65,9 +65,8 @@ def evaluate(
         common = dict(rows_at_once=rows_at_once, progress=bar, **limits)
         greedy = sample(model, prompts, 1, temperature=0, **common)
         drawn = sample(model, prompts, samples, temperature=temperature, **common) if k else None
-    texts = decode(tokenizer, greedy)
-    strict = sum(correct(text, answer) for text, answer in zip(texts, answers, strict=True))
-    lenient = sum(matches(text, answer) for text, answer in zip(texts, answers, strict=True))
+    strict = sum(grade(correct, tokenizer, greedy, answers))
+    lenient = sum(grade(matches, tokenizer, greedy, answers))
     n = len(problems)
     low, high = wilson(strict, n)
     result = {
@@ -85,19 +84,22 @@ def evaluate(
     result["truncated"] = greedy.truncated.float().mean().item()
     if k:
         repeated = [answer for answer in answers for _ in range(samples)]
-        right = [
-            correct(text, answer)
-            for text, answer in zip(decode(tokenizer, drawn), repeated, strict=True)
-        ]
+        right = grade(correct, tokenizer, drawn, repeated)
         counts = [int(sum(right[i : i + samples])) for i in range(0, len(right), samples)]
         result["avg_at_k"] = sum(counts) / len(right)
         result["pass_at_k"] = sum(pass_at_k(samples, c, k) for c in counts) / n
     return result
 
 
-def matches(text, answer):
+def grade(measure, tokenizer, rollout, answers):
+    """measure(text, answer, truncated) of each completion: `correct` or `matches`. Returns a list."""
+    texts, truncated = decode(tokenizer, rollout), rollout.truncated.tolist()
+    return [measure(*row) for row in zip(texts, answers, truncated, strict=True)]
+
+
+def matches(text, answer, truncated=False):
     """Whether the lenient answer, the last number if there is no marker, is the right one."""
-    return extract_answer(text, lenient=True) == extract_answer(answer, lenient=True)
+    return extract_answer(text, lenient=True, truncated=truncated) == true_answer(answer)
 
 
 def evaluate_only(o, out, model, tokenizer, limits, problems):

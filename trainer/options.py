@@ -18,7 +18,8 @@ OPTIONS = {
     "what is trained": [
         ("algo", str, "tepo", "tepo", f"one of {', '.join(ALGORITHMS)}"),
         ("model", str, "tiny", "Qwen/Qwen2.5-0.5B", "a local folder or a Hub name (Llama-, Qwen-, SmolLM-type models)"),
-        ("data", str, "tiny", "gsm8k", "tiny, gsm8k, a Hub name[:config], a folder with train/test.jsonl, or a .jsonl"),
+        ("data", str, "tiny", "gsm8k", "tiny, gsm8k, a Hub name[:config], a folder with train/test.jsonl, or "
+         "a .jsonl, whose last tenth (at most 500) is held out"),
         (
             "prompt", str, "{question}",
             "{question}\nReason step by step, then end with the answer alone on a line: #### number",
@@ -31,7 +32,7 @@ OPTIONS = {
         ("prompts", int, 16, 8, "prompts a step"),
         ("group_size", int, 8, 8, "G, completions a prompt"),
         ("temperature", float, 1.0, 1.0, "divides the logits, in sampling and in training alike"),
-        ("max_new_tokens", int, 64, 512, "longest completion; what is cut has no answer and earns nothing"),
+        ("max_new_tokens", int, 64, 512, "longest completion; a truncated one has an answer only in a whole line"),
         ("dynamic_sampling", int, 0, 0, "DAPO: replace groups all right or all wrong, in at most so many tries"),
         ("overlong_cache", int, 0, 0, "DAPO: punish the last so many tokens before --max-new-tokens; 0 is off"),
     ],
