@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as hf_logging
 
 from trainer.logprobs import left_padded, prefill
+from trainer.prompts import AUTO, Prompts
 
 hf_logging.disable_progress_bar()  # "Loading weights" and the like, in the middle of our own lines
 
@@ -63,8 +64,8 @@ class Rollout:
 SAMPLED = ("prompts", "completions", "mask", "truncated", "problems", "texts", "right", "rewards")
 
 
-def load_policy(name, device="cpu"):
-    """A causal language model with fp32 weights in eval mode, its tokenizer, and the set of its EOS ids.
+def load_policy(name, device="cpu", chat=AUTO):
+    """(model, tokenizer, EOS ids, pad id): a causal language model with fp32 weights in eval mode.
 
     name: "tiny" (the embedded one), a local folder or a Hub name. Weights are read from safetensors alone and no code
     of the repository is run. Raises ValueError with one line if there is no such model, no tokenizer or no EOS, or if
@@ -104,12 +105,17 @@ def load_policy(name, device="cpu"):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-    return model.to(device).eval(), tokenizer, *special_tokens(model, tokenizer)
+    end_of_turn = Prompts(tokenizer, chat=chat).end_of_turn()
+    eos_ids, pad_id = special_tokens(model, tokenizer, end_of_turn)
+    model.generation_config.eos_token_id = eos_ids  # so that generate stops a saved model there too
+    return model.to(device).eval(), tokenizer, eos_ids, pad_id
 
 
-def special_tokens(model, tokenizer):
-    """(sorted EOS ids, pad id): every EOS that the generation config, the config or the tokenizer names."""
-    eos = set()
+def special_tokens(model, tokenizer, end_of_turn=None):
+    """(sorted EOS ids, pad id). An EOS is what the generation config, the config or the tokenizer
+    names as one, and the token with which the chat template closes a turn (prompts.end_of_turn).
+    """
+    eos = {end_of_turn} - {None}
     for named in (
         model.generation_config.eos_token_id,
         model.config.eos_token_id,
