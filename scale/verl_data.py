@@ -17,14 +17,18 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_)
     return correct(solution_str, ground_truth)
 
 
-def rows(name, split, template):
+def rows(name, split, prompt, system=None):
     """The problems of load_problems(name, split) as verl's rows; verl applies the chat template."""
     from trainer.data import load_problems  # here: a reward worker needs none of it
 
+    first = [] if system is None else [{"role": "system", "content": system}]
     return [
         {
             "data_source": name,
-            "prompt": [{"role": "user", "content": template.replace("{question}", p["question"])}],
+            "prompt": [
+                *first,
+                {"role": "user", "content": prompt.replace("{question}", p["question"])},
+            ],
             "reward_model": {"style": "rule", "ground_truth": p["answer"]},
             "extra_info": {"split": split, "index": i},
         }
@@ -40,14 +44,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="gsm8k", help="as in train.py")
     parser.add_argument("--prompt", default=DEFAULTS["gsm8k"]["prompt"], help="as in train.py")
+    parser.add_argument("--system", help="as in train.py")
     parser.add_argument(
         "--out", type=Path, required=True, help="the folder for train.parquet and test.parquet"
     )
     args = parser.parse_args(argv)
     for split in ("train", "test"):
-        Dataset.from_list(rows(args.data, split, args.prompt)).to_parquet(
-            args.out / f"{split}.parquet"
-        )
+        problems = rows(args.data, split, args.prompt, args.system)
+        Dataset.from_list(problems).to_parquet(args.out / f"{split}.parquet")
 
 
 if __name__ == "__main__":
