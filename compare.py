@@ -36,9 +36,15 @@ EXAMPLES = """examples:
 
 def plan(args):
     """[(run folder, command, is it done)], all checked before the first is started. Raises ValueError."""
-    ours = {"--algo", "--seed", "--out", "--resume", "--overwrite", "--eval-only"} | (
-        {"--updates"} if args.off_policy else set()
-    )
+    ours = {
+        "--algo",
+        "--seed",
+        "--out",
+        "--resume",
+        "--overwrite",
+        "--eval-only",
+        "--show-prompt",
+    } | ({"--updates"} if args.off_policy else set())
     clash = ours & {word.split("=")[0] for word in args.rest}
     if clash:
         raise ValueError(f"{min(clash)} cannot stand after --, compare.py sets it")

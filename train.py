@@ -29,7 +29,6 @@ from rewards import correct, overlong_penalty
 from trainer import checkpoint
 from trainer.data import (
     checksum,
-    encode_problems,
     load_problems,
     offline_without_network,
     split_overlap,
@@ -37,6 +36,7 @@ from trainer.data import (
 from trainer.evaluate import decode, evaluate, evaluate_only
 from trainer.logprobs import prompts_can_be_shared
 from trainer.policy import Rollout, context_length, load_policy, sample, use_threads
+from trainer.prompts import Chat, encode_problems, show, start_line
 from trainer.records import group_to_show, metrics_line, peak_mib, sample_lines
 from trainer.update import Updater
 
@@ -246,8 +246,10 @@ def loop(trainer, out, held_out, start):
             bar.set_postfix_str(
                 f"accuracy {line['accuracy']:.2f}, entropy {line['entropy']:.2f}, {speed}"
             )
-            show = group_to_show(rollout, o["group_size"]) if _due(step, o["samples_every"]) else []
-            lines = sample_lines(step, rollout, show, trainer.tokenizer)
+            at_an_end = o["samples_every"] and step in (1, o["steps"])
+            due = at_an_end or _due(step, o["samples_every"])
+            shown = group_to_show(rollout, o["group_size"]) if due else []
+            lines = sample_lines(step, rollout, shown, trainer.tokenizer)
             lines += sample_lines(step, rollout, bad_rows, trainer.tokenizer, skipped=True)
             checkpoint.append_lines(samples, lines)
             if trainer.updater.bad_steps == BAD_STEPS:
@@ -255,7 +257,7 @@ def loop(trainer, out, held_out, start):
             last = step == o["steps"]
             if _due(step, o["eval_every"]) or last:
                 evaluation(step)
-            elif show:
+            elif shown:
                 draw()
             if _due(step, o["save_every"]) or ((interrupted or last) and o["save_every"]):
                 save(step)
@@ -300,6 +302,9 @@ def main(argv=None):
         given = parse(argv)
         o, out, config = resumed(given) if "resume" in given else begun(given, argv)
         model, tokenizer, limits, train, held_out = set_up(o)
+        if o["show_prompt"]:
+            print(show(tokenizer, (train or held_out)[0], limits["eos_ids"]))
+            return 0
         if o["eval_only"]:
             evaluate_only(o, out, model, tokenizer, limits, held_out)
             return 0
@@ -359,7 +364,8 @@ def begun(given, argv):
     )
     out = Path(o["out"] or f"runs/{name}-s{o['seed']}")
     checkpoint.check_folder(out)
-    if not o["overwrite"] and not o["eval_only"] and checkpoint.holds_run(out):
+    writes_run = not (o["eval_only"] or o["show_prompt"])
+    if writes_run and not o["overwrite"] and checkpoint.holds_run(out):
         raise ValueError(f"{out} holds a run already: --resume {out} goes on with it, --overwrite deletes it, --out "
                          f"FOLDER leaves it alone")  # fmt: skip
     versions = {
@@ -414,15 +420,18 @@ def set_up(o):
         ([], 0) if o["eval_only"] else split_overlap(load_problems(o["data"], "train"), test)
     )
     test = test[: o["eval_n"]]
-    model, tokenizer, eos_ids, pad_id = load_policy(o["model"], o["device"])
+    chat = Chat(o["chat_template"], o["system"], o["template_option"])
+    model, tokenizer, eos_ids, pad_id = load_policy(o["model"], o["device"], chat)
     use_threads(o["threads"], model)
     longest = context_length(model) - o["max_new_tokens"]
-    how = o["prompt"], longest, len(model.get_input_embeddings().weight)
+    vocabulary = len(model.get_input_embeddings().weight)
+    how = o["prompt"], longest, vocabulary, chat, eos_ids
     train, long_train = ([], 0) if o["eval_only"] else encode_problems(tokenizer, train, *how)
     test, long_test = encode_problems(tokenizer, test, *how)
     if overlap or long_train or long_test:
         print(f"dropped problems: {overlap} of training that are held out too; prompts over {longest} tokens: "
               f"{long_train} of training, {long_test} held out")  # fmt: skip
+    print(start_line(tokenizer, chat, eos_ids))
     limits = {"max_new_tokens": o["max_new_tokens"], "eos_ids": eos_ids, "pad_id": pad_id}
     return model, tokenizer, limits | {"share_prompts": prompts_can_be_shared(model)}, train, test
 

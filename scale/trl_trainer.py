@@ -38,23 +38,27 @@ sys.path.insert(0, str(ROOT))
 
 from grpo import token_mean  # noqa: E402
 from rewards import correct, overlong_penalty  # noqa: E402
-from trainer.data import encode_problems, load_problems, split_overlap  # noqa: E402
+from trainer.data import load_problems, split_overlap  # noqa: E402
 from trainer.options import (  # noqa: E402
     DEFAULTS,
     TYPES,
     Parser,
+    add_template_option,
     fill,
     named,
     parameters,
     split_options,
+    template_options,
 )
 from trainer.policy import context_length, load_policy  # noqa: E402
+from trainer.prompts import Chat, encode_problems  # noqa: E402
 from trainer.update import KL_COEFFICIENTS, kl_estimate  # noqa: E402
 
 # The options of train.py that mean the same here.
 OPTIONS = (
-    "algo", "model", "data", "prompt", "steps", "seed", "prompts", "group_size", "temperature", "max_new_tokens",
-    "overlong_cache", "updates", "epochs", "lr", "warmup", "max_grad_norm", "dtype", "micro_batch", "out",
+    "algo", "model", "data", "prompt", "chat_template", "system", "steps", "seed", "prompts",
+    "group_size", "temperature", "max_new_tokens", "overlong_cache", "updates", "epochs", "lr",
+    "warmup", "max_grad_norm", "dtype", "micro_batch", "out",
 )  # fmt: skip
 # What a GRPOConfig says about the loss and the advantages; ours replace both, so none of it may ask for anything.
 REPLACED = (
@@ -67,14 +71,16 @@ REPLACED = (
 class Trainer(GRPOTrainer):
     """GRPOTrainer with the advantages and the loss of one of our files; text models.
 
-    algo: the module's name. options: keywords of its two functions, {"eps_high": 0.3}. The rest goes to GRPOTrainer,
-    `args` by keyword. A reward function named `right` says which completions succeeded (1.0), for GTPO and GRPO-S;
-    without one these are the ones with a reward above 0.5. Raises ValueError on a GRPOConfig that would be ignored or
-    that splits an optimizer step.
+    algo: the module's name. options: keywords of its two functions, {"eps_high": 0.3}. prompt_ids:
+    {prompt (a text): its token ids}, for prompts that TRL shall not encode itself. A reward function
+    named `right` says which completions succeeded (1.0), for GTPO and GRPO-S; without one these are
+    the ones with a reward above 0.5. The rest goes to GRPOTrainer, `args` by keyword. Raises
+    ValueError on a GRPOConfig that would be ignored or that splits an optimizer step.
     """
 
-    def __init__(self, algo, *, args, options=None, **kwargs):
+    def __init__(self, algo, *, args, options=None, prompt_ids=None, **kwargs):
         options = dict(options or {})
+        self.prompt_ids = prompt_ids or {}
         fields = GRPOConfig.__dataclass_fields__
         if ignored := [name for name in REPLACED if getattr(args, name) != fields[name].default]:
             raise ValueError(
@@ -126,6 +132,12 @@ class Trainer(GRPOTrainer):
             *args, **kwargs
         )  # [B, functions], of all processes
         return self.rewards_per_func
+
+    def _tokenize_prompts(self, prompts):
+        """The token ids that were given for these prompts; TRL encodes any others."""
+        if all(isinstance(text, str) and text in self.prompt_ids for text in prompts):
+            return [self.prompt_ids[text] for text in prompts], None, {}
+        return super()._tokenize_prompts(prompts)
 
     def _generate_and_score_completions(self, inputs):
         """TRL's rollout, with our advantages: they need the rewards and the entropies of whole groups."""
@@ -251,17 +263,9 @@ def rewards(options, eos_ids):
     return [right, overlong] if options["overlong_cache"] else [right]
 
 
-def rows(tokenizer, problems, template):
-    """Problems as TRL's rows, which it turns into the token ids of data.encode_prompt."""
-    texts = [template.replace("{question}", p["question"]) for p in problems]
-    if tokenizer.chat_template:
-        prompts = [[{"role": "user", "content": text}] for text in texts]
-    else:
-        prompts = [text + "\n" for text in texts]
-    return [
-        {"prompt": prompt, "answer": p["answer"]}
-        for prompt, p in zip(prompts, problems, strict=True)
-    ]
+def rows(tokenizer, problems):
+    """Problems of prompts.encode_problems as TRL's rows, the prompt a text for TRL's logs."""
+    return [{"prompt": tokenizer.decode(p["prompt_ids"]), "answer": p["answer"]} for p in problems]
 
 
 def parse(argv):
@@ -284,8 +288,10 @@ def parse(argv):
         metavar="NAME=VALUE",
         help="an option of the algorithm; repeatable",
     )
+    add_template_option(parser)
     given, rest = parser.parse_known_args(argv)
     given = vars(given)
+    given["template_option"] = template_options(given.get("template_option", []))
     given["option"] = dict(text.partition("=")[::2] for text in given.get("option", []))
     o = fill(given)
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -335,20 +341,30 @@ def main(argv=None):
     problems, overlap = split_overlap(load_problems(o["data"], "train"), held_out)
     if overlap:
         print(f"dropped {overlap} problems of training that are held out too")
-    # fp32 weights, dropout off; accelerate moves them
-    model, tokenizer, eos_ids, _ = load_policy(o["model"])
+    chat = Chat(o["chat_template"], o["system"], o["template_option"])
+    # fp32 weights, dropout off; accelerate moves them. TRL stops at the EOS ids of its generation
+    # config, which load_policy has set; vLLM has to be told.
+    model, tokenizer, eos_ids, _ = load_policy(o["model"], chat=chat)
+    if config.use_vllm:
+        config.generation_kwargs = {"stop_token_ids": eos_ids, **(config.generation_kwargs or {})}
     longest = context_length(model) - o["max_new_tokens"]
-    problems, dropped = encode_problems(tokenizer, problems, o["prompt"], longest)
+    vocabulary = len(model.get_input_embeddings().weight)
+    problems, dropped = encode_problems(
+        tokenizer, problems, o["prompt"], longest, vocabulary, chat, eos_ids
+    )
     if dropped:
         print(f"dropped {dropped} problems of over {longest} prompt tokens")
+    dataset = rows(tokenizer, problems)
+    texts, ids = [row["prompt"] for row in dataset], [p["prompt_ids"] for p in problems]
     trainer = Trainer(
         o["algo"],
         options=o["option"],
         args=config,
+        prompt_ids=dict(zip(texts, ids, strict=True)),
         model=model,
         processing_class=tokenizer,
         reward_funcs=rewards(o, eos_ids),
-        train_dataset=Dataset.from_list(rows(tokenizer, problems, o["prompt"])),
+        train_dataset=Dataset.from_list(dataset),
     )
     trainer.train()
     trainer.save_model()  # model and tokenizer: python train.py --eval-only --model FOLDER

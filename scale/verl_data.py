@@ -20,12 +20,16 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_)
     return correct(solution_str, ground_truth)
 
 
-def rows(name, split, problems, template):
+def rows(name, split, problems, prompt, system=None):
     """Problems as verl's rows; verl applies the chat template."""
+    first = [] if system is None else [{"role": "system", "content": system}]
     return [
         {
             "data_source": name,
-            "prompt": [{"role": "user", "content": template.replace("{question}", p["question"])}],
+            "prompt": [
+                *first,
+                {"role": "user", "content": prompt.replace("{question}", p["question"])},
+            ],
             "reward_model": {"style": "rule", "ground_truth": p["answer"]},
             "extra_info": {"split": split, "index": i},
         }
@@ -42,6 +46,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="gsm8k", help="as in train.py")
     parser.add_argument("--prompt", default=DEFAULTS["gsm8k"]["prompt"], help="as in train.py")
+    parser.add_argument("--system", help="as in train.py")
     parser.add_argument(
         "--out", type=Path, required=True, help="the folder for train.parquet and test.parquet"
     )
@@ -51,7 +56,7 @@ def main(argv=None):
     if overlap:
         print(f"dropped {overlap} problems of training that are held out too")
     for split, problems in (("train", train), ("test", test)):
-        dataset = Dataset.from_list(rows(args.data, split, problems, args.prompt))
+        dataset = Dataset.from_list(rows(args.data, split, problems, args.prompt, args.system))
         dataset.to_parquet(args.out / f"{split}.parquet")
 
 

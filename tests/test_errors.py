@@ -21,6 +21,7 @@ from tiny.problems import problems
 from trainer import checkpoint, data
 from trainer.options import ALGORITHMS, DEFAULTS
 from trainer.policy import load_policy
+from trainer.prompts import Prompts, encode_problems
 
 TINY = child.ROOT / "tiny"
 WORDS = "--preset tiny --steps 4 --prompts 2 --group-size 2 --updates 2 --max-new-tokens 8".split()  # noqa: SIM905
@@ -57,7 +58,7 @@ def error_line(capsys, *argv, status=2):
 
 def one_line(text):
     assert "Traceback" not in text, text
-    bars = re.compile(r"^(\s|\x1b\[A)*$|\d+%\|")
+    bars = re.compile(r"^(\s|\x1b\[A)*$|\d+%\||^prompt: ")  # and what a run says of its prompt
     lines = [line for line in re.split("[\r\n]", text) if not bars.search(line)]
     assert len(lines) == 1 and lines[0].startswith("train.py: "), lines
     return lines[0]
@@ -239,11 +240,12 @@ def test_one_file_is_split_for_good(tmp_path, capsys):
 def test_long_prompts_are_dropped_and_counted(capsys, tmp_path):
     """The tiny model has room for 256 tokens, 8 of them for the completion: a prompt of 248 stays, of 249 does not."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
+    encode = Prompts(tokenizer).encoder()
     asked = {248: None, 249: None}
     for n in asked:
         text = "5" * n
-        text = text[: n - (len(data.encode_prompt(tokenizer, text, "{question}")) - n)]
-        assert len(data.encode_prompt(tokenizer, text, "{question}")) == n
+        text = text[: n - (len(encode(text)) - n)]
+        assert len(encode(text)) == n
         asked[n] = {"question": text, "answer": "5"}
     rows = [*asked.values(), {"question": "5" * 9000, "answer": "5"}]
     write(tmp_path / "train.jsonl", [*rows, {"question": "1+1?", "answer": "2"}])
@@ -254,7 +256,7 @@ def test_long_prompts_are_dropped_and_counted(capsys, tmp_path):
     words = [*WORDS, "--data", tmp_path, "--steps", "1", "--out", tmp_path / "run"]
     assert train.main([str(word) for word in words]) == 0
     assert "prompts over 248 tokens: 2 of training, 1 held out" in capsys.readouterr().out
-    kept, dropped = data.encode_problems(tokenizer, rows, "{question}", 248)
+    kept, dropped = encode_problems(tokenizer, rows, "{question}", 248)
     assert dropped == 2 and [row["question"] for row in kept] == [asked[248]["question"]]
 
 
@@ -275,7 +277,7 @@ SCRIPTS = {
     "emoji": "👩‍👩‍👧 + 🍎🍎 = ?",
     "combining": "cafe\u0301 q\u0323\u0307",
     "control": "a\tb\u2028c\x00d\u202ee",
-    "special tokens": "<eos><pad> 1+1?",
+    "special tokens": "<|endoftext|><|pad|> 1+1?",
 }
 
 
@@ -292,7 +294,7 @@ def test_text_in_any_script(tmp_path, capsys):
         [{"question": text + "2", "answer": "2"} for text in SCRIPTS.values()],
     )
     for row in data.load_problems(str(tmp_path), "train"):
-        text = tokenizer.decode(data.encode_prompt(tokenizer, row["question"], "{question}"))
+        text = tokenizer.decode(Prompts(tokenizer).encoder()(row["question"]))
         assert text == unicodedata.normalize("NFC", row["question"]) + "\n"
     words = [
         *WORDS,
@@ -370,21 +372,19 @@ def test_chat_template(model_folder, file, tmp_path, capsys):
     """Used where there is one, plain text where not; one that fails is a line."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     assert tokenizer.chat_template is None
-    plain = data.encode_prompt(tokenizer, "1+1?", "{question} Go.")
+    plain = Prompts(tokenizer, "{question} Go.").encoder()("1+1?")
     assert plain == tokenizer("1+1? Go.\n").input_ids
     template = "{% for m in messages %}U: {{ m.content }}. {% endfor %}{% if add_generation_prompt %}A: {% endif %}"
     change(model_folder / "tokenizer_config.json", chat_template=template)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    chat = data.encode_prompt(tokenizer, "1+1?", "{question} Go.")
+    chat = Prompts(tokenizer, "{question} Go.").encoder()("1+1?")
     assert chat == tokenizer("U: 1+1? Go.. A: ").input_ids
     change(
         model_folder / "tokenizer_config.json",
         chat_template="{{ raise_exception('a system turn is wanted') }}",
     )
     words = [*WORDS, "--model", model_folder, "--data", file, "--out", tmp_path / "run"]
-    assert "chat template fails on a user's turn: a system turn is wanted" in error_line(
-        capsys, *words
-    )
+    assert "chat template fails: a system turn is wanted" in error_line(capsys, *words)
 
 
 def test_tokenizer_of_another_model(model_folder, file, tmp_path, capsys):
@@ -615,7 +615,7 @@ def test_full_disk_later(file, tmp_path):
     after = contents(tmp_path / "run")
     assert after.keys() == before.keys()
     grown = {path.name for path in after if after[path] != before[path]}
-    assert grown == {"config.json", "metrics.jsonl"}
+    assert grown == {"config.json", "metrics.jsonl", "samples.jsonl"}
     metrics = tmp_path / "run" / "metrics.jsonl"
     assert after[metrics].startswith(before[metrics]) and after[metrics].endswith(b"}\n")
 

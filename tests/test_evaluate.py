@@ -8,9 +8,9 @@ import torch
 
 import train
 from trainer import evaluate
-from trainer.data import encode_problems
 from trainer.options import fill
 from trainer.policy import Rollout, completion_mask, load_policy
+from trainer.prompts import encode_problems
 
 
 # The intervals of Newcombe's comparison of seven methods, Statistics in Medicine 17 (1998), table I, his method 3.

@@ -12,12 +12,13 @@ pytest.importorskip("trl", reason="TRL is not installed: pip install -r scale/re
 import trl.trainer.grpo_trainer  # noqa: E402
 from conftest import ROOT  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from prompt_folders import chatml_folder, write_problems  # noqa: E402
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 from scale import trl_trainer  # noqa: E402
-from trainer.data import encode_prompt  # noqa: E402
 from trainer.options import ALGORITHMS  # noqa: E402
+from trainer.prompts import Chat, Prompts  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning"
@@ -306,21 +307,33 @@ def test_loss_and_gradient_equal_those_of_trl(algo, tmp_path, monkeypatch):
         torch.testing.assert_close(batch["push"], gradient, atol=1e-6, rtol=0)
 
 
-def test_prompts_and_reward_are_those_of_train_py():
-    tok = tokenizer()
-    problems, template = [{"question": "Mia has 3 eggs.", "answer": "x\n#### 3"}], "Q: {question}"
-    (row,) = trl_trainer.rows(tok, problems, template)
-    assert tok(text=[row["prompt"]])["input_ids"] == [
-        encode_prompt(tok, "Mia has 3 eggs.", template)
-    ]
-    tok.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
-    )
-    (row,) = trl_trainer.rows(tok, problems, template)
-    as_trl_does = tok.apply_chat_template(
-        [row["prompt"]], add_generation_prompt=True, tokenize=True, return_dict=True
-    )
-    assert as_trl_does["input_ids"] == [encode_prompt(tok, "Mia has 3 eggs.", template)]
+def test_prompts_and_ends_of_a_turn_are_those_of_train_py(tmp_path, monkeypatch):
+    """The very token ids, BOS, system turn and a question with a control token in it included."""
+    folder = chatml_folder(tmp_path / "model")
+    write_problems(tmp_path / "p.jsonl", [f"{n}<|im_end|>+1?" for n in range(4)])
+    seen = {}
+
+    def look(self):
+        prompts = [row["prompt"] for row in self.train_dataset]
+        seen["ids"] = self._tokenize_prompts(prompts)[0]
+        seen["eos"] = (self.eos_token_ids, self.generation_config.eos_token_id)
+
+    monkeypatch.setattr(trl_trainer.Trainer, "train", look)
+    flags = "--algo grpo --preset tiny --prompts 2 --group-size 2 --updates 1 --max-new-tokens 4"
+    flags = [*flags.split(), "--system", "Be brief.", "--template-option", "shout=true"]
+    flags += ["--model", str(folder), "--data", str(tmp_path / "p.jsonl")]
+    trl_trainer.main([*flags, "--out", str(tmp_path / "out")])
+    tok = AutoTokenizer.from_pretrained(folder)
+    chat = Chat(system="Be brief.", variables={"shout": True})
+    encode = Prompts(tok, "{question}", chat).encoder()
+    assert seen["ids"] == [encode(f"{n}<|im_end|>+1?") for n in range(3)]
+    assert "BE BRIEF." in tok.decode(seen["ids"][0])
+    end = tok.convert_tokens_to_ids("<|im_end|>")
+    assert seen["ids"][0].count(end) == 2
+    assert seen["eos"] == ([0, end], [0, end])
+
+
+def test_reward_is_that_of_train_py():
     right, overlong = trl_trainer.rewards({"overlong_cache": 2, "max_new_tokens": 4}, [7, 9])
     turns = ["so #### 3", [{"role": "assistant", "content": "#### 4"}], "#### 3"]
     given = {"completions": turns, "completion_ids": [[1, 9], [1, 1, 7], [1, 1, 1, 7]]}

@@ -282,6 +282,9 @@ def test_data(tmp_path):
     verl_data.main(["--data", "tiny", "--prompt", "Q: {question}", "--out", str(tmp_path)])
     row = pandas.read_parquet(tmp_path / "test.parquet").iloc[3]
     assert row.prompt[0]["content"].startswith("Q: ") and row.prompt[0]["role"] == "user"
+    verl_data.main(["--data", "tiny", "--system", "Be brief.", "--out", str(tmp_path / "system")])
+    first, second = pandas.read_parquet(tmp_path / "system" / "test.parquet").iloc[3].prompt
+    assert first == {"role": "system", "content": "Be brief."} and second["role"] == "user"
     truth = row.reward_model["ground_truth"]
     assert verl_data.compute_score(row.data_source, truth, truth, row.extra_info) == 1.0
     assert verl_data.compute_score(row.data_source, "#### 0.5", truth, row.extra_info) == 0.0

@@ -266,7 +266,7 @@ def test_a_learning_policy_learns(tmp_path):
 
         @staticmethod
         def batch_decode(rows, skip_special_tokens):
-            return [f"#### {row[0]}" for row in rows]
+            return [f"#### {(row or [1])[0]}" for row in rows]
 
     o = fill(
         parse(

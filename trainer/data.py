@@ -1,4 +1,4 @@
-"""Problems with answers that can be checked, and the prompts made of them.
+"""Problems with answers that can be checked.
 
 A problem is {"question", "answer"}; the answer is GSM8K's field (a worked solution that ends in `#### n`) or a bare
 number. Everything that is wrong with a file is said in one line, with the line's number, before any model is loaded.
@@ -144,50 +144,6 @@ def problem_of(row):
     return {"question": question, "answer": answer}
 
 
-def encode_prompt(tokenizer, question, template):
-    """Token ids of the prompt: the template with {question} filled in, as a user's turn where there is a chat template,
-    else as plain text and a line end.
-    """
-    text = template.replace("{question}", question)
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": text}]
-        try:
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # whatever the template raises, jinja's own errors among them
-            raise ValueError(
-                f"the tokenizer's chat template fails on a user's turn: {error}"
-            ) from None
-        return tokenizer(text, add_special_tokens=False).input_ids
-    return tokenizer(text + "\n").input_ids
-
-
-def encode_problems(tokenizer, problems, template, longest, vocabulary=2**31):
-    """(problems, each with "prompt_ids"; how many were dropped): those over `longest` prompt tokens are dropped whole.
-
-    A prompt is never cut: a cut question is another question. Raises ValueError if none is left, or there was none, or
-    if one has a token that a model with so large a vocabulary does not know.
-    """
-    if not problems:
-        raise ValueError("no problem is left to train on: all of them are held out too")
-    if longest < 1:
-        raise ValueError(
-            "--max-new-tokens leaves no room for a prompt in the model's context: lower it"
-        )
-    encoded = [
-        {**p, "prompt_ids": encode_prompt(tokenizer, p["question"], template)} for p in problems
-    ]
-    kept = [p for p in encoded if 0 < len(p["prompt_ids"]) <= longest]
-    if not kept:
-        raise ValueError(
-            f"every prompt is over {longest} tokens, the model's context less --max-new-tokens: lower the latter"
-        )
-    for p in kept:
-        if (last := max(p["prompt_ids"])) >= vocabulary:
-            raise ValueError(f"the tokenizer makes token {last} of {p['question'][:80]!r}, and the model knows "
-                             f"{vocabulary}: do the two belong together?")  # fmt: skip
-    return kept, len(encoded) - len(kept)
-
-
 def split_overlap(train, test):
     """(training problems whose question is not in the test split, how many were left out for that).
 
@@ -204,13 +160,33 @@ def same_question(text):
 
 
 def checksum(problems, expected=None):
-    """A checksum of questions and answers; ValueError if it is not the one that a resumed run had."""
-    found = zlib.crc32(json.dumps([(p["question"], p["answer"]) for p in problems]).encode())
-    if expected not in (None, found):
+    """{"problems": checksum of questions and answers, "prompts": of the prompts' token ids}.
+
+    Raises ValueError, saying what differs, if it is not the one that a resumed run had.
+    """
+    rows = [(p["question"], p["answer"]) for p in problems]
+    ids = [p["prompt_ids"] for p in problems]
+    found = {"problems": crc32_of(rows), "prompts": crc32_of(ids)}
+    if expected is None or found == expected:
+        return found
+    if not isinstance(expected, dict):
+        raise ValueError(
+            "the run is of an earlier version, which did not write down what its prompts were; "
+            "it cannot be resumed with this one"
+        )
+    if found["problems"] != expected.get("problems"):
         raise ValueError(
             "the data are not what they were when the run began; it cannot be resumed with other problems"
         )
-    return found
+    raise ValueError(
+        "the prompts have other token ids than when the run began, of the same problems: another "
+        "tokenizer, or a chat template that writes today's date (python train.py --show-prompt "
+        "shows it); it cannot be resumed with other prompts"
+    )
+
+
+def crc32_of(rows):
+    return zlib.crc32(json.dumps(rows).encode())
 
 
 def offline_without_network(*names):

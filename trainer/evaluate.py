@@ -27,8 +27,12 @@ def pass_at_k(n, c, k):
 
 
 def decode(tokenizer, rollout):
-    """The text of each completion, without special tokens: what stands after EOS is not part of it."""
-    rows = zip(rollout.completions.tolist(), rollout.mask.sum(1).tolist(), strict=True)
+    """The text of each completion, without special tokens, up to its EOS.
+
+    EOS itself is cut too: a tokenizer need not count a template's end of turn as special.
+    """
+    words = rollout.mask.sum(1) - (~rollout.truncated).long()
+    rows = zip(rollout.completions.tolist(), words.tolist(), strict=True)
     return tokenizer.batch_decode([ids[:n] for ids, n in rows], skip_special_tokens=True)
 
 

@@ -7,6 +7,7 @@ import argparse
 import difflib
 import importlib
 import inspect
+import json
 import math
 import os
 import sys
@@ -20,13 +21,20 @@ OPTIONS = {
         ("model", str, "tiny", "Qwen/Qwen2.5-0.5B", "a local folder or a Hub name (Llama-, Qwen-, SmolLM-type models)"),
         ("data", str, "tiny", "gsm8k", "tiny, gsm8k, a Hub name[:config], a folder with train/test.jsonl, or "
          "a .jsonl, whose last tenth (at most 500) is held out"),
+        ("steps", int, 100, 500, "training steps, each one rollout and its updates"),
+        ("seed", int, 0, 0, "of the data order and of sampling"),
+    ],
+    "prompt": [
         (
             "prompt", str, "{question}",
             "{question}\nReason step by step, then end with the answer alone on a line: #### number",
             "what the model is asked; {question} is filled in",
         ),
-        ("steps", int, 100, 500, "training steps, each one rollout and its updates"),
-        ("seed", int, 0, 0, "of the data order and of sampling"),
+        (
+            "chat_template", str, "auto", "auto",
+            "auto: the tokenizer's, if it has one; none: plain text",
+        ),
+        ("system", str, None, None, "text of the chat template's system turn, before the question"),
     ],
     "rollout": [
         ("prompts", int, 16, 8, "prompts a step"),
@@ -57,7 +65,10 @@ OPTIONS = {
         ("eval_n", int, 500, 200, "how many held-out problems"),
         ("k", int, 4, 4, "of avg@k and pass@k, before and after training; 0 leaves both out"),
         ("eval_samples", int, 0, 0, "completions a problem that avg@k and pass@k are estimated from; 0: k"),
-        ("samples_every", int, 10, 10, "steps between groups of completions in samples.jsonl; 0: none"),
+        (
+            "samples_every", int, 10, 10,
+            "steps between groups in samples.jsonl, beside the first and last; 0: none",
+        ),
         ("save_every", int, 20, 50, "steps between checkpoints; 0: none, and no --resume"),
         ("out", str, None, None, "the run's folder (default runs/<algo>-<preset>-s<seed>)"),
     ],
@@ -75,12 +86,28 @@ EPILOG = """examples:
       an option of the algorithm itself; an unknown one is answered with the list of those that exist
   python train.py --preset gsm8k --model HuggingFaceTB/SmolLM2-360M-Instruct --gradient-checkpointing --micro-batch 2
       for a card of 8 GiB, where Qwen2.5-0.5B's weights and AdamW's state alone do not fit
+  python train.py --model Qwen/Qwen3-0.6B --template-option enable_thinking=false --show-prompt
+      what the model would be asked, and the tokens that end its completion
   python train.py --model ./my-model --data problems.jsonl --max-new-tokens 256 --micro-batch 4
       your own model folder and problems, {"question": ..., "answer": ...} a line
 """
 
 
-ALLOWED_ON_RESUME = ("steps", "save_every")  # what a resumed run may change
+# The largest values that make sense. Most are only there so that a slip of the finger is told;
+# those of a rollout and of an evaluation bound what is held in memory.
+AT_MOST = {
+    "prompts": 65_536,
+    "group_size": 65_536,
+    "max_new_tokens": 2**20,
+    "dynamic_sampling": 1_000,
+    "epochs": 1_000,
+    "k": 10_000,
+    "eval_samples": 10_000,
+}
+AT_MOST_OTHERWISE = 10**9  # any other whole number
+COMPLETIONS = 65_536  # prompts x group_size, of one step
+
+ALLOWED_ON_RESUME = ("steps", "save_every", "show_prompt")  # what a resumed run may change
 
 
 class Parser(argparse.ArgumentParser):
@@ -133,6 +160,10 @@ def build_parser():
         if title == "update":
             text = "an option of the algorithm's advantages or loss, e.g. eps_high=0.3; repeatable"
             group.add_argument("--option", action="append", metavar="NAME=VALUE", help=text)
+        if title == "prompt":
+            add_template_option(group)
+            text = "print the first prompt as the model gets it, and what ends a completion"
+            group.add_argument("--show-prompt", action="store_true", help=text)
     group.add_argument("--overwrite", action="store_true", help="delete the run that --out holds")
     group.add_argument(
         "--resume", metavar="RUN", help="go on with the run in this folder; needs no other option"
@@ -145,6 +176,11 @@ def build_parser():
     return parser
 
 
+def add_template_option(parser):
+    text = "a variable of the chat template, e.g. enable_thinking=false; repeatable"
+    parser.add_argument("--template-option", action="append", metavar="NAME=VALUE", help=text)
+
+
 def parse(argv):
     """(options given on the command line, by name). Raises ValueError on what argparse refuses."""
     given = vars(build_parser().parse_args(argv))
@@ -153,6 +189,8 @@ def parse(argv):
         pairs.append(("beta", "=", str(given.pop("beta"))))
     if pairs:
         given["option"] = {name: value for name, _, value in pairs}
+    if "template_option" in given:
+        given["template_option"] = template_options(given["template_option"])
     return given
 
 
@@ -163,6 +201,25 @@ def check_command_line():
     except ValueError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def template_options(texts):
+    """{name: value} of ["name=value", ...]. A value is JSON where it can be, else text.
+
+    True, False and None are read as JSON's true, false and null: as texts, a template would take
+    all three for true. Raises ValueError for what is no name=value.
+    """
+    options = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name.isidentifier() or not equals:
+            raise ValueError(f"--template-option {text}: NAME=VALUE, e.g. enable_thinking=false")
+        value = {"True": "true", "False": "false", "None": "null"}.get(value, value)
+        try:
+            options[name] = json.loads(value, parse_constant=str)
+        except (ValueError, RecursionError):
+            options[name] = value
+    return options
 
 
 def fill(given):
@@ -178,7 +235,13 @@ def fill(given):
     if options["preset"] not in DEFAULTS:
         raise ValueError(f"--preset is auto, tiny or gsm8k, not {options['preset']!r}")
     options = (
-        {"option": {}, "overwrite": False, "eval_only": False}
+        {
+            "option": {},
+            "template_option": {},
+            "overwrite": False,
+            "eval_only": False,
+            "show_prompt": False,
+        }
         | DEFAULTS[options["preset"]]
         | options
     )
@@ -193,10 +256,40 @@ def fill(given):
     return options
 
 
+def refuse_huge(o):
+    """Raises ValueError for a whole number that no run can want."""
+    for name, kind in TYPES.items():
+        most = AT_MOST.get(name, AT_MOST_OTHERWISE)
+        if kind is int and name != "seed" and o[name] > most:
+            raise ValueError(f"--{name.replace('_', '-')} {o[name]}: the most is {most}")
+    for name in ("micro_batch", "sample_batch"):
+        if _is_size(o[name]) and int(o[name]) > COMPLETIONS:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {o[name]}: the most is {COMPLETIONS}, or auto")
+    completions = o["prompts"] * o["group_size"]
+    if completions > COMPLETIONS:
+        raise ValueError(
+            f"--prompts {o['prompts']} x --group-size {o['group_size']}: {completions} completions "
+            f"a step, the most is {COMPLETIONS}"
+        )
+
+
+def refuse_unused_chat_options(o):
+    """Raises ValueError for --chat-template, or for what needs the template that it turns off."""
+    if o["chat_template"] not in ("auto", "none"):
+        raise ValueError(f"--chat-template {o['chat_template']}: auto or none")
+    if o["chat_template"] == "none" and o["system"] is not None:
+        raise ValueError("--system has no effect with --chat-template none: use --prompt")
+    if o["chat_template"] == "none" and o["template_option"]:
+        raise ValueError("--template-option has no effect with --chat-template none")
+
+
 def validate(o):
     """Raises ValueError, one line, for the first option that makes no sense."""
     import torch
 
+    refuse_huge(o)
+    refuse_unused_chat_options(o)
     near = difflib.get_close_matches(o["algo"].lower().replace("-", "_"), ALGORITHMS, 1, 0.4)
     batch = o["prompts"] * o["group_size"]
     at_least = {

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as hf_logging
 
 from trainer.logprobs import left_padded, prefill
+from trainer.prompts import AUTO, Prompts
 
 SMALL_MODEL = 10_000_000  # weights; below this a second thread gains little or nothing
 
@@ -66,8 +67,8 @@ class Rollout:
 SAMPLED = ("prompts", "completions", "mask", "truncated", "problems", "texts", "right", "rewards")
 
 
-def load_policy(name, device="cpu"):
-    """A causal language model with fp32 weights in eval mode, its tokenizer, and the set of its EOS ids.
+def load_policy(name, device="cpu", chat=AUTO):
+    """(model, tokenizer, EOS ids, pad id): a causal language model with fp32 weights in eval mode.
 
     name: "tiny" (the embedded one), a local folder or a Hub name. Weights are read from safetensors alone and no code
     of the repository is run. Raises ValueError with one line if there is no such model, no tokenizer or no EOS, or if
@@ -107,7 +108,10 @@ def load_policy(name, device="cpu"):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-    return model.to(device).eval(), tokenizer, *special_tokens(model, tokenizer)
+    end_of_turn = Prompts(tokenizer, chat=chat).end_of_turn()
+    eos_ids, pad_id = special_tokens(model, tokenizer, end_of_turn)
+    model.generation_config.eos_token_id = eos_ids  # so that generate stops a saved model there too
+    return model.to(device).eval(), tokenizer, eos_ids, pad_id
 
 
 def use_threads(threads, model):
@@ -131,9 +135,11 @@ def use_threads(threads, model):
     print(f"CPU threads: {torch.get_num_threads()} ({reason}); --threads N changes it")
 
 
-def special_tokens(model, tokenizer):
-    """(sorted EOS ids, pad id): every EOS that the generation config, the config or the tokenizer names."""
-    eos = set()
+def special_tokens(model, tokenizer, end_of_turn=None):
+    """(sorted EOS ids, pad id). An EOS is what the generation config, the config or the tokenizer
+    names as one, and the token with which the chat template closes a turn (prompts.end_of_turn).
+    """
+    eos = {end_of_turn} - {None}
     for named in (
         model.generation_config.eos_token_id,
         model.config.eos_token_id,

@@ -26,7 +26,8 @@ COLUMNS = (
 )
 # Options that leave an experiment what it is; any other in which runs of one algorithm differ makes them variants.
 SAME = """algo preset seed option out overwrite resume steps device threads micro_batch sample_batch
-    gradient_checkpointing eval_every eval_n eval_only eval_samples k samples_every save_every""".split()  # noqa: SIM905
+    gradient_checkpointing eval_every eval_n eval_only eval_samples k samples_every save_every
+    show_prompt""".split()  # noqa: SIM905
 
 
 # Reading and writing runs

@@ -1,0 +1,261 @@
+"""Prompts: a question becomes the token ids that the model reads; the token that ends its answer.
+
+A tokenizer with a chat template gets the question as a user's turn. The model then closes its own
+turn with a token of that template, which need not be an EOS of its config: Qwen2.5-0.5B names only
+<|endoftext|>, and its template closes a turn with <|im_end|>. So that token is an EOS here too.
+"""
+
+import re
+import unicodedata
+from dataclasses import dataclass, field
+
+import jinja2
+import jinja2.meta
+
+# Stand for a question and an answer where only the template around them is of interest.
+QUESTION, ANSWER = "f3a1question", "f3a1answer"
+
+
+@dataclass(frozen=True)
+class Chat:
+    """What the command line says about the chat template."""
+
+    template: str = "auto"  # --chat-template; "none": plain text, whatever the tokenizer has
+    system: str | None = None  # --system: the text of a system turn before the question
+    variables: dict = field(default_factory=dict)  # --template-option: passed to the template
+
+
+AUTO = Chat()
+
+
+class Prompts:
+    """Turns questions into prompts, for one tokenizer and one set of options."""
+
+    def __init__(self, tokenizer, prompt="{question}", chat=AUTO):
+        """prompt: the user's words, {question} is filled in. Raises ValueError, in one line, if an
+        option in `chat` cannot act: there is no template, or it does not know the variable.
+        """
+        self.tokenizer, self.prompt, self.chat = tokenizer, prompt, chat
+        self.template = None
+        if tokenizer.chat_template and chat.template != "none":
+            self.template = tokenizer.get_chat_template()
+        self._check_options()
+
+    def _check_options(self):
+        chat = self.chat
+        if self.template is None:
+            unused = "--system" if chat.system is not None else "--template-option"
+            if chat.system is not None or chat.variables:
+                raise ValueError(f"{unused} needs a chat template, and this tokenizer has none")
+        if not chat.variables:
+            return
+        known = template_variables(self.template)
+        for name in chat.variables:
+            if name not in known:
+                listed = ", ".join(sorted(known)) or "none"
+                raise ValueError(
+                    f"--template-option {name}: the chat template never reads it; its variables: "
+                    f"{listed}"
+                )
+
+    def text(self, question):
+        """The prompt before it is encoded. Raises ValueError if the template cannot make one."""
+        words = self.prompt.replace("{question}", question)
+        if self.template is None:
+            return words + "\n"
+        return self._render([("user", words)], generation_prompt=True)
+
+    def _render(self, turns, generation_prompt):
+        """The template's text for turns, [(role, words), ...], after the system turn if any.
+
+        Some templates read `content` as text, others as a list of parts: both are tried. Raises
+        ValueError if the template fails, or if its text lacks the words of a turn.
+        """
+        if self.chat.system is not None:
+            turns = [("system", self.chat.system), *turns]
+        reasons = []
+        for as_parts in (False, True):
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    [message(role, words, as_parts) for role, words in turns],
+                    tokenize=False,
+                    add_generation_prompt=generation_prompt,
+                    **self.chat.variables,
+                )
+            except Exception as error:  # whatever a template raises, jinja's own errors among them
+                reasons.append(f"fails: {error}")
+                continue
+            lost = [role for role, words in turns if not contains(text, words)]
+            if not lost:
+                return text
+            reasons.append(f"leaves out what the {lost[0]} says")
+        raise ValueError(
+            f"the tokenizer's chat template {reasons[0]}. --chat-template none asks in plain text"
+        )
+
+    def encoder(self):
+        """The function that gives a question's prompt as token ids.
+
+        What a question says is text: "<|im_end|>" in it is no control token. BOS is added as the
+        tokenizer does (in plain text) or the template; what a tokenizer appends, such as EOS, is
+        left out, for the answer comes next.
+        """
+        tokenizer = self.tokenizer
+        start = added_before(tokenizer) if self.template is None else []
+        control = control_texts(tokenizer)
+        at_control = re.compile("(" + "|".join(map(re.escape, control)) + ")")
+
+        def encode(question):
+            if not any(text in question for text in control):
+                return start + ids_of(tokenizer, self.text(question))
+            ids = list(start)
+            for i, piece in enumerate(at_control.split(self.text(QUESTION))):
+                if i % 2:  # a control token of the template's or of --prompt's
+                    ids.append(tokenizer.convert_tokens_to_ids(piece))
+                else:
+                    piece = piece.replace(QUESTION, question)
+                    ids += ids_of(tokenizer, piece, split_special_tokens=True)
+            return ids
+
+        return encode
+
+    def end_of_turn(self):
+        """The id of the token with which the chat template closes an assistant's turn, or None.
+
+        Read from the template itself: render a turn, and take the first token after its words,
+        white space aside, if it is an added token of the tokenizer. A token that stands right
+        before the words too is a header and closes nothing.
+        """
+        if self.template is None:
+            return None
+        try:
+            turns = [("user", QUESTION), ("assistant", ANSWER)]
+            before, _, after = self._render(turns, generation_prompt=False).rpartition(ANSWER)
+        except ValueError as error:
+            print(f"the end of an assistant's turn is unknown: {error}")
+            return None
+        first = ids_of(self.tokenizer, after.lstrip())[:1]
+        opens = ids_of(self.tokenizer, before.rstrip())[-1:]
+        if not first or first == opens or first[0] not in self.tokenizer.added_tokens_decoder:
+            return None
+        return first[0]
+
+
+def message(role, words, as_parts):
+    """A turn as chat templates read it, its content a text or a list of one part."""
+    return {"role": role, "content": [{"type": "text", "text": words}] if as_parts else words}
+
+
+def template_variables(source):
+    """The names that a chat template reads from its caller, but for the turns themselves."""
+    # Transformers' own tag {% generation %} changes no variable, and plain jinja2 lacks it.
+    source = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", source)
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        names = jinja2.meta.find_undeclared_variables(environment.parse(source))
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the tokenizer's chat template fails: {error}") from None
+    return names - {"messages", "add_generation_prompt", "raise_exception", "strftime_now"}
+
+
+def control_texts(tokenizer):
+    """How the tokenizer's control tokens are written, the longest first."""
+    added = tokenizer.added_tokens_decoder.values()
+    return sorted((token.content for token in added if token.special), key=len, reverse=True)
+
+
+def added_before(tokenizer):
+    """The ids that the tokenizer puts before a text by itself: BOS, or nothing."""
+    with_added = tokenizer("1").input_ids
+    return with_added[: with_added.index(ids_of(tokenizer, "1")[0])]
+
+
+def ids_of(tokenizer, text, **how):
+    return tokenizer(text, add_special_tokens=False, **how).input_ids
+
+
+def contains(text, words):
+    """Whether the words stand in the text, white space, case and Unicode's normal forms aside."""
+    return _bare(words) in _bare(text)
+
+
+def _bare(text):
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def encode_problems(tokenizer, problems, prompt, longest, vocabulary=2**31, chat=AUTO, eos_ids=()):
+    """(problems, each with "prompt_ids"; how many were dropped): those over `longest` prompt tokens
+    are dropped whole, for a cut question is another question. So are, with a line, those that the
+    tokenizer cannot write. Raises ValueError if none is left, or there was none, if a prompt ends
+    in an EOS, or has a token that a model with so large a vocabulary does not know.
+    """
+    if not problems:
+        raise ValueError("no problem is left to train on: all of them are held out too")
+    if longest < 1:
+        raise ValueError(
+            "--max-new-tokens leaves no room for a prompt in the model's context: lower it"
+        )
+    encode = Prompts(tokenizer, prompt, chat).encoder()
+    encoded = [{**p, "prompt_ids": encode(p["question"])} for p in problems]
+    kept = [p for p in encoded if 0 < len(p["prompt_ids"]) <= longest]
+    if not kept:
+        raise ValueError(
+            f"every prompt is over {longest} tokens, the model's context less --max-new-tokens: "
+            "lower the latter"
+        )
+    for p in kept:
+        check_ids(tokenizer, p, vocabulary, eos_ids)
+    return without_lost(tokenizer, kept), len(encoded) - len(kept)
+
+
+def check_ids(tokenizer, problem, vocabulary, eos_ids):
+    """Raises ValueError if a prompt has a token that the model does not know, or ends in an EOS."""
+    ids, question = problem["prompt_ids"], problem["question"][:80]
+    if max(ids) >= vocabulary:
+        raise ValueError(
+            f"the tokenizer makes token {max(ids)} of {question!r}, and the model knows "
+            f"{vocabulary}: do the two belong together?"
+        )
+    if ids[-1] in eos_ids:
+        raise ValueError(
+            f"the prompt of {question!r} ends in {tokenizer.decode(ids[-1:])}, which ends an "
+            "answer, so none would begin: --chat-template none asks in plain text"
+        )
+
+
+def without_lost(tokenizer, problems):
+    """The problems whose question can be read back from their prompt; says how many cannot."""
+    texts = tokenizer.batch_decode([p["prompt_ids"] for p in problems])
+    kept, lost = [], []
+    for problem, text in zip(problems, texts, strict=True):
+        found = contains(text, problem["question"])
+        (kept if found else lost).append(problem)
+    if not lost:
+        return kept
+    example = f"{lost[0]['question'][:80]!r}"
+    if not kept:
+        raise ValueError(f"the tokenizer loses a part of every question, such as {example}")
+    print(f"dropped problems: {len(lost)} of which the tokenizer loses a part, such as {example}")
+    return kept
+
+
+def start_line(tokenizer, chat, eos_ids):
+    """One line on the kind of prompt that a run uses, and the tokens that end a completion."""
+    kind = "plain text" if Prompts(tokenizer, chat=chat).template is None else "chat template"
+    ends = ", ".join(token_name(tokenizer, i) for i in eos_ids)
+    return f"prompt: {kind}; a completion ends at {ends} (--show-prompt prints the first prompt)"
+
+
+def show(tokenizer, problem, eos_ids):
+    """The prompt of a problem just as the model gets it, control tokens and all, for people."""
+    ids = problem["prompt_ids"]
+    ends = ", ".join(f"{token_name(tokenizer, i)} (id {i})" for i in eos_ids)
+    return (
+        f"{tokenizer.decode(ids)}[the completion begins here]\n"
+        f"{len(ids)} tokens; a completion ends at {ends}"
+    )
+
+
+def token_name(tokenizer, token):
+    """How a token is written; a config may name one that the tokenizer does not know."""
+    return tokenizer.convert_ids_to_tokens(token) or f"token {token}"
