@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as hf_logging
 
+from trainer.checkpoint import find_model
 from trainer.logprobs import left_padded, prefill
 
 hf_logging.disable_progress_bar()  # "Loading weights" and the like, in the middle of our own lines
@@ -66,13 +67,14 @@ SAMPLED = ("prompts", "completions", "mask", "truncated", "problems", "texts", "
 def load_policy(name, device="cpu"):
     """A causal language model with fp32 weights in eval mode, its tokenizer, and the set of its EOS ids.
 
-    name: "tiny" (the embedded one), a local folder or a Hub name. Weights are read from safetensors alone and no code
+    name: "tiny" (the embedded one), a local folder, the folder of a run (see checkpoint.model_folder) or a Hub name. Weights are read from safetensors alone and no code
     of the repository is run. Raises ValueError with one line if there is no such model, no tokenizer or no EOS, or if
     a weight is missing or not finite.
     """
     safe = {"trust_remote_code": False}
     if name == "tiny":  # the embedded one, wherever one stands
         name = str(Path(__file__).resolve().parents[1] / "tiny")
+    name = find_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **safe)
         model, found = AutoModelForCausalLM.from_pretrained(

@@ -1,0 +1,84 @@
+"""What a run was made from: its data, its start weights, our own code, and the versions that it runs on.
+
+config.json records the four. A result is reused only where they agree: `--resume` refuses other data and other start
+weights, and compare.py takes a finished run as done only if a new run would have the same four.
+"""
+
+import importlib
+import platform
+import zlib
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parents[1]
+ONLY_DRAWS = "trainer/runs.py"  # as plot.py: it changes no number of a run
+
+
+def weights_checksum(model):
+    """A checksum of all weights and saved buffers by name, those that are tied once. About 1 s per GB."""
+    crc, seen = 0, set()
+    for name, tensor in sorted(model.state_dict().items()):
+        if tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        crc = zlib.crc32(f"{name} {list(tensor.shape)}".encode(), crc)
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        crc = zlib.crc32(data.numpy(), crc)
+    return f"{crc:08x}"
+
+
+def code_checksums(algo):
+    """{file: checksum} of those of our files that determine the numbers of a run of this algorithm."""
+    names = {"train.py", "rewards.py", "tiny/problems.py"}
+    names |= {f"trainer/{path.name}" for path in (ROOT / "trainer").glob("*.py")}
+    names.discard(ONLY_DRAWS)
+    module = importlib.import_module(algo)
+    parts = [getattr(value, "__module__", "") for value in vars(module).values()]
+    flat = {f"{name}.py" for name in [algo, *parts]}
+    names |= {name for name in flat if (ROOT / name).is_file()}
+    return {name: f"{zlib.crc32((ROOT / name).read_bytes()):08x}" for name in sorted(names)}
+
+
+def versions():
+    """{name: version} of what computes the numbers."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def other_inputs(held, now):
+    """Which of the data and the start weights differ between two configs, as words; "" if neither does."""
+    names = {"checksum": "data", "weights": "start weights"}
+    return " and ".join(word for key, word in names.items() if held.get(key) != now[key])
+
+
+def other_code(held, now):
+    """Which of our files and which versions differ between two configs, as words; "" if none does."""
+    words = []
+    for kind in ("code", "versions"):
+        before = held.get(kind) or {}
+        for name in sorted(before.keys() | now[kind].keys()):
+            old, new = before.get(name), now[kind].get(name)
+            if old != new:
+                words.append(name if kind == "code" else f"{name} {old}, now {new}")
+    return "; ".join(words)
+
+
+def both(held, now):
+    """The code and versions of a run that began with `held` and goes on with `now`: where they differ, one after the
+    other, which equals no single version, so that such a run never passes for one made of one piece."""
+    joined = {}
+    for kind in ("code", "versions"):
+        before = held.get(kind) or {}
+        joined[kind] = {name: _then(before.get(name), new) for name, new in now[kind].items()}
+    return joined
+
+
+def _then(old, new):
+    if old is not None and old.split(", then ")[-1] == new:
+        return old
+    return f"{old}, then {new}"
