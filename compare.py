@@ -1,8 +1,9 @@
 """Train several algorithms over several seeds and compare them: one figure, one table, one small .csv behind both.
 
-What follows -- goes to train.py as it stands. Runs that are done are not run again and interrupted ones are resumed:
-after a Ctrl-C the same command goes on. A run of other data, start weights, code or versions is refused, not reused. At one seed all algorithms see the same problems in the same order, which is
-why the table takes differences seed by seed.
+What follows -- goes to train.py as it stands. Runs that are done are not run again and interrupted
+ones are resumed: after a Ctrl-C the same command goes on. A run that was made from other data,
+start weights, code or versions is refused. At one seed all algorithms see the same problems in the
+same order, which is why the table takes differences seed by seed.
 """
 
 import argparse
@@ -96,7 +97,7 @@ def refuse_other_options(out, held, asked):
 
 
 def data_and_weights(asked):
-    """The checksums of the data and of the start weights that train.py would record for a new run."""
+    """The checksums of data and start weights that train.py would record for a new run."""
     from train import checksum, set_up  # here, since --table and a first comparison need none of it
 
     with contextlib.redirect_stdout(io.StringIO()):  # each run says the same in its own output
@@ -108,7 +109,10 @@ def data_and_weights(asked):
 
 
 def refuse_other_origin(out, config, inputs, algo, keep):
-    """ValueError if a new run would have other data or start weights, or, unless `keep`, other code or versions."""
+    """ValueError if a new run would have other data, start weights, code or versions.
+
+    keep: accept other code and versions.
+    """
     other = origin.other_inputs(config, inputs)
     if other:
         raise ValueError(f"{out} was made with other {other}: pass another --out, or --overwrite")

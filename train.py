@@ -209,8 +209,8 @@ def loop(trainer, out, held_out, start):
         return step in (0, o["steps"]) or _due(step, o["eval_every"])
 
     signal.signal(signal.SIGINT, interrupt)
-    # A checkpoint leaves out the evaluation of its own step: whether there is one, and with how many
-    # draws, depends on --steps, which a resumed run may raise.
+    # A checkpoint leaves out the evaluation of its own step: whether there is one, and with how
+    # many draws, depends on --steps, which a resumed run may raise.
     if evaluates(start):
         evaluation(start)
     bar = tqdm(
@@ -295,7 +295,7 @@ def main(argv=None):
 
 
 def run_folder(given):
-    """The folder of the run: that of --resume, of --out, or one named after the options. Raises ValueError."""
+    """The folder of --resume or --out, or one named after the options. Raises ValueError."""
     if "resume" in given:
         out = Path(given["resume"])
         if not (out / "config.json").is_file():
@@ -317,7 +317,7 @@ def path_name(path):
 
 
 def prepare(given, out, argv):
-    """(trainer, held-out problems, config, the step after which to go on), or None after an evaluation."""
+    """(trainer, held-out problems, config, last step that is done); None after --eval-only."""
     resume = "resume" in given
     o, config = resumed(given, out) if resume else begun(given, out, argv)
     model, tokenizer, limits, train, held_out = set_up(o)
@@ -346,8 +346,10 @@ def prepare(given, out, argv):
 
 
 def goes_on(config, now):
-    """What config.json then says of the run's origin. Notes other code and versions; ValueError for another start model,
-    which would be another reference for the KL, too."""
+    """What config.json says of a resumed run's origin; notes other code and versions in a line.
+
+    Raises ValueError for other start weights: the reference of the KL would be another.
+    """
     if config.get("weights") not in (None, now["weights"]):
         raise ValueError(
             f"the start model {config['options']['model']} is not what it was when the run began; "

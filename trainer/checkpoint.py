@@ -1,8 +1,9 @@
 """What a run writes so that nothing is lost: checkpoints, and lines that are whole or not there.
 
-A checkpoint is a folder checkpoints/step-000020: the policy and its tokenizer, as from_pretrained loads them, and
-state.pt, our own tensors and numbers, read back with weights_only=True. It is written under another name, then renamed:
-one that is there is complete, unless the disk itself failed, and then the one before it is used.
+A checkpoint is a folder checkpoints/step-000020: the policy and its tokenizer, as from_pretrained
+loads them, and state.pt, our own tensors and numbers, read back with weights_only=True. It is
+written under another name, then renamed: one that is there is complete, unless the disk itself
+failed, and then the one before it is used.
 """
 
 import contextlib
@@ -143,7 +144,7 @@ def write_model(folder, model, tokenizer):
 
 
 def read_weights(model, folder):
-    """Put the weights of such a folder into the model. Raises a dozen types if the folder is not whole."""
+    """Put the weights of such a folder into the model. Raises if the folder is not whole."""
     saved, found = type(model).from_pretrained(
         folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
     )
@@ -182,8 +183,8 @@ def line_sizes(run):
 
 
 def model_folder(name):
-    """What --model means: for the folder of a run, its trained model, or its latest checkpoint while it is not done
-    (also of a finished run that goes on with more steps); for anything else, the name itself. Raises ValueError.
+    """What --model means. The folder of a run stands for its trained model, or for its latest
+    checkpoint while the run is not done; anything else stands for itself. Raises ValueError.
     """
     run = Path(name)
     try:

@@ -108,8 +108,11 @@ FIGURES_OF = ("prompt", "temperature", "max_new_tokens", "dtype", "seed", "k", "
 
 
 def evaluate_only(o, out, model, tokenizer, limits, problems):
-    """--eval-only: print the figures and write them to out/eval.json. Raises ValueError, before the work, if that file
-    holds figures of another model, of other data or options, unless --overwrite was given."""
+    """--eval-only: print the figures and write them to out/eval.json.
+
+    Raises ValueError, before the work, if that file holds the figures of another model, or of other
+    data or options, unless --overwrite was given.
+    """
     path = out / "eval.json"
     origin = {"checksum": checksum(problems), "weights": weights_checksum(model)}
     if path.exists() and not o["overwrite"]:

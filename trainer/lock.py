@@ -1,8 +1,8 @@
 """One run per folder: while a process writes into a run's folder, no other process may.
 
-The lock is the kernel's (flock) on the file train.lock. The kernel ends it with its process, however that process
-dies, so a lock file that is left over never stops the next run. The file's text (process id and host) is only for
-the message. Without flock (Windows) nothing is locked.
+The lock is the kernel's (flock) on the file train.lock. The kernel ends it with its process,
+however that process dies, so a lock file that is left over never stops the next run. The file's
+text (process id and host) is only for the message. Without flock (Windows) nothing is locked.
 """
 
 import contextlib
@@ -19,9 +19,10 @@ NAME = "train.lock"
 
 @contextlib.contextmanager
 def locked(folder):
-    """Make the folder and hold its lock for the length of the with block; a folder left empty is removed again.
+    """Make the folder and hold its lock for the length of the with block.
 
-    Raises ValueError, with the process id, if another process holds it; OSError if it cannot be written.
+    A folder that was made and left empty is removed again. Raises ValueError, with the process id,
+    if another process holds it; OSError if it cannot be written.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)

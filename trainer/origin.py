@@ -1,7 +1,8 @@
-"""What a run was made from: its data, its start weights, our own code, and the versions that it runs on.
+"""What a run was made from: its data, its start weights, our own code, and the versions it runs on.
 
-config.json records the four. A result is reused only where they agree: `--resume` refuses other data and other start
-weights, and compare.py takes a finished run as done only if a new run would have the same four.
+config.json records the four. A result is reused only where they agree: --resume refuses other data
+and other start weights, and compare.py takes a finished run as done only if a new run would have
+the same four.
 """
 
 import importlib
@@ -17,7 +18,7 @@ ONLY_DRAWS = "trainer/runs.py"  # as plot.py: it changes no number of a run
 
 
 def weights_checksum(model):
-    """A checksum of all weights and saved buffers by name, those that are tied once. About 1 s per GB."""
+    """A checksum of all weights and saved buffers, tied ones once. About 1 s per GB."""
     crc, seen = 0, set()
     for name, tensor in sorted(model.state_dict().items()):
         if tensor.data_ptr() in seen:
@@ -30,7 +31,7 @@ def weights_checksum(model):
 
 
 def code_checksums(algo):
-    """{file: checksum} of those of our files that determine the numbers of a run of this algorithm."""
+    """{file: checksum} of our files that determine the numbers of a run of this algorithm."""
     names = {"train.py", "rewards.py", "tiny/problems.py"}
     names |= {f"trainer/{path.name}" for path in (ROOT / "trainer").glob("*.py")}
     names.discard(ONLY_DRAWS)
@@ -51,13 +52,13 @@ def versions():
 
 
 def other_inputs(held, now):
-    """Which of the data and the start weights differ between two configs, as words; "" if neither does."""
+    """Which of data and start weights differ between two configs, as words; "" if neither."""
     names = {"checksum": "data", "weights": "start weights"}
     return " and ".join(word for key, word in names.items() if held.get(key) != now[key])
 
 
 def other_code(held, now):
-    """Which of our files and which versions differ between two configs, as words; "" if none does."""
+    """Which of our files and versions differ between two configs, as words; "" if none."""
     words = []
     for kind in ("code", "versions"):
         before = held.get(kind) or {}
@@ -69,8 +70,11 @@ def other_code(held, now):
 
 
 def both(held, now):
-    """The code and versions of a run that began with `held` and goes on with `now`: where they differ, one after the
-    other, which equals no single version, so that such a run never passes for one made of one piece."""
+    """The code and versions of a run that began with `held` and goes on with `now`.
+
+    Where they differ, both are named. That equals no single version, so compare.py never takes such
+    a run for one that was made with one version.
+    """
     joined = {}
     for kind in ("code", "versions"):
         before = held.get(kind) or {}

@@ -67,9 +67,10 @@ SAMPLED = ("prompts", "completions", "mask", "truncated", "problems", "texts", "
 def load_policy(name, device="cpu"):
     """A causal language model with fp32 weights in eval mode, its tokenizer, and the set of its EOS ids.
 
-    name: "tiny" (the embedded one), a local folder, the folder of a run (see checkpoint.model_folder) or a Hub name. Weights are read from safetensors alone and no code
-    of the repository is run. Raises ValueError with one line if there is no such model, no tokenizer or no EOS, or if
-    a weight is missing or not finite.
+    name: "tiny" (the embedded one), a local folder, a run's folder (see checkpoint.model_folder) or
+    a Hub name. Weights are read from safetensors alone and no code of the repository is run. Raises
+    ValueError with one line if there is no such model, no tokenizer or no EOS, or if a weight is
+    missing or not finite.
     """
     safe = {"trust_remote_code": False}
     if name == "tiny":  # the embedded one, wherever one stands

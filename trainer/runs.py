@@ -116,8 +116,11 @@ def read_csv(path):
 
 
 def read_runs(paths):
-    """All runs of some folders and .csv files. A folder that is no run but holds some, as compare.py makes it, stands
-    for those; what is no run is skipped with a note on stderr. Raises ValueError, one line, if no run is left."""
+    """All runs of some folders and .csv files.
+
+    A folder that is no run but holds some, as compare.py makes it, stands for those. What is no run
+    is skipped with a note on stderr. Raises ValueError, one line, if no run is left.
+    """
     runs, notes, inside = [], [], []
     for path in map(Path, paths):
         if not path.exists():
