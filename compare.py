@@ -115,7 +115,7 @@ def refuse_other_origin(out, config, inputs, algo, keep):
     """
     other = origin.other_inputs(config, inputs)
     if other:
-        raise ValueError(f"{out} was made with other {other}: pass another --out, or --overwrite")
+        raise ValueError(f"{out} was made with {other}: pass another --out, or --overwrite")
     now = {"code": origin.code_checksums(algo), "versions": origin.versions()}
     changed = origin.other_code(config, now)
     if changed and not keep:

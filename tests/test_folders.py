@@ -197,7 +197,7 @@ def test_other_code_names_files_and_versions():
     now = {"code": {"a.py": "1", "c.py": "3"}, "versions": {"torch": "2.1"}}
     assert origin.other_code(held, held) == ""
     assert origin.other_code(held, now) == "b.py; c.py; torch 2.0, now 2.1"
-    assert origin.other_code({}, now) == "a.py; c.py; torch None, now 2.1"
+    assert origin.other_code({}, now) == "code not recorded; versions not recorded"
     mixed = origin.both(held, now)
     assert mixed["versions"] == {"torch": "2.0, then 2.1"} and mixed["code"]["a.py"] == "1"
     assert origin.other_code(mixed, now) and origin.other_code(mixed, held)

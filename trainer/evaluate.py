@@ -152,7 +152,7 @@ def refuse_other_figures(path, o, origin):
     if inputs:
         raise ValueError(
             f"{path} holds the figures of {options.get('model')} on {options.get('data')}, "
-            f"other {inputs}: {what_to_do}"
+            f"{inputs}: {what_to_do}"
         )
     if changed:
         name = changed[0]

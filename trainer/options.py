@@ -14,7 +14,7 @@ ALGORITHMS = ("tepo", "grpo", "dapo", "gspo", "gtpo", "grpo_s", "trgrpo")
 OPTIONS = {
     "what is trained": [
         ("algo", str, "tepo", "tepo", f"one of {', '.join(ALGORITHMS)}"),
-        ("model", str, "tiny", "Qwen/Qwen2.5-0.5B", "a local folder or a Hub name (Llama-, Qwen-, SmolLM-type models)"),
+        ("model", str, "tiny", "Qwen/Qwen2.5-0.5B", "a local folder, a run's folder, or a Hub name (Llama, Qwen, SmolLM ...)"),
         ("data", str, "tiny", "gsm8k", "tiny, gsm8k, a Hub name[:config], a folder with train/test.jsonl, or a .jsonl"),
         (
             "prompt", str, "{question}",
@@ -106,7 +106,8 @@ def build_parser():
         if title == "update":
             text = "an option of the algorithm's advantages or loss, e.g. eps_high=0.3; repeatable"
             group.add_argument("--option", action="append", metavar="NAME=VALUE", help=text)
-    group.add_argument("--overwrite", action="store_true", help="delete the run that --out holds")
+    text = "delete the run that --out holds (with --eval-only: replace its eval.json)"
+    group.add_argument("--overwrite", action="store_true", help=text)
     group.add_argument(
         "--resume", metavar="RUN", help="go on with the run in this folder; needs no other option"
     )

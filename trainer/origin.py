@@ -53,15 +53,23 @@ def versions():
 
 def other_inputs(held, now):
     """Which of data and start weights differ between two configs, as words; "" if neither."""
-    names = {"checksum": "data", "weights": "start weights"}
-    return " and ".join(word for key, word in names.items() if held.get(key) != now[key])
+    words = []
+    for key, word in (("checksum", "data"), ("weights", "start weights")):
+        if held.get(key) is None:
+            words.append(f"unrecorded {word}")
+        elif held[key] != now[key]:
+            words.append(f"other {word}")
+    return " and ".join(words)
 
 
 def other_code(held, now):
     """Which of our files and versions differ between two configs, as words; "" if none."""
     words = []
     for kind in ("code", "versions"):
-        before = held.get(kind) or {}
+        before = held.get(kind)
+        if before is None:
+            words.append(f"{kind} not recorded")
+            continue
         for name in sorted(before.keys() | now[kind].keys()):
             old, new = before.get(name), now[kind].get(name)
             if old != new:
