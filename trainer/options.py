@@ -14,7 +14,7 @@ ALGORITHMS = ("tepo", "grpo", "dapo", "gspo", "gtpo", "grpo_s", "trgrpo")
 OPTIONS = {
     "what is trained": [
         ("algo", str, "tepo", "tepo", f"one of {', '.join(ALGORITHMS)}"),
-        ("model", str, "tiny", "Qwen/Qwen2.5-0.5B", "a local folder, a run's folder, or a Hub name (Llama, Qwen, SmolLM ...)"),
+        ("model", str, "tiny", "Qwen/Qwen2.5-0.5B", "the folder of a model or of a run, or a Hub name"),
         ("data", str, "tiny", "gsm8k", "tiny, gsm8k, a Hub name[:config], a folder with train/test.jsonl, or a .jsonl"),
         (
             "prompt", str, "{question}",
