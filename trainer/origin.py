@@ -91,6 +91,6 @@ def both(held, now):
 
 
 def _then(old, new):
-    if old is not None and old.split(", then ")[-1] == new:
-        return old
-    return f"{old}, then {new}"
+    if old is None:
+        return f"unknown, then {new}"
+    return old if old.split(", then ")[-1] == new else f"{old}, then {new}"
