@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from child import parity
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
@@ -95,7 +96,22 @@ def test_evaluate_by_hand(tiny, monkeypatch):
     assert got["length"] == pytest.approx(sum(lengths) / 4)
 
 
-def test_evaluate_leaves_the_generator_alone(tiny):
+def test_decode_keeps_all_of_a_completion_that_was_cut(tiny):
+    """And of one that ended, what stands before EOS."""
+    _, tokenizer, limits = tiny
+    ids = tokenizer("2+2=4").input_ids
+    rows = torch.tensor([[*ids, *ids], [*ids, *limits["eos_ids"], *ids[1:]]])
+    rollout = Rollout([], rows, completion_mask(rows, limits["eos_ids"]), None)
+    assert evaluate.decode(tokenizer, rollout) == ["2+2=42+2=4", "2+2=4"]
+
+
+@pytest.fixture
+def by_chance(monkeypatch):
+    """About every other text is right, so that the figures depend on what was drawn."""
+    monkeypatch.setattr(evaluate, "correct", parity)
+
+
+def test_evaluate_leaves_the_generator_alone(tiny, by_chance):
     model, tokenizer, limits = tiny
     problems = [{"question": "Tom has 3 eggs. He buys 2. How many eggs now?", "answer": "5"}]
     problems, _ = encode_problems(tokenizer, problems, "{question}", 100)
@@ -106,6 +122,7 @@ def test_evaluate_leaves_the_generator_alone(tiny):
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
     assert evaluate.evaluate(model, tokenizer, problems, seed=1, **figures) == first
+    assert evaluate.evaluate(model, tokenizer, problems, seed=2, **figures) != first
 
 
 @pytest.fixture
@@ -119,21 +136,12 @@ def test_set(tmp_path):
     return tmp_path / "data"
 
 
-def test_eval_only(tiny, test_set, tmp_path, capsys):
+def test_eval_only(tiny, by_chance, test_set, tmp_path, capsys):
     """No train split is needed; figures on stdout and in eval.json, a bar on stderr, and nothing else is written."""
     model, tokenizer, limits = tiny
     out = tmp_path / "out"
-    words = [
-        "--eval-only",
-        "--model",
-        "tiny",
-        "--data",
-        str(test_set),
-        "--k",
-        "2",
-        "--eval-samples",
-        "3",
-    ]
+    words = ["--eval-only", "--model", "tiny", "--data", str(test_set)]
+    words += ["--k", "2", "--eval-samples", "7"]
     words += ["--eval-n", "5", "--max-new-tokens", "12", "--seed", "4", "--out", str(out)]
     assert train.main(words) == 0
     printed = capsys.readouterr()
@@ -147,14 +155,14 @@ def test_eval_only(tiny, test_set, tmp_path, capsys):
         tokenizer,
         problems,
         k=2,
-        samples=3,
+        samples=7,
         temperature=1.0,
         seed=10_004,
         quiet=True,
         **limits,
     )
     assert {name: found[name] for name in want} == want
-    assert found["options"]["model"] == "tiny" and found["options"]["eval_samples"] == 3
+    assert found["options"]["model"] == "tiny" and found["options"]["eval_samples"] == 7
     assert (
         f"{want['accuracy']:.3f} (95%: {want['ci95'][0]:.3f}-{want['ci95'][1]:.3f})" in printed.out
     )

@@ -259,6 +259,70 @@ def test_a_model_with_sampling_flags_that_transformers_refuses_is_saved(model_co
     assert config["eos_token_id"] == 0 and config["pad_token_id"] == 1
 
 
+# Checkpoints
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """save(step): adds a line of ten bytes to metrics.jsonl and writes a checkpoint."""
+    model, tokenizer, _, _ = load_policy("tiny")
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def save(step):
+        with open(tmp_path / "metrics.jsonl", "a") as lines:
+            lines.write("123456789\n")
+        sizes = checkpoint.line_sizes(tmp_path)
+        checkpoint.save(tmp_path, step, model, tokenizer, optimizer, sizes, cursor=step)
+
+    save.model, save.optimizer = model, optimizer
+    return save
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(saved, tmp_path, monkeypatch):
+    """In order: the lines it counts on, its files, its folder; the name; the folder of names."""
+    seen = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        seen.append(os.path.relpath(path, tmp_path))
+        fsync(descriptor)
+
+    def renamed(old, new):
+        if str(new).endswith("step-000003"):
+            seen.append("renamed")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    saved(3)
+    part = "checkpoints/step-000003.part"
+    files = [f"{part}/{path.name}" for path in (tmp_path / "checkpoints" / "step-000003").iterdir()]
+    assert len(files) >= 6 and f"{part}/state.pt" in files
+    assert seen[0] == "metrics.jsonl" and seen[-3:] == [part, "renamed", "checkpoints"]
+    assert sorted(seen[1:-3]) == sorted(files)
+
+
+def test_load_takes_the_latest_and_cuts_the_lines_to_it(saved, tmp_path):
+    for step in (8, 9, 10):
+        saved(step)
+    weight = next(saved.model.parameters())
+    before, state = weight.detach().clone(), torch.get_rng_state()
+    with torch.no_grad():
+        weight.add_(1)
+    torch.rand(3)
+    with open(tmp_path / "metrics.jsonl", "a") as lines:
+        lines.write("more")
+    (tmp_path / "samples.jsonl").write_text("made after the checkpoint")
+    found = checkpoint.load(tmp_path, saved.model, saved.optimizer, print)
+    assert found == {"step": 10, "cursor": 10}
+    assert torch.equal(weight, before) and torch.equal(torch.get_rng_state(), state)
+    assert (tmp_path / "metrics.jsonl").read_text() == "123456789\n" * 3
+    assert (tmp_path / "samples.jsonl").read_text() == ""
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-000009", "step-000010"]
+
+
 # --resume
 
 

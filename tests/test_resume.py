@@ -15,6 +15,7 @@ import time
 import child
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import train
 from tiny.problems import problems
@@ -199,8 +200,16 @@ DAMAGE = {
     "state.pt garbled": lambda folder: garble(folder / "state.pt"),
     "state.pt empty": lambda folder: os.truncate(folder / "state.pt", 0),
     "model.safetensors gone": lambda folder: (folder / "model.safetensors").unlink(),
+    "a weight gone": lambda folder: remove_weight(folder / "model.safetensors"),
     "metrics.jsonl short": lambda folder: cut_last_line(folder.parent.parent / "metrics.jsonl"),
 }
+
+
+def remove_weight(path):
+    """transformers would make one up, at random."""
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path, {"format": "pt"})
 
 
 def cut_last_line(path):
