@@ -251,6 +251,21 @@ def test_eval_only_goes_by_its_data():
     )
 
 
+def test_eval_only_in_bf16(test_set, tmp_path, monkeypatch):
+    """The weights themselves are bf16, as in the copy that samples in training."""
+    seen = []
+
+    def look(model, *_, **__):
+        seen.append(model.dtype)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(evaluate, "evaluate", look)
+    for dtype in ("bf16", "fp32"):
+        words = ["--eval-only", "--preset", "tiny", "--data", str(test_set), "--dtype", dtype]
+        assert train.main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert seen == [torch.bfloat16, torch.float32] and not (tmp_path / "out").exists()
+
+
 def test_eval_only_is_refused_before_the_work(test_set, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("evaluated for nothing"))

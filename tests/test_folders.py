@@ -19,7 +19,7 @@ import train
 from tiny.problems import problems
 from trainer import checkpoint, lock, origin
 from trainer.policy import load_policy
-from trainer.runs import read_runs
+from trainer.runs import read_folder, read_runs
 
 TINY = child.ROOT / "tiny"
 WORDS = "--preset tiny --steps 4 --prompts 2 --group-size 2 --updates 2 --max-new-tokens 8".split()  # noqa: SIM905
@@ -371,6 +371,8 @@ def test_what_is_no_run_is_skipped_with_a_note(tmp_path, capsys):
     (runs / "curves.png").write_bytes(b"")
     for algo in ("tepo", "gspo"):
         write_run(runs / "compare" / f"{algo}-s0", algo)
+    write_run(runs / "compare" / "tepo-s1", seed=1)
+    write_run(runs / "compare" / "tepo-s0-u16", updates=16)
     (runs / "compare" / "methods.csv").write_text("not read")
     out = tmp_path / "curves.png"
     plot.main([*map(str, sorted(runs.iterdir())), "--out", str(out)])
@@ -382,7 +384,15 @@ def test_what_is_no_run_is_skipped_with_a_note(tmp_path, capsys):
         assert part in printed.err
     assert f"{runs / 'compare' / 'tepo-s0'}: another run of the same algorithm" in printed.err
     read = read_runs(sorted(runs.iterdir()))
-    assert [(run["algo"], run["seed"]) for run in read] == [("tepo", 0), ("gspo", 0)]
+    found = [(run["algo"], run["seed"], run["settings"]["updates"]) for run in read]
+    assert found == [("tepo", 0, 4), ("gspo", 0, 4), ("tepo", 0, 16), ("tepo", 1, 4)]
+
+
+def test_a_folder_of_one_run_is_read_as_it_is(tmp_path):
+    row = read_folder(write_run(tmp_path / "run", steps=0))["rows"][0]
+    assert (row["phase"], row["step"]) == ("eval", 0)
+    assert (row["ci_lo"], row["ci_hi"]) == pytest.approx((0.15, 0.25))
+    assert (row["accuracy"], row["pass_at_k"], row["k"], row["n"]) == (0.2, 0.5, 4, 100)
 
 
 def test_nothing_left_to_draw_is_an_error(tmp_path, capsys):
