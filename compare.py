@@ -1,11 +1,14 @@
 """Train several algorithms over several seeds and compare them: one figure, one table, one small .csv behind both.
 
-What follows -- goes to train.py as it stands. Runs that are done are not run again and interrupted ones are resumed:
-after a Ctrl-C the same command goes on. At one seed all algorithms see the same problems in the same order, which is
-why the table takes differences seed by seed.
+What follows -- goes to train.py as it stands. Runs that are done are not run again and interrupted
+ones are resumed: after a Ctrl-C the same command goes on. A run that was made from other data,
+start weights, code or versions is refused. At one seed all algorithms see the same problems in the
+same order, which is why the table takes differences seed by seed.
 """
 
 import argparse
+import contextlib
+import io
 import itertools
 import json
 import os
@@ -18,6 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from plot import Parser, plot_runs, style
+from trainer import origin
 from trainer.options import ALGORITHMS, fill, parse
 from trainer.runs import group, read_runs, write_csv
 
@@ -53,6 +57,7 @@ def plan(args):
         ["--option", f"eps_low={low}", "--option", f"eps_high={high}"] for low, high in args.eps
     ] or [[]]
     usual, runs = fill(parse(args.rest))["updates"], []
+    inputs = None  # data and start weights of a new run: the same for all, asked for once
     # Seeds outermost: an evening that ends early leaves every algorithm with equally many.
     for seed, update, clip, algo in itertools.product(args.seeds, updates, clips, args.algos):
         # A variant that is the default has the name, and so the folder, of the run without variants.
@@ -66,23 +71,64 @@ def plan(args):
         if args.overwrite:
             flags.append("--overwrite")
         elif (out / "config.json").exists():
-            try:
-                config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-                held, done = config["options"], config["status"] == "done"
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f"{out}: its config.json cannot be read; delete the run or pass --overwrite"
-                ) from None
-            # How many draws its evaluations make changes nothing of a run but its pass@k.
-            for key in sorted(asked.keys() - {"out", "overwrite", "resume", "k", "eval_samples"}):
-                if held.get(key) != asked[key]:
-                    was = f"{key} {held.get(key)!r}, not {asked[key]!r}"
-                    raise ValueError(
-                        f"{out} was made with {was}: pass another --out, or --overwrite"
-                    )
+            config = read_config(out)
+            refuse_other_options(out, config["options"], asked)
+            inputs = inputs or data_and_weights(asked)
+            refuse_other_origin(out, config, inputs, algo, args.keep)
+            done = config["status"] == "done"
             flags = ["--resume", str(out)]
         runs.append((out, [sys.executable, str(TRAIN), *flags], done))
     return runs
+
+
+def read_config(out):
+    """The config.json of a run, with its options and status. Raises ValueError."""
+    try:
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        config["options"].items(), config["status"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{out}: its config.json cannot be read; delete the run or pass --overwrite"
+        ) from None
+    return config
+
+
+def refuse_other_options(out, held, asked):
+    """ValueError if the run was made with other options than are asked for."""
+    # How many draws its evaluations make changes nothing of a run but its pass@k.
+    for key in sorted(asked.keys() - {"out", "overwrite", "resume", "k", "eval_samples"}):
+        if held.get(key) != asked[key]:
+            was = f"{key} {held.get(key)!r}, not {asked[key]!r}"
+            raise ValueError(f"{out} was made with {was}: pass another --out, or --overwrite")
+
+
+def data_and_weights(asked):
+    """The checksums of data and start weights that train.py would record for a new run."""
+    from train import checksum, set_up  # here, since --table and a first comparison need none of it
+
+    with contextlib.redirect_stdout(io.StringIO()):  # each run says the same in its own output
+        model, _, _, problems, held_out = set_up(asked | {"device": "cpu"})
+    return {
+        "checksum": checksum(problems + held_out),
+        "weights": origin.weights_checksum(model),
+    }
+
+
+def refuse_other_origin(out, config, inputs, algo, keep):
+    """ValueError if a new run would have other data, start weights, code or versions.
+
+    keep: accept other code and versions.
+    """
+    other = origin.other_inputs(config, inputs)
+    if other:
+        raise ValueError(f"{out} was made with {other}: pass another --out, or --overwrite")
+    now = {"code": origin.code_checksums(algo), "versions": origin.versions()}
+    changed = origin.other_code(config, now)
+    if changed and not keep:
+        raise ValueError(
+            f"{out} was made with other code or versions ({changed}): --overwrite trains it again, "
+            f"--keep takes it as it is, another --out leaves it alone"
+        )
 
 
 def train_all(runs, jobs):
@@ -275,6 +321,8 @@ def parse_args(argv):
     parser.add_argument(
         "--overwrite", action="store_true", help="train again what --out holds already"
     )
+    text = "take what --out holds, although our code or a version has changed since"
+    parser.add_argument("--keep", action="store_true", help=text)
     text = "print the table of these run folders or .csv files, and stop"
     parser.add_argument("--table", nargs="+", metavar="RUN", help=text)
     split = argv.index("--") if "--" in argv else len(argv)

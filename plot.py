@@ -489,7 +489,10 @@ def main(argv=None):
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run folder of train.py, or .csv of compare.py"
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="run folder of train.py, folder of runs, or .csv of compare.py",
     )
     text = "picture to write; default curves.png, entropy.png or credit.png,\nin RUN if there is one, else here"
     parser.add_argument("--out", metavar="FILE", type=Path, help=text)

@@ -4,11 +4,13 @@ The loop is `Trainer.step`, in four numbered steps. The algorithms are the flat 
 the options, policy.py the sampling and the log-probabilities, update.py the gradient, records.py what is written down.
 """
 
+import contextlib
 import copy
 import importlib
 import json
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
@@ -21,12 +23,11 @@ if __name__ == "__main__":  # --help and a misspelt option do not wait for torch
     check_command_line()
 
 import torch
-import transformers
 from tqdm import tqdm
 
 from plot import plot_runs
 from rewards import correct, overlong_penalty
-from trainer import checkpoint
+from trainer import checkpoint, origin
 from trainer.data import (
     checksum,
     load_problems,
@@ -34,6 +35,7 @@ from trainer.data import (
     split_overlap,
 )
 from trainer.evaluate import decode, evaluate, evaluate_only
+from trainer.lock import locked
 from trainer.logprobs import prompts_can_be_shared
 from trainer.policy import Rollout, context_length, load_policy, sample, use_threads
 from trainer.prompts import Chat, encode_problems, show, start_line
@@ -224,13 +226,19 @@ def loop(trainer, out, held_out, start):
         except OSError as error:
             raise OSError(f"cannot write {out / 'curves.png'}: {error}") from None
 
-    def save(step):
+    def save(step, sizes):
         counters = {"cursor": trainer.cursor, "bad_steps": trainer.updater.bad_steps}
-        checkpoint.save(out, step, trainer.model, trainer.updater.optimizer, **counters)
+        optimizer = trainer.updater.optimizer
+        checkpoint.save(out, step, trainer.model, trainer.tokenizer, optimizer, sizes, **counters)
+
+    def evaluates(step):
+        return step in (0, o["steps"]) or _due(step, o["eval_every"])
 
     signal.signal(signal.SIGINT, interrupt)
-    if not (metrics.exists() and metrics.stat().st_size):
-        evaluation(0)
+    # A checkpoint leaves out the evaluation of its own step: whether there is one, and with how
+    # many draws, depends on --steps, which a resumed run may raise.
+    if evaluates(start):
+        evaluation(start)
     bar = tqdm(
         range(start + 1, o["steps"] + 1),
         initial=start,
@@ -254,13 +262,14 @@ def loop(trainer, out, held_out, start):
             checkpoint.append_lines(samples, lines)
             if trainer.updater.bad_steps == BAD_STEPS:
                 break
-            last = step == o["steps"]
-            if _due(step, o["eval_every"]) or last:
+            sizes = checkpoint.line_sizes(out)
+            if evaluates(step):
                 evaluation(step)
             elif shown:
                 draw()
+            last = step == o["steps"]
             if _due(step, o["save_every"]) or ((interrupted or last) and o["save_every"]):
-                save(step)
+                save(step, sizes)
             if interrupted:
                 break
     if trainer.updater.bad_steps == BAD_STEPS:
@@ -298,37 +307,107 @@ def summary(out, seconds):
 def main(argv=None):
     """Run the command line; returns the exit status. What the user can mend is one line on stderr, and status 2."""
     argv, started = sys.argv[1:] if argv is None else argv, time.perf_counter()
-    try:
-        given = parse(argv)
-        o, out, config = resumed(given) if "resume" in given else begun(given, argv)
-        model, tokenizer, limits, train, held_out = set_up(o)
-        if o["show_prompt"]:
-            print(show(tokenizer, (train or held_out)[0], limits["eos_ids"]))
+    with contextlib.ExitStack() as stack:
+        try:
+            given = parse(argv)
+            if given.get("show_prompt"):
+                return show_prompt(given)
+            out = run_folder(given)
+            stack.enter_context(locked(out))
+            prepared = prepare(given, out, argv)
+        except (ValueError, OSError) as error:
+            return refuse(error)
+        except KeyboardInterrupt:
+            return 130
+        if prepared is None:  # it was an evaluation
             return 0
-        if o["eval_only"]:
-            evaluate_only(o, out, model, tokenizer, limits, held_out)
-            return 0
-        config["checksum"] = checksum(train + held_out, config.get("checksum"))
-        trainer, start = Trainer(o, model, tokenizer, limits, train), 0
-        if "resume" in given:
-            state = checkpoint.load(out, model, trainer.updater.optimizer, say=print)
-            start, trainer.cursor, trainer.updater.bad_steps = (
-                state["step"],
-                state["cursor"],
-                state["bad_steps"],
-            )
-            print(f"resuming {out} after step {start} of {o['steps']}")
-        else:
-            checkpoint.clear(out, o["model"])
-        checkpoint.write_json(out / "config.json", config)
-    except (ValueError, OSError) as error:
-        return refuse(error)
-    except KeyboardInterrupt:
-        return 130
+        return train_and_save(out, *prepared, started)
+
+
+def show_prompt(given):
+    """Print the first prompt as the model gets it. Returns the exit status."""
+    if "resume" in given:
+        o, _ = resumed(given, Path(given["resume"]))
+    else:
+        o = fill(given)
+    _, tokenizer, limits, train, held_out = set_up(o)
+    print(show(tokenizer, (train or held_out)[0], limits["eos_ids"]))
+    return 0
+
+
+def run_folder(given):
+    """The folder of --resume or --out, or one named after the options. Raises ValueError."""
+    if "resume" in given:
+        out = Path(given["resume"])
+        if not (out / "config.json").is_file():
+            raise ValueError(f"{out} holds no run to resume (no readable config.json)")
+        return out
+    o = fill(given)
+    name = f"{o['algo']}-{o['preset']}"
+    if o["eval_only"]:
+        name = f"eval-{path_name(o['model'])}-{path_name(o['data'])}"
+    out = Path(o["out"] or f"runs/{name}-s{o['seed']}")
+    checkpoint.check_folder(out)
+    return out
+
+
+def path_name(path):
+    """A path as part of a folder's name: A/model and B/model stay apart."""
+    name = re.sub(r"[^\w.]+", "-", path.removesuffix(".jsonl"))
+    return name.strip("-.")[-100:]
+
+
+def prepare(given, out, argv):
+    """(trainer, held-out problems, config, last step that is done); None after --eval-only."""
+    resume = "resume" in given
+    o, config = resumed(given, out) if resume else begun(given, out, argv)
+    model, tokenizer, limits, train, held_out = set_up(o)
+    if o["eval_only"]:
+        evaluate_only(o, out, model, tokenizer, limits, held_out)
+        return None
+    now = {"weights": origin.weights_checksum(model), "code": origin.code_checksums(o["algo"])}
+    now["versions"] = origin.versions()
+    now["checksum"] = checksum(train + held_out, config.get("checksum"))
+    if resume:
+        now = goes_on(config, now)
+    trainer, start = Trainer(o, model, tokenizer, limits, train), 0
+    if resume:
+        state = checkpoint.load(out, model, trainer.updater.optimizer, say=print)
+        start, trainer.cursor, trainer.updater.bad_steps = (
+            state["step"],
+            state["cursor"],
+            state["bad_steps"],
+        )
+        print(f"resuming {out} after step {start} of {o['steps']}")
+    else:
+        checkpoint.clear(out, o["model"])
+    config = {**config, **now}
+    checkpoint.write_json(out / "config.json", config)
+    return trainer, held_out, config, start
+
+
+def goes_on(config, now):
+    """What config.json says of a resumed run's origin; notes other code and versions in a line.
+
+    Raises ValueError for other start weights: the reference of the KL would be another.
+    """
+    if config.get("weights") not in (None, now["weights"]):
+        raise ValueError(
+            f"the start model {config['options']['model']} is not what it was when the run began; "
+            f"it cannot be resumed with other start weights"
+        )
+    changed = origin.other_code(config, now)
+    if changed:
+        print(f"note: changed since the run began: {changed}")
+    return {**now, **origin.both(config, now)}
+
+
+def train_and_save(out, trainer, held_out, config, start, started):
+    """The loop, and after its last step the model and the summary. Returns the exit status."""
     try:
         status = loop(trainer, out, held_out, start)
         if status == 0:
-            checkpoint.save_pretrained(out / "model", model, tokenizer)
+            checkpoint.save_pretrained(out / "model", trainer.model, trainer.tokenizer)
             checkpoint.write_json(out / "config.json", config | {"status": "done"})
             summary(out, time.perf_counter() - started)
         return status
@@ -349,30 +428,17 @@ def refuse(error):
     return 2
 
 
-def begun(given, argv):
-    """(options, folder, config) of a new run; says which preset it is, why, and how to get the other."""
+def begun(given, out, argv):
+    """(options, config) of a new run; says which preset it is, why, and how to get the other."""
     o = fill(given)
     cuda, auto = torch.cuda.is_available(), given.get("preset", "auto") == "auto"
     why = f"{'a' if cuda else 'no'} CUDA GPU was found" if auto else "as asked"
     other = {"tiny": "--preset gsm8k trains Qwen2.5-0.5B on GSM8K, which wants a GPU",
              "gsm8k": "--preset tiny trains the embedded model in minutes, GPU or not"}[o["preset"]]  # fmt: skip
     print(f"preset {o['preset']} ({why}): {o['model']} on {o['data']}; {other}")
-    name = (
-        f"eval-{Path(o['model']).name}-{Path(o['data']).stem}"
-        if o["eval_only"]
-        else f"{o['algo']}-{o['preset']}"
-    )
-    out = Path(o["out"] or f"runs/{name}-s{o['seed']}")
-    checkpoint.check_folder(out)
-    writes_run = not (o["eval_only"] or o["show_prompt"])
-    if writes_run and not o["overwrite"] and checkpoint.holds_run(out):
+    if not o["overwrite"] and not o["eval_only"] and checkpoint.holds_run(out):
         raise ValueError(f"{out} holds a run already: --resume {out} goes on with it, --overwrite deletes it, --out "
                          f"FOLDER leaves it alone")  # fmt: skip
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
     machine = (
         torch.cuda.get_device_name()
         if cuda
@@ -380,19 +446,16 @@ def begun(given, argv):
     )
     config = {
         "options": o,
-        "versions": versions,
         "machine": f"{machine}, {torch.get_num_threads()} threads",
+        "command": shlex.join(["python", "train.py", *argv]),
+        "status": "running",
     }
-    return (
-        o,
-        out,
-        config | {"command": shlex.join(["python", "train.py", *argv]), "status": "running"},
-    )
+    return o, config
 
 
-def resumed(given):
-    """(options, folder, config) of the run in --resume; what else is given must not change its past."""
-    out = Path(given.pop("resume"))
+def resumed(given, out):
+    """(options, config) of the run in --resume; what else is given must not change its past."""
+    given = {name: value for name, value in given.items() if name != "resume"}
     try:
         config = json.loads((out / "config.json").read_text())
         saved, steps = config["options"], config["options"]["steps"]
@@ -404,11 +467,10 @@ def resumed(given):
                              f"--steps may be raised")  # fmt: skip
     if given.get("steps", steps) < steps:
         raise ValueError(f"--resume {out}: it has {steps} steps, and --steps may only be raised")
-    given["resume"] = str(out)
     config["options"] = fill(
         saved | {name: given[name] for name in ALLOWED_ON_RESUME if name in given}
     )
-    return config["options"], out, config | {"status": "running"}
+    return config["options"], config | {"status": "running"}
 
 
 def set_up(o):

@@ -124,7 +124,9 @@ def kill_in_write(what):
         return lambda *args: (function(*args), then(*args))
 
     if what == "model":
-        checkpoint.save_model = after(checkpoint.save_model, lambda model, path: half(path))
+        checkpoint.write_model = after(
+            checkpoint.write_model, lambda folder, *_: half(folder / "model.safetensors")
+        )
     elif what == "state":
         checkpoint.torch.save = after(
             checkpoint.torch.save, lambda state, file: file.flush() or half(file.name)

@@ -16,14 +16,20 @@ from test_plot import check_picture, write_run
 
 import compare
 import plot
+from trainer import origin
 from trainer.options import ALGORITHMS, fill, parse
 from trainer.runs import group, read_csv, read_runs
 
 
 @pytest.fixture
 def trainer(monkeypatch):
-    """Stands in for train.py: writes a finished run at once. .asked: its command lines; .fail: folders that fail."""
-    seen = SimpleNamespace(asked=[], fail=(), env=[], running=0, most=0)
+    """Stands in for train.py: writes a finished run at once.
+
+    .asked: its command lines; .fail: folders that fail; .inputs: the data and start weights of a
+    new run; .loaded: how often they were asked for.
+    """
+    inputs = {"checksum": 1, "weights": "aa"}
+    seen = SimpleNamespace(asked=[], fail=(), env=[], running=0, most=0, inputs=inputs, loaded=0)
     lock = threading.Lock()
 
     def run(command, env, **_):
@@ -48,10 +54,22 @@ def trainer(monkeypatch):
         else:
             options = fill(parse(flags))
         write_run(folder, **options)
+        now = {"code": origin.code_checksums(options["algo"]), "versions": origin.versions()}
+        change_config(folder, **seen.inputs, **now)
         return SimpleNamespace(returncode=0, stderr="")
 
+    def data_and_weights(_):
+        seen.loaded += 1
+        return seen.inputs
+
     monkeypatch.setattr(compare.subprocess, "run", run)
+    monkeypatch.setattr(compare, "data_and_weights", data_and_weights)
     return seen
+
+
+def change_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def names(asked):
@@ -113,6 +131,43 @@ def test_other_options_are_not_taken_for_done(trainer, tmp_path, capsys):
     assert trainer.asked == []
     (tmp_path / "tepo-s0" / "config.json").write_text('{"opti')
     assert compare.main(line) == 2 and "cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("status", ["done", "running"])
+def test_a_run_of_other_data_weights_code_or_versions_is_not_taken(
+    trainer, tmp_path, monkeypatch, capsys, status
+):
+    """... nor resumed; the line says what differs. The model is loaded once for all runs."""
+    monkeypatch.setattr(compare, "plot_runs", lambda *_: None)
+    line = ["--algos", "gspo,tepo", "--seeds", "1", "--out", str(tmp_path)]
+    assert compare.main(line) == 0 and trainer.loaded == 0
+    out = tmp_path / "tepo-s1"
+    config = json.loads((out / "config.json").read_text())
+    code, versions = config["code"], config["versions"]
+    cases = {
+        "other data": {"checksum": 2},
+        "other start weights": {"weights": "bb"},
+        "unrecorded start weights": {"weights": None},
+        "(tepo.py; trainer/update.py)": {"code": code | {"tepo.py": "0", "trainer/update.py": "0"}},
+        "(code not recorded)": {"code": None},
+        f"(torch 1.0, now {versions['torch']})": {"versions": versions | {"torch": "1.0"}},
+    }
+    for told, change in cases.items():
+        trainer.asked.clear()
+        capsys.readouterr()
+        trainer.loaded = 0
+        change_config(out, **{**config, **change, "status": status})
+        assert compare.main(line) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and err.startswith(f"compare.py: error: {out} was made with ")
+        assert told in err and "--overwrite" in err and "another --out" in err
+        assert trainer.loaded == 1 and trainer.asked == []
+        kept = compare.main([*line, "--keep"])  # accepts code and versions, no other experiment
+        assert kept == (0 if "(" in told else 2) and ("--keep" in err) == (kept == 0)
+        assert trainer.asked == (
+            [["--resume", str(out)]] if (kept, status) == (0, "running") else []
+        )
+    assert compare.main([*line, "--overwrite"]) == 0
 
 
 def test_variants(trainer, tmp_path):

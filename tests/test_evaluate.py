@@ -2,9 +2,13 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
+from child import parity
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
 
 import train
 from trainer import evaluate
@@ -96,7 +100,22 @@ def test_evaluate_by_hand(tiny, monkeypatch):
     assert got["length"] == pytest.approx(sum(lengths) / 4)
 
 
-def test_evaluate_leaves_the_generator_alone(tiny):
+def test_decode_keeps_all_of_a_completion_that_was_cut(tiny):
+    """And of one that ended, what stands before EOS."""
+    _, tokenizer, limits = tiny
+    ids = tokenizer("2+2=4").input_ids
+    rows = torch.tensor([[*ids, *ids], [*ids, *limits["eos_ids"], *ids[1:]]])
+    rollout = Rollout([], rows, completion_mask(rows, limits["eos_ids"]), None)
+    assert evaluate.decode(tokenizer, rollout) == ["2+2=42+2=4", "2+2=4"]
+
+
+@pytest.fixture
+def by_chance(monkeypatch):
+    """About every other text is right, so that the figures depend on what was drawn."""
+    monkeypatch.setattr(evaluate, "correct", parity)
+
+
+def test_evaluate_leaves_the_generator_alone(tiny, by_chance):
     model, tokenizer, limits = tiny
     problems = [{"question": "Tom has 3 eggs. He buys 2. How many eggs now?", "answer": "5"}]
     problems, _ = encode_problems(tokenizer, problems, "{question}", 100)
@@ -107,6 +126,7 @@ def test_evaluate_leaves_the_generator_alone(tiny):
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
     assert evaluate.evaluate(model, tokenizer, problems, seed=1, **figures) == first
+    assert evaluate.evaluate(model, tokenizer, problems, seed=2, **figures) != first
 
 
 @pytest.fixture
@@ -120,21 +140,12 @@ def test_set(tmp_path):
     return tmp_path / "data"
 
 
-def test_eval_only(tiny, test_set, tmp_path, capsys):
+def test_eval_only(tiny, by_chance, test_set, tmp_path, capsys):
     """No train split is needed; figures on stdout and in eval.json, a bar on stderr, and nothing else is written."""
     model, tokenizer, limits = tiny
     out = tmp_path / "out"
-    words = [
-        "--eval-only",
-        "--model",
-        "tiny",
-        "--data",
-        str(test_set),
-        "--k",
-        "2",
-        "--eval-samples",
-        "3",
-    ]
+    words = ["--eval-only", "--model", "tiny", "--data", str(test_set)]
+    words += ["--k", "2", "--eval-samples", "7"]
     words += ["--eval-n", "5", "--max-new-tokens", "12", "--seed", "4", "--out", str(out)]
     assert train.main(words) == 0
     printed = capsys.readouterr()
@@ -148,14 +159,14 @@ def test_eval_only(tiny, test_set, tmp_path, capsys):
         tokenizer,
         problems,
         k=2,
-        samples=3,
+        samples=7,
         temperature=1.0,
         seed=10_004,
         quiet=True,
         **limits,
     )
     assert {name: found[name] for name in want} == want
-    assert found["options"]["model"] == "tiny" and found["options"]["eval_samples"] == 3
+    assert found["options"]["model"] == "tiny" and found["options"]["eval_samples"] == 7
     assert (
         f"{want['accuracy']:.3f} (95%: {want['ci95'][0]:.3f}-{want['ci95'][1]:.3f})" in printed.out
     )
@@ -163,6 +174,55 @@ def test_eval_only(tiny, test_set, tmp_path, capsys):
         f"pass@2 {want['pass_at_k']:.3f}" in printed.out
         and f"truncated {want['truncated']:.3f}" in printed.out
     )
+
+
+def test_figures_of_another_evaluation_are_not_overwritten(test_set, tmp_path, monkeypatch, capsys):
+    """A/model and B/model have folders of their own; a named folder keeps one model's figures."""
+    monkeypatch.chdir(tmp_path)
+    models = []
+    for name in "AB":
+        folder = tmp_path / name / "model"
+        ignore = shutil.ignore_patterns("*.py", "__pycache__")
+        models.append(shutil.copytree(ROOT / "tiny", folder, ignore=ignore))
+    weights = load_file(models[1] / "model.safetensors")
+    weights["model.norm.weight"] *= 1.01
+    save_file(weights, models[1] / "model.safetensors", {"format": "pt"})
+    words = ["--eval-only", "--preset", "tiny", "--k", "0", "--eval-n", "2"]
+    words += ["--max-new-tokens", "8", "--data", "data"]
+    for name in "AB":
+        assert train.main([*words, "--model", f"./{name}/model"]) == 0
+    found = sorted(path.parent.name for path in (tmp_path / "runs").glob("*/eval.json"))
+    assert found == ["eval-A-model-data-s0", "eval-B-model-data-s0"]
+
+    words += ["--out", "same"]
+    assert train.main([*words, "--model", "A/model"]) == 0
+    (tmp_path / "same" / "notes.txt").write_text("mine")
+    before = (tmp_path / "same" / "eval.json").read_bytes()
+    other = tmp_path / "other.jsonl"
+    other.write_text((test_set / "test.jsonl").read_text())
+    shutil.copytree("A/model", "C")
+    assert train.main([*words, "--model", "C"]) == 0  # the same model, the same figures
+    for more, told in (
+        (["--model", "B/model"], "other start weights"),
+        (["--model", "A/model", "--data", "other.jsonl"], "other data"),
+        (["--model", "A/model", "--max-new-tokens", "9"], "--max-new-tokens 8, not 9"),
+        (["--model", "A/model", "--temperature", "0.5"], "--temperature 1.0, not 0.5"),
+    ):
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("it was evaluated"))
+            assert train.main([*words, *more]) == 2
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and told in line and "--overwrite" in line
+    held = json.loads((tmp_path / "same" / "eval.json").read_text())
+    assert held["options"]["model"] == "C" and held["accuracy"] == json.loads(before)["accuracy"]
+    assert train.main([*words, "--model", "B/model", "--overwrite"]) == 0
+    held = json.loads((tmp_path / "same" / "eval.json").read_text())
+    assert held["options"]["model"] == "B/model"
+    assert (tmp_path / "same" / "notes.txt").exists()
+    (tmp_path / "same" / "eval.json").write_text("[]")
+    assert train.main([*words, "--model", "B/model"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
 
 
 def test_eval_only_out_of_gpu_memory_is_one_line(test_set, tmp_path, monkeypatch, capsys):
@@ -193,6 +253,21 @@ def test_eval_only_goes_by_its_data():
         and options["max_new_tokens"] == 512
         and "####" in options["prompt"]
     )
+
+
+def test_eval_only_in_bf16(test_set, tmp_path, monkeypatch):
+    """The weights themselves are bf16, as in the copy that samples in training."""
+    seen = []
+
+    def look(model, *_, **__):
+        seen.append(model.dtype)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(evaluate, "evaluate", look)
+    for dtype in ("bf16", "fp32"):
+        words = ["--eval-only", "--preset", "tiny", "--data", str(test_set), "--dtype", dtype]
+        assert train.main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert seen == [torch.bfloat16, torch.float32] and not (tmp_path / "out").exists()
 
 
 def test_eval_only_is_refused_before_the_work(test_set, tmp_path, monkeypatch, capsys):

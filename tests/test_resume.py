@@ -15,6 +15,7 @@ import time
 import child
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import train
 from tiny.problems import problems
@@ -199,8 +200,16 @@ DAMAGE = {
     "state.pt garbled": lambda folder: garble(folder / "state.pt"),
     "state.pt empty": lambda folder: os.truncate(folder / "state.pt", 0),
     "model.safetensors gone": lambda folder: (folder / "model.safetensors").unlink(),
+    "a weight gone": lambda folder: remove_weight(folder / "model.safetensors"),
     "metrics.jsonl short": lambda folder: cut_last_line(folder.parent.parent / "metrics.jsonl"),
 }
+
+
+def remove_weight(path):
+    """transformers would make one up, at random."""
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path, {"format": "pt"})
 
 
 def cut_last_line(path):
@@ -309,16 +318,39 @@ def test_resume_of_no_run(tmp_path, capsys, config):
     assert "holds no run to resume" in refused(capsys, "--resume", tmp_path)
 
 
-def test_more_steps(stopped, data, tmp_path):
-    """--steps may be raised: then the run is the longer one."""
-    status, log = child.run(
-        [*WORDS, "--data", data, "--steps", 14, "--out", tmp_path / "long"], tmp_path / "log"
-    )
+@pytest.fixture(scope="module")
+def longer(data, tmp_path_factory):
+    """The same with two steps more, in one go."""
+    out = tmp_path_factory.mktemp("longer")
+    words = [*WORDS, "--data", data, "--steps", STEPS + 2, "--out", out / "run"]
+    status, log = child.run(words, out / "log")
     assert status == 0, log
-    run = shutil.copytree(stopped, tmp_path / "run")
-    status, log = child.run(["--resume", run, "--steps", 14], tmp_path / "log")
-    assert status == 0 and "after step 8 of 14" in log, log
-    assert_same(run, tmp_path / "long")
+    return out / "run"
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_more_steps(whole, stopped, longer, tmp_path, interrupted):
+    """--steps may be raised, also of a finished run: then the run is the longer one.
+
+    No evaluation is left of what was the last step.
+    """
+    run = shutil.copytree(stopped if interrupted else whole, tmp_path / "run")
+    status, log = child.run(["--resume", run, "--steps", STEPS + 2], tmp_path / "log")
+    assert status == 0 and f"after step {8 if interrupted else 12} of 14" in log, log
+    assert_same(run, longer)
+
+
+def test_more_steps_where_an_evaluation_was_due(data, longer, tmp_path):
+    """The evaluation of the old last step had draws; now it has none, also if killed again."""
+    run = tmp_path / "run"
+    words = [*WORDS, "--data", data, "--steps", "10", "--save-every", "50", "--out", run]
+    assert child.run(words, tmp_path / "log")[0] == 0
+    assert metrics(run)[-1]["step"] == 10 and metrics(run)[-1]["k"] == 2
+    words = ["--resume", run, "--steps", STEPS + 2]
+    assert child.run(words, tmp_path / "log", "interrupt_in_step", 2, 2)[0] == 130
+    assert [row["k"] for row in metrics(run) if row["phase"] == "eval"] == [2, 0, 0]
+    assert child.run(["--resume", run], tmp_path / "log")[0] == 0
+    assert_same(run, longer)
 
 
 def test_resume_of_a_finished_run(whole, tmp_path, capsys):

@@ -1,8 +1,9 @@
 """What a run writes so that nothing is lost: checkpoints, and lines that are whole or not there.
 
-A checkpoint is a folder checkpoints/step-000020: the policy as safetensors, and state.pt, our own tensors and numbers,
-read back with weights_only=True. It is written under another name, then renamed: one that is there is complete, unless
-the disk itself failed, and then the one before it is used.
+A checkpoint is a folder checkpoints/step-000020: the policy and its tokenizer, as from_pretrained
+loads them, and state.pt, our own tensors and numbers, read back with weights_only=True. It is
+written under another name, then renamed: one that is there is complete, unless the disk itself
+failed, and then the one before it is used.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from transformers import GenerationConfig
 
 KEPT = 2
 RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "model")
@@ -39,7 +40,7 @@ def clear(out, source):
     """Make the folder, without a run in it; whatever else it holds stays. source: the model that a new run starts from;
     a ValueError, and nothing is deleted, if it is part of the old run.
     """
-    source = Path(source).resolve()
+    source = Path(model_folder(source)).resolve()
     if any((out / name).resolve() in (source, *source.parents) for name in RUN_FILES):
         raise ValueError(
             f"--overwrite would delete {source}, the model to start from; name another --out"
@@ -62,7 +63,7 @@ def whole(path):
     try:
         remove(part)
         yield part
-        for file in [*part.iterdir(), part] if part.is_dir() else [part]:
+        for file in [*part.rglob("*"), part]:
             sync(file)
         if path.is_dir():
             shutil.rmtree(path)
@@ -82,7 +83,10 @@ def whole(path):
 
 def sync(path):
     """Have the disk itself hold the file, or the names in a folder: what a power cut does not undo."""
-    descriptor = os.open(path, os.O_RDONLY)
+    folder = path.is_dir()
+    if folder and os.name == "nt":  # Windows opens no folder
+        return
+    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -119,8 +123,34 @@ def _finite(x):
 def save_pretrained(folder, model, tokenizer):
     """The trained model as from_pretrained reads it, with its tokenizer; all of it or nothing."""
     with whole(folder) as part:
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
+        write_model(part, model, tokenizer)
+
+
+def write_model(folder, model, tokenizer):
+    """Write a folder that from_pretrained loads."""
+    config = model.generation_config
+    try:
+        config.validate(strict=True)
+    except (
+        ValueError
+    ):  # some models come with flags that save_pretrained refuses: only the ids stay
+        model.generation_config = GenerationConfig(
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def read_weights(model, folder):
+    """Put the weights of such a folder into the model. Raises if the folder is not whole."""
+    saved, found = type(model).from_pretrained(
+        folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
+    )
+    if found["missing_keys"]:  # transformers makes them up, at random
+        raise ValueError(f"it lacks {min(found['missing_keys'])}")
+    model.load_state_dict(saved.state_dict())
 
 
 def rng_state():
@@ -147,23 +177,53 @@ def steps_saved(run):
     return {step: path for step, path in sorted((int(path.name[5:]), path) for path in found)}
 
 
-def save(run, step, model, optimizer, **counters):
+def line_sizes(run):
+    """{file: bytes} of the run's files of lines, for `load` to cut back what came after."""
+    return {name: (run / name).stat().st_size for name in LINES if (run / name).exists()}
+
+
+def model_folder(name):
+    """What --model means. The folder of a run stands for its trained model, or for its latest
+    checkpoint while the run is not done; anything else stands for itself. Raises ValueError.
+    """
+    run = Path(name)
+    try:
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        status = config["status"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return name  # a model's folder, or no folder at all
+    choices = [*reversed(steps_saved(run).values()), run / "model"]
+    if status == "done":
+        choices.insert(0, run / "model")
+    for folder in choices:
+        if (folder / "config.json").is_file():
+            return str(folder)
+    raise ValueError(f"--model {name} is a run without a model or a checkpoint: resume it first")
+
+
+def find_model(name):
+    """model_folder, and a line that says so where it is not the name itself."""
+    folder = model_folder(name)
+    if folder != name:
+        print(f"--model {name} is a run: taking {folder}")
+    return folder
+
+
+def save(run, step, model, tokenizer, optimizer, sizes, **counters):
     """Write run/checkpoints/step-NNNNNN and drop all but the last KEPT.
 
-    counters: plain numbers. The sizes of metrics.jsonl and samples.jsonl go in, for `load` to cut back what came after.
+    sizes: `line_sizes` after the step's training lines. counters: plain numbers.
     """
-    run, sizes = Path(run), {}
+    run = Path(run)
     root = run / "checkpoints"
     root.mkdir(exist_ok=True)
     for stale in root.glob("*.part"):  # of a process that was killed here
         remove(stale)
-    for name in LINES:
-        if (run / name).exists():
-            sync(run / name)  # a checkpoint must not outlive the lines that it counts on
-            sizes[name] = (run / name).stat().st_size
+    for name in sizes:
+        sync(run / name)  # a checkpoint must not outlive the lines that it counts on
     with whole(root / f"step-{step:06}") as part:
         part.mkdir()
-        save_model(model, str(part / "model.safetensors"))
+        write_model(part, model, tokenizer)
         state = {
             "step": step,
             "optimizer": optimizer.state_dict(),
@@ -197,11 +257,7 @@ def load(run, model, optimizer, say):
             for name, size in state["sizes"].items():
                 if (run / name).stat().st_size < size:
                     raise ValueError(f"{name} is shorter than it was")
-            load_model(
-                model,
-                str(folder / "model.safetensors"),
-                device=str(next(model.parameters()).device),
-            )
+            read_weights(model, folder)
             optimizer.load_state_dict(state.pop("optimizer"))
             set_rng_state(state.pop("rng"))
             break

@@ -1,5 +1,6 @@
 """How good is a policy on held-out problems, and how sure can one be of it."""
 
+import json
 import math
 
 import torch
@@ -7,6 +8,8 @@ from tqdm import tqdm
 
 from rewards import correct, extract_answer, true_answer
 from trainer import checkpoint
+from trainer.data import checksum
+from trainer.origin import other_inputs, versions, weights_checksum
 from trainer.policy import sample
 
 
@@ -106,9 +109,20 @@ def matches(text, answer, truncated=False):
     return extract_answer(text, lenient=True, truncated=truncated) == true_answer(answer)
 
 
+# The options, besides the model and the data, that an evaluation's figures depend on.
+FIGURES_OF = ("prompt", "temperature", "max_new_tokens", "dtype", "seed", "k", "eval_samples")
+
+
 def evaluate_only(o, out, model, tokenizer, limits, problems):
-    """--eval-only: print the figures and write them to out/eval.json."""
-    out.mkdir(parents=True, exist_ok=True)  # before the work, which may take hours
+    """--eval-only: print the figures and write them to out/eval.json.
+
+    Raises ValueError, before the work, if that file holds the figures of another model, or of other
+    data or options, unless --overwrite was given.
+    """
+    path = out / "eval.json"
+    origin = {"checksum": checksum(problems), "weights": weights_checksum(model)}
+    if path.exists() and not o["overwrite"]:
+        refuse_other_figures(path, o, origin)
     if o["dtype"] == "bf16":
         model = model.bfloat16()
     rows = o["prompts"] * o["group_size"] if o["sample_batch"] == "auto" else int(o["sample_batch"])
@@ -127,5 +141,28 @@ def evaluate_only(o, out, model, tokenizer, limits, problems):
     if o["k"]:
         print(f"avg@{o['k']} {result['avg_at_k']:.3f}, pass@{o['k']} {result['pass_at_k']:.3f}, {o['eval_samples']} "
               f"samples a problem at temperature {o['temperature']}")  # fmt: skip
-    checkpoint.write_json(out / "eval.json", {"options": o} | result)
-    print(f"written to {out / 'eval.json'}")
+    checkpoint.write_json(path, {"options": o, "versions": versions(), **origin, **result})
+    print(f"written to {path}")
+
+
+def refuse_other_figures(path, o, origin):
+    """ValueError if the eval.json at path holds the figures of another evaluation than this one."""
+    what_to_do = "name another --out, or pass --overwrite"
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        options = held["options"]
+        changed = [name for name in FIGURES_OF if options.get(name) != o[name]]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} cannot be read: {what_to_do}") from None
+    inputs = other_inputs(held, origin)
+    if inputs:
+        raise ValueError(
+            f"{path} holds the figures of {options.get('model')} on {options.get('data')}, "
+            f"{inputs}: {what_to_do}"
+        )
+    if changed:
+        name = changed[0]
+        flag = "--" + name.replace("_", "-")
+        raise ValueError(
+            f"{path} was made with {flag} {options.get(name)}, not {o[name]}: {what_to_do}"
+        )

@@ -18,7 +18,7 @@ ALGORITHMS = ("tepo", "grpo", "dapo", "gspo", "gtpo", "grpo_s", "trgrpo")
 OPTIONS = {
     "what is trained": [
         ("algo", str, "tepo", "tepo", f"one of {', '.join(ALGORITHMS)}"),
-        ("model", str, "tiny", "Qwen/Qwen2.5-0.5B", "a local folder or a Hub name (Llama-, Qwen-, SmolLM-type models)"),
+        ("model", str, "tiny", "Qwen/Qwen2.5-0.5B", "the folder of a model or of a run, or a Hub name"),
         ("data", str, "tiny", "gsm8k", "tiny, gsm8k, a Hub name[:config], a folder with train/test.jsonl, or "
          "a .jsonl, whose last tenth (at most 500) is held out"),
         ("steps", int, 100, 500, "training steps, each one rollout and its updates"),
@@ -164,7 +164,8 @@ def build_parser():
             add_template_option(group)
             text = "print the first prompt as the model gets it, and what ends a completion"
             group.add_argument("--show-prompt", action="store_true", help=text)
-    group.add_argument("--overwrite", action="store_true", help="delete the run that --out holds")
+    text = "delete the run that --out holds (with --eval-only: replace its eval.json)"
+    group.add_argument("--overwrite", action="store_true", help=text)
     group.add_argument(
         "--resume", metavar="RUN", help="go on with the run in this folder; needs no other option"
     )

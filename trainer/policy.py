@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as hf_logging
 
+from trainer.checkpoint import find_model
 from trainer.logprobs import left_padded, prefill
 from trainer.prompts import AUTO, Prompts
 
@@ -70,13 +71,15 @@ SAMPLED = ("prompts", "completions", "mask", "truncated", "problems", "texts", "
 def load_policy(name, device="cpu", chat=AUTO):
     """(model, tokenizer, EOS ids, pad id): a causal language model with fp32 weights in eval mode.
 
-    name: "tiny" (the embedded one), a local folder or a Hub name. Weights are read from safetensors alone and no code
-    of the repository is run. Raises ValueError with one line if there is no such model, no tokenizer or no EOS, or if
-    a weight is missing or not finite.
+    name: "tiny" (the embedded one), a local folder, a run's folder (see checkpoint.model_folder) or
+    a Hub name. Weights are read from safetensors alone and no code of the repository is run. Raises
+    ValueError with one line if there is no such model, no tokenizer or no EOS, or if a weight is
+    missing or not finite.
     """
     safe = {"trust_remote_code": False}
     if name == "tiny":  # the embedded one, wherever one stands
         name = str(Path(__file__).resolve().parents[1] / "tiny")
+    name = find_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **safe)
         model, found = AutoModelForCausalLM.from_pretrained(

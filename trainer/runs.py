@@ -6,6 +6,7 @@ A run is {"algo", "seed", "settings": {option: value}, "rows": [{"phase", "step"
 import csv
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -117,13 +118,51 @@ def read_csv(path):
 
 
 def read_runs(paths):
-    """All runs of some folders and .csv files. Raises ValueError, one line, for a path that holds none."""
-    runs = []
+    """All runs of some folders and .csv files.
+
+    A folder that is no run but holds some, as compare.py makes it, stands for those. What is no run
+    is skipped with a note on stderr. Raises ValueError, one line, if no run is left.
+    """
+    runs, notes, inside = [], [], []
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"{path}: no such run")
-        runs += [read_folder(path)] if path.is_dir() else read_csv(path)
+        if is_run(path):
+            runs.append(read_folder(path))
+        elif path.is_dir() and any(map(is_run, path.iterdir())):
+            inside += sorted(filter(is_run, path.iterdir()))
+        elif path.suffix == ".csv":
+            runs += read_csv(path)
+        else:
+            notes.append(why_no_run(path))
+    for path in inside:  # last: of two equal runs the one that was named itself is taken
+        run = read_folder(path)
+        if any(same_experiment(run, other) for other in runs):
+            notes.append(f"{path}: another run of the same algorithm, seed and settings is taken")
+        else:
+            runs.append(run)
+    if not runs:
+        raise ValueError("; ".join(notes))
+    for note in notes:
+        print(f"note: skipped {note}", file=sys.stderr)
     return runs
+
+
+def is_run(path):
+    return (path / "metrics.jsonl").is_file()
+
+
+def why_no_run(path):
+    """A line for a path that is neither a run nor holds one."""
+    if not path.is_dir():
+        return f"{path}: neither a run's folder nor a .csv"
+    if (path / "eval.json").is_file():
+        return f"{path}: an evaluation, no run"
+    return f"{path}: no metrics.jsonl in it, so it is not a run of train.py"
+
+
+def same_experiment(run, other):
+    return all(run[key] == other[key] for key in ("algo", "seed", "settings"))
 
 
 def write_csv(runs, path):
