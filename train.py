@@ -30,9 +30,10 @@ from trainer.data import (
     split_overlap,
 )
 from trainer.evaluate import decode, evaluate, evaluate_only
-from trainer.logprobs import prompts_can_be_shared
+from trainer.logprobs import PLAIN
 from trainer.options import ALLOWED_ON_RESUME, fill, parse, split_options
 from trainer.policy import Rollout, context_length, load_policy, sample
+from trainer.probes import probe
 from trainer.records import group_to_show, metrics_line, peak_mib, sample_lines
 from trainer.update import Updater
 
@@ -60,7 +61,9 @@ class Trainer:
         self.algo = importlib.import_module(options["algo"])
         self.advantage_options, loss_options = split_options(self.algo, options["option"])
         longest = max(len(p["prompt_ids"]) for p in problems) + options["max_new_tokens"]
-        self.updater = Updater(model, self.algo, loss_options, options, longest)
+        self.updater = Updater(
+            model, self.algo, loss_options, options, longest, limits.get("layout", PLAIN)
+        )
         self.cursor = 0  # prompts drawn so far
 
     def step(self, step):
@@ -396,7 +399,9 @@ def set_up(o):
         print(f"dropped problems: {overlap} of training that are held out too; prompts over {longest} tokens: "
               f"{long_train} of training, {long_test} held out")  # fmt: skip
     limits = {"max_new_tokens": o["max_new_tokens"], "eos_ids": eos_ids, "pad_id": pad_id}
-    return model, tokenizer, limits | {"share_prompts": prompts_can_be_shared(model)}, train, test
+    prompts = [problem["prompt_ids"] for problem in train + test]
+    limits["layout"] = probe(model, prompts, o["max_new_tokens"], pad_id)
+    return model, tokenizer, limits, train, test
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from trainer import logprobs, policy
-from trainer.logprobs import head_is_plain, prompts_can_be_shared, token_logprobs
+from trainer.logprobs import Layout, token_logprobs
 from trainer.policy import Rollout, completion_mask, sample, special_tokens
 from trainer.update import micro_batches
 
@@ -101,7 +101,7 @@ def test_a_shared_prompt_is_run_once():
     assert widths == [(3, 4), (5, 4)]
     widths.clear()
     limits = dict(temperature=1.0, max_new_tokens=2, eos_ids=[99], pad_id=0)
-    sample(model, PROMPTS[:3], 4, share_prompts=True, **limits)
+    sample(model, PROMPTS[:3], 4, layout=Layout(share_prompts=True), **limits)
     assert widths == [(3, 4), (12, 1), (12, 1)]
 
 
@@ -111,25 +111,12 @@ def test_sampling_with_shared_prompts_draws_the_same(prompts):
     for share_prompts in (False, True):
         torch.manual_seed(0)
         limits = dict(temperature=1.0, max_new_tokens=6, eos_ids=[1], pad_id=0)
-        drawn.append(sample(model, prompts, 5, share_prompts=share_prompts, **limits))
+        layout = Layout(share_prompts=share_prompts)
+        drawn.append(sample(model, prompts, 5, layout=layout, **limits))
     assert (
         torch.equal(drawn[0].completions, drawn[1].completions)
         and drawn[0].prompts == drawn[1].prompts
     )
-
-
-def test_an_architecture_without_a_cache_does_not_share_prompts():
-    assert prompts_can_be_shared(tiny_model()) and prompts_can_be_shared(tiny_gpt2())
-    model = tiny_model()
-    base = model.model.forward
-    model.model.forward = lambda past_key_values=None, **rest: base(
-        **rest
-    )  # takes the cache and forgets it
-    assert head_is_plain(model) and not prompts_can_be_shared(model)
-    model.model.forward = lambda input_ids, attention_mask, use_cache: base(
-        input_ids, attention_mask
-    )  # takes none
-    assert not prompts_can_be_shared(model)
 
 
 def test_plain_way_is_the_same():
@@ -159,22 +146,6 @@ def test_what_stands_where_mask_is_off_is_not_read():
     a, _ = token_logprobs(model, PROMPTS, COMPLETIONS, MASK)
     b, _ = token_logprobs(model, PROMPTS, other, MASK)
     assert torch.equal(a, b)
-
-
-def test_an_architecture_that_scales_its_logits_takes_the_plain_way():
-    model = tiny_model()
-    assert head_is_plain(model)
-    forward = model.forward
-
-    def capped(*args, **kwargs):
-        out = forward(*args, **kwargs)
-        out.logits = 5 * torch.tanh(out.logits / 5)
-        return out
-
-    model.lm_head.weight.data *= 20
-    model.forward = capped
-    assert not head_is_plain(model)
-    assert head_is_plain(tiny_gpt2())  # learned positions, another layout of names
 
 
 def test_mask_runs_through_the_first_of_several_eos_even_where_pad_is_eos():

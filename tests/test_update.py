@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_model
 
 from trainer import update
-from trainer.logprobs import token_logprobs
+from trainer.logprobs import Layout, token_logprobs
 from trainer.options import ALGORITHMS, fill
 from trainer.policy import Rollout
 from trainer.update import Updater
@@ -40,7 +40,9 @@ def updater(model, algo, loss_options=None, **options):
         "device": "cpu",
     }
     o = fill(given | {"dtype": "fp32", "temperature": 0.9} | options)
-    return Updater(model, importlib.import_module(algo), loss_options or {}, o, longest=16)
+    return Updater(
+        model, importlib.import_module(algo), loss_options or {}, o, 16, Layout(True, True)
+    )
 
 
 def two_updates(algo, dtype, loss_options=None, **options):
