@@ -135,6 +135,16 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
     assert all(cache is not None for cache in calls)  # generation keeps its cache
 
 
+def test_a_checkpointed_layer_runs_again_in_the_backward_pass():
+    model, r, passes = tiny_model(), rollout(dtype=torch.float32), []
+    u = updater(model, "grpo", updates=1, micro_batch="8", gradient_checkpointing=True)
+    u.measure(r, [torch.arange(B)])
+    r.advantages = u.algo.advantages(r.rewards, G)
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
+    u.update(r, torch.arange(B), first=True)
+    assert len(passes) == 2  # transformers checkpoints in train mode alone
+
+
 def test_the_ratio_before_the_first_update_is_1_and_measured():
     for size in ("auto", "1", "3"):
         _, said, r = two_updates("gspo", torch.float32, micro_batch=size)
