@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_model
 
 from trainer import update
-from trainer.logprobs import Layout, token_logprobs
+from trainer.logprobs import Layout, cache_argument, token_logprobs
 from trainer.options import ALGORITHMS, fill
 from trainer.policy import Rollout
 from trainer.update import Updater
@@ -127,7 +127,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
     torch.manual_seed(0)
     calls = []
     checkpointed.model.layers[0].register_forward_pre_hook(
-        lambda m, a, k: calls.append(k["past_key_values"]), with_kwargs=True
+        lambda m, a, k: calls.append(k[cache_argument(checkpointed)]), with_kwargs=True
     )
     checkpointed.generate(
         torch.tensor([[3, 4]]), max_new_tokens=3, do_sample=False, eos_token_id=99
