@@ -1,14 +1,18 @@
 """Any architecture: its log-probabilities and samples are the plain ones, or it is refused in a line."""
 
+import subprocess
+import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from conftest import ROOT
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trainer import policy, probes
 from trainer.logprobs import Layout, token_logprobs
-from trainer.policy import context_length, name_outputs, sample, switch_off_randomness
+from trainer.policy import context_length, load_policy, name_outputs, sample, switch_off_randomness
 from trainer.probes import probe
 from trainer.update import enable_checkpointing, rows_that_fit
 
@@ -201,6 +205,17 @@ def test_whatever_a_config_calls_dropout_or_jitter_is_switched_off(kind):
     enable_checkpointing(model)
 
 
+def test_a_loaded_model_is_one_function_and_names_its_outputs(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny")
+    tokenizer.save_pretrained(tmp_path)
+    words = {"vocab_size": len(tokenizer), "num_local_experts": 4, "router_jitter_noise": 0.5}
+    model = build("mixtral", **words, attention_dropout=0.5, output_router_logits=True)
+    model.save_pretrained(tmp_path)
+    model = load_policy(str(tmp_path))[0]
+    assert probe(model, PROMPTS, 6, 0) == EVERYTHING
+    assert probes.train_mode_agrees(model)
+
+
 def test_an_estimate_of_memory_does_not_crash():
     for kind, (_, settings) in KINDS.items():
         assert rows_that_fit(loaded(kind, **settings), 100) > 1
@@ -225,3 +240,12 @@ LIMITS = [
 def test_the_context_length_is_found_under_every_name(kind, name, limit):
     config = AutoConfig.for_model(kind, **({name: limit} if name else {}))
     assert context_length(SimpleNamespace(config=config)) == limit
+
+
+def test_a_deprecated_call_fails_here_and_in_the_processes_that_tests_start():
+    for kind in (FutureWarning, DeprecationWarning):
+        with pytest.raises(kind):
+            warnings.warn("renamed", kind, stacklevel=1)
+        call = f"import warnings; warnings.warn('renamed', {kind.__name__})"
+        started = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
+        assert started.returncode == 1 and "renamed" in started.stderr
