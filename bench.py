@@ -13,6 +13,7 @@ its own, and what is compared runs in turn: on a busy machine trust the ratios, 
 import argparse
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -201,7 +202,8 @@ def rollout(args, device, repeats=2):
             seconds.append(clock(device) - started)
         return min(seconds), drawn.mask
 
-    plain, mask = timed(share_prompts=False)
+    whole = dataclasses.replace(limits["layout"], share_prompts=False)
+    plain, mask = timed(layout=whole)
     ours, _ = timed()
     first, _ = timed(max_new_tokens=1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
@@ -218,7 +220,7 @@ def rollout(args, device, repeats=2):
     policy.GenerationConfig = functools.partial(
         policy.GenerationConfig, cache_implementation="static"
     )
-    static, _ = timed(share_prompts=False)
+    static, _ = timed(layout=whole)
     matrices = [p.detach() for p in model.parameters() if p.dim() == 2]
     vectors = [torch.randn(p.shape[1], dtype=p.dtype, device=device) for p in matrices]
     reads = []

@@ -36,8 +36,9 @@ from trainer.data import (
 )
 from trainer.evaluate import decode, evaluate, evaluate_only
 from trainer.lock import locked
-from trainer.logprobs import prompts_can_be_shared
+from trainer.logprobs import PLAIN
 from trainer.policy import Rollout, context_length, load_policy, sample, use_threads
+from trainer.probes import probe
 from trainer.prompts import Chat, encode_problems, show, start_line
 from trainer.records import group_to_show, metrics_line, peak_mib, sample_lines
 from trainer.update import Updater
@@ -68,7 +69,9 @@ class Trainer:
         self.algo = importlib.import_module(options["algo"])
         self.advantage_options, loss_options = split_options(self.algo, options["option"])
         longest = max(len(p["prompt_ids"]) for p in problems) + options["max_new_tokens"]
-        self.updater = Updater(model, self.algo, loss_options, options, longest)
+        self.updater = Updater(
+            model, self.algo, loss_options, options, longest, limits.get("layout", PLAIN)
+        )
         self.cursor = 0  # prompts drawn so far
         self.warned = False  # of ratios that are not 1 before the first update
 
@@ -495,7 +498,9 @@ def set_up(o):
               f"{long_train} of training, {long_test} held out")  # fmt: skip
     print(start_line(tokenizer, chat, eos_ids))
     limits = {"max_new_tokens": o["max_new_tokens"], "eos_ids": eos_ids, "pad_id": pad_id}
-    return model, tokenizer, limits | {"share_prompts": prompts_can_be_shared(model)}, train, test
+    prompts = [problem["prompt_ids"] for problem in train + test]
+    limits["layout"] = probe(model, prompts, o["max_new_tokens"], pad_id)
+    return model, tokenizer, limits, train, test
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# pytest.ini's filters, for the processes that tests start
+os.environ["PYTHONWARNINGS"] = "error::FutureWarning,error::DeprecationWarning"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

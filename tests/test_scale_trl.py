@@ -224,7 +224,8 @@ def worker(rank, port, out):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONWARNINGS")  # as the pytestmark above, in the processes started here
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

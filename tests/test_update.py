@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_model
 
 from trainer import update
-from trainer.logprobs import token_logprobs
+from trainer.logprobs import Layout, cache_argument, token_logprobs
 from trainer.options import ALGORITHMS, fill
 from trainer.policy import Rollout
 from trainer.update import Updater, kl_estimate
@@ -40,7 +40,9 @@ def updater(model, algo, loss_options=None, **options):
         "device": "cpu",
     }
     o = fill(given | {"dtype": "fp32", "temperature": 0.9} | options)
-    return Updater(model, importlib.import_module(algo), loss_options or {}, o, longest=16)
+    return Updater(
+        model, importlib.import_module(algo), loss_options or {}, o, 16, Layout(True, True)
+    )
 
 
 def two_updates(algo, dtype, loss_options=None, r=None, **options):
@@ -134,12 +136,22 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
     torch.manual_seed(0)
     calls = []
     checkpointed.model.layers[0].register_forward_pre_hook(
-        lambda m, a, k: calls.append(k["past_key_values"]), with_kwargs=True
+        lambda m, a, k: calls.append(k[cache_argument(checkpointed)]), with_kwargs=True
     )
     checkpointed.generate(
         torch.tensor([[3, 4]]), max_new_tokens=3, do_sample=False, eos_token_id=99
     )
     assert all(cache is not None for cache in calls)  # generation keeps its cache
+
+
+def test_a_checkpointed_layer_runs_again_in_the_backward_pass():
+    model, r, passes = tiny_model(), rollout(dtype=torch.float32), []
+    u = updater(model, "grpo", updates=1, micro_batch="8", gradient_checkpointing=True)
+    u.measure(r, [torch.arange(B)])
+    r.advantages = u.algo.advantages(r.rewards, G)
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
+    u.update(r, torch.arange(B), first=True)
+    assert len(passes) == 2  # transformers checkpoints in train mode alone
 
 
 def test_the_ratio_before_the_first_update_is_1_and_measured():

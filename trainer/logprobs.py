@@ -6,11 +6,27 @@ completions share one prompt; causal attention gives it the same keys and values
 the prompt is run once instead of G times.
 """
 
+import functools
+import inspect
+from dataclasses import dataclass
+
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 LOGITS_AT_ONCE = 2**24  # entries of one chunk of logits: 64 MiB in fp32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of one model can be run; probes.probe finds it once. As it stands: the plain way."""
+
+    through_head: bool = False  # logits are just the output head on the last hidden states
+    share_prompts: bool = False  # one run of a prompt serves all of its completions
+    equal_lengths: bool = False  # only prompts of one length can be sampled in one batch
+
+
+PLAIN = Layout()
 
 
 class HeadLogprobs(torch.autograd.Function):
@@ -100,14 +116,14 @@ def token_logprobs(
         if share_prompts:
             hidden = shared_hidden(model, prompts, completions, mask)
         else:
-            hidden = by_row(model.base_model, prompts, completions, mask)
+            hidden = by_row(model.base_model, "last_hidden_state", prompts, completions, mask)
         head = model.get_output_embeddings()
         bias = getattr(head, "bias", None)
         logprobs, entropy = HeadLogprobs.apply(
             hidden, head.weight, bias, targets, temperature, with_entropy
         )
     else:
-        logits = by_row(model, prompts, completions, mask)
+        logits = by_row(model, "logits", prompts, completions, mask)
         logp = (
             logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         ).log_softmax(1)  # [N, V]
@@ -117,10 +133,11 @@ def token_logprobs(
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
 
 
-def by_row(run, prompts, completions, mask):
-    """What the model puts out where it predicts a completion token, [N, D or V]; a row is prompt, completion, padding.
+def by_row(run, output, prompts, completions, mask):
+    """The output called `output` of the model `run` where it predicts a completion token, [N, D or V].
 
-    Causal attention never looks to the right, so the padding reaches nothing. The output before a token predicts it.
+    A row is prompt, completion, padding. Causal attention never looks to the right, so the padding
+    changes nothing. The output at one token predicts the next.
     """
     rows = [torch.tensor(p, device=mask.device) for p in prompts]
     rows = [torch.cat([p, c[on]]) for p, c, on in zip(rows, completions, mask, strict=True)]
@@ -129,88 +146,70 @@ def by_row(run, prompts, completions, mask):
     attention = torch.arange(ids.shape[1], device=mask.device) < width[:, None]
     starts = torch.tensor([len(p) - 1 for p in prompts], device=mask.device)
     row, t = mask.nonzero(as_tuple=True)
-    return run(input_ids=ids, attention_mask=attention.long(), use_cache=False)[0][
-        row, starts[row] + t
-    ]
+    # By name: the first output may be another one, such as the auxiliary loss of Mixtral's router.
+    out = getattr(run(input_ids=ids, attention_mask=attention.long(), use_cache=False), output)
+    return out[row, starts[row] + t]
 
 
 def shared_hidden(model, prompts, completions, mask):
-    """The same hidden states, [N, D], of a model that runs each prompt once, however many rows have it.
+    """The same hidden states, [N, D], from a model that runs each distinct prompt once.
 
-    What it runs of a row is its prompt's last token and its completion but for the last, each predicting the next.
+    Per row it then runs the prompt's last token and the completion without its last token; each of
+    these predicts the next token.
     """
     unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     which = torch.tensor([unique[tuple(prompt)] for prompt in prompts], device=mask.device)  # [B]
     ids, real = left_padded(list(unique), 0, mask.device)  # [P, L]
     mask = mask[:, : int(mask.sum(1).max())]  # [B, T], T the longest's
     after = torch.arange(mask.shape[1], device=mask.device)
+    cache = prefill(model, ids, real, which)
     hidden = model.base_model(
         input_ids=torch.cat([ids[which, -1:], completions[:, : len(after) - 1]], 1),
         attention_mask=torch.cat([real[which], mask[:, :-1].long()], 1),
         position_ids=real.sum(1)[which, None] - 1 + after,
-        past_key_values=prefill(model, ids, real, which), use_cache=True,
-    ).last_hidden_state  # fmt: skip
+        use_cache=True,
+        **{cache_argument(model.base_model): cache},
+    ).last_hidden_state
     return hidden[mask]
 
 
 def prefill(model, ids, real, which):
-    """Run each left-padded prompt but for its last token, once, and give a copy of its keys and values to each row.
+    """Run each left-padded prompt without its last token, and copy its keys and values to each row.
 
-    ids, real [P, L]: token ids, and 1 where they are the prompt's; which [B]: the prompt of each row. Returns the cache
-    of B rows, differentiable, for `past_key_values`.
+    ids, real [P, L]: token ids, and 1 where they belong to the prompt; which [B]: the prompt of each
+    row. Returns the cache of B rows, differentiable, to be passed as `cache_argument(model)`.
     """
     cache = DynamicCache(config=model.config)
     if ids.shape[1] > 1:
         positions = (real.cumsum(1) - 1).clamp(min=0)
         model.base_model(
-            input_ids=ids[:, :-1], attention_mask=real[:, :-1], position_ids=positions[:, :-1],
-            past_key_values=cache, use_cache=True,
-        )  # fmt: skip
+            input_ids=ids[:, :-1],
+            attention_mask=real[:, :-1],
+            position_ids=positions[:, :-1],
+            use_cache=True,
+            **{cache_argument(model.base_model): cache},
+        )
         cache.batch_select_indices(which)
     return cache
 
 
+def cache_argument(model):
+    """The name of the argument in which `model` takes a cache of keys and values.
+
+    transformers 5.24 renamed `past_key_values` to `cache`, and 5.40 will no longer know the former.
+    """
+    return _cache_argument(type(model))
+
+
+@functools.cache
+def _cache_argument(kind):
+    known = inspect.signature(kind.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
+
+
 def left_padded(prompts, pad_id, device):
-    """(token ids, 1 where they are the prompt's), both [P, L]."""
+    """(token ids, 1 where they belong to the prompt), both [P, L]."""
     rows = [torch.tensor(prompt, device=device) for prompt in prompts]
     real = [torch.ones_like(row) for row in rows]
-    return pad_sequence(rows, True, pad_id, padding_side="left"), pad_sequence(
-        real, True, 0, padding_side="left"
-    )
-
-
-@torch.no_grad()
-def head_is_plain(model, tolerance=1e-3):
-    """Whether logits are just the output head on the last hidden states: held against the model's own on a few tokens.
-
-    Some architectures cap or scale them (Gemma, Granite, Cohere); for those token_logprobs must take the plain way.
-    """
-    if model.get_output_embeddings() is None:
-        return False
-    return _same(model, tolerance, {"through_head": True}, {"through_head": False})
-
-
-@torch.no_grad()
-def prompts_can_be_shared(model, tolerance=1e-3):
-    """Whether running a prompt once for all its rows gives the same: held against whole rows on a few tokens.
-
-    Not every architecture has a cache of keys and values whose rows can be copied, or is told positions.
-    """
-    try:
-        return head_is_plain(model) and _same(
-            model, tolerance, {"share_prompts": True}, {"share_prompts": False}
-        )
-    except Exception:  # an architecture may refuse in any way
-        return False
-
-
-def _same(model, tolerance, one, other):
-    """Whether two ways of token_logprobs agree on two ragged prompts and their completions."""
-    ids = (torch.arange(24, device=model.device) % model.config.get_text_config().vocab_size).view(
-        3, 8
-    )
-    mask = torch.ones(3, 6, dtype=torch.bool, device=model.device)
-    mask[1, 3:] = False
-    prompts = [ids[0, :2].tolist(), ids[0, :2].tolist(), ids[1, :5].tolist()]
-    a, b = (token_logprobs(model, prompts, ids[:, 2:], mask, **way)[0] for way in (one, other))
-    return bool((a - b).abs().max() < tolerance)
+    ids = pad_sequence(rows, True, pad_id, padding_side="left")
+    return ids, pad_sequence(real, True, 0, padding_side="left")

@@ -7,6 +7,7 @@ have one prompt: causal attention gives it the same keys and values in every row
 """
 
 import contextlib
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,11 @@ from pathlib import Path
 import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging as hf_logging
 
 from trainer.checkpoint import find_model
-from trainer.logprobs import left_padded, prefill
+from trainer.logprobs import PLAIN, cache_argument, left_padded, prefill
 from trainer.prompts import AUTO, Prompts
 
 SMALL_MODEL = 10_000_000  # weights; below this a second thread gains little or nothing
@@ -104,13 +105,8 @@ def load_policy(name, device="cpu", chat=AUTO):
             f"cannot load the model {name!r} ({where}): {why} Pass --model FOLDER, or --preset tiny"
         )
         raise ValueError(line) from None
-    for (
-        module
-    ) in model.modules():  # a policy is one function: the ratio would not be 1 with dropout
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+    switch_off_randomness(model)
+    name_outputs(model)
     end_of_turn = Prompts(tokenizer, chat=chat).end_of_turn()
     eos_ids, pad_id = special_tokens(model, tokenizer, end_of_turn)
     model.generation_config.eos_token_id = eos_ids  # so that generate stops a saved model there too
@@ -136,6 +132,44 @@ def use_threads(threads, model):
     else:
         reason = f"auto: the model has {weights / 1e6:.0f} M weights"
     print(f"CPU threads: {torch.get_num_threads()} ({reason}); --threads N changes it")
+
+
+def all_configs(model):
+    """The configs of the model and its modules, and the configs in them (text_config, attn_config)."""
+    waiting = [getattr(module, "config", None) for module in model.modules()]
+    found = {}
+    while waiting:
+        config = waiting.pop()
+        if isinstance(config, PreTrainedConfig) and id(config) not in found:
+            found[id(config)] = config
+            waiting.extend(vars(config).values())
+    return list(found.values())
+
+
+def switch_off_randomness(model):
+    """Set every rate of dropout or jitter to 0: a policy is one function of its input.
+
+    In train mode, which gradient checkpointing needs, modules read these rates from an attribute of
+    their own or from a config. A rate is a number whose name contains "drop" or "jitter".
+    """
+    for holder in [*model.modules(), *all_configs(model)]:
+        for name, value in list(vars(holder).items()):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if number and ("drop" in name or "jitter" in name):
+                setattr(holder, name, type(value)(0))
+        if isinstance(holder, torch.nn.modules.dropout._DropoutNd):
+            holder.p = 0.0
+
+
+def name_outputs(model):
+    """Have the model return outputs by name, without the auxiliary loss of a router.
+
+    No loss here uses that one, and generate fails on it: a cache holds no router logits.
+    """
+    for config in all_configs(model):
+        config.return_dict = True
+        if hasattr(config, "output_router_logits"):
+            config.output_router_logits = False
 
 
 def special_tokens(model, tokenizer, end_of_turn=None):
@@ -170,52 +204,81 @@ def completion_mask(completions, eos_ids):
 
 @torch.no_grad()
 def sample(
-    model, prompts, n, *, temperature, max_new_tokens, eos_ids, pad_id, share_prompts=False, rows_at_once=None,
+    model,
+    prompts,
+    n,
+    *,
+    temperature,
+    max_new_tokens,
+    eos_ids,
+    pad_id,
+    layout=PLAIN,
+    rows_at_once=None,
     progress=None,
-):  # fmt: skip
+):
     """n completions of each prompt by Hugging Face generate; temperature 0 is greedy.
 
-    prompts: P lists of token ids. Returns a Rollout of P * n rows, on the model's device. Prompts of like length go
-    together; rows_at_once bounds the rows of one generate call, None puts all in one. share_prompts runs each prompt
-    once instead of n times (see prompts_can_be_shared); the completions are the same.
+    prompts: P lists of token ids. Returns a Rollout of P * n rows, on the model's device. Prompts of
+    similar length go together. layout: what the model allows (probes.probe); the completions do not
+    depend on it. rows_at_once bounds the rows of one generate call, None puts all in one.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    per_call = len(prompts) if rows_at_once is None else max(1, rows_at_once // n)
+    settings = sampling_settings(temperature, max_new_tokens, eos_ids, pad_id)
+    size = len(prompts) if rows_at_once is None else max(1, rows_at_once // n)
     pieces = [None] * len(prompts)
-    for start in range(0, len(prompts), per_call):
-        chosen = order[start : start + per_call]
-        ids, real = left_padded([prompts[i] for i in chosen], pad_id, model.device)
-        which = torch.arange(len(chosen), device=model.device).repeat_interleave(n)
-        shared = (
-            {"past_key_values": prefill(model, ids, real, which)} if share_prompts and n > 1 else {}
-        )
-        # A whole config of our own: a model's generation_config may hide a top_k, top_p or repetition_penalty, and
-        # then the sampler is not the policy whose gradient we take.
-        drawn = (
-            dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
-            if temperature
-            else {"do_sample": False}
-        )
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens, eos_token_id=eos_ids, pad_token_id=pad_id, use_cache=True,
-            repetition_penalty=1.0, **drawn,
-        )  # fmt: skip
-        with generation_config(model, config):
-            out = model.generate(
-                ids[which], attention_mask=real[which], generation_config=config, **shared
-            )
-        for i, rows in zip(chosen, out[:, ids.shape[1] :].split(n), strict=True):
+    for chosen in batches(prompts, size, layout.equal_lengths):
+        batch = [prompts[i] for i in chosen]
+        out = generate(model, batch, n, settings, share_prompts=layout.share_prompts)
+        for i, rows in zip(chosen, out.split(n), strict=True):
             pieces[i] = rows
         if progress is not None:
             progress.update(len(chosen))
     completions = pad_sequence([row for rows in pieces for row in rows], True, pad_id)  # [P * n, T]
     ended = torch.isin(completions, torch.tensor(eos_ids, device=completions.device)).any(1)
-    return Rollout(
-        [p for p in prompts for _ in range(n)],
-        completions,
-        completion_mask(completions, eos_ids),
-        ~ended,
+    repeated = [prompt for prompt in prompts for _ in range(n)]
+    return Rollout(repeated, completions, completion_mask(completions, eos_ids), ~ended)
+
+
+def sampling_settings(temperature, max_new_tokens, eos_ids, pad_id):
+    """The whole of what generate is told: softmax(logits / temperature), and nothing else."""
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos_ids,
+        pad_token_id=pad_id,
+        use_cache=True,
+        repetition_penalty=1.0,
+        do_sample=temperature > 0,
     )
+    if temperature > 0:
+        settings.update(temperature=temperature, top_k=0, top_p=1.0)
+    return settings
+
+
+def batches(prompts, size, equal_lengths):
+    """Indices of prompts in batches of at most `size`, sorted by length; see Layout.equal_lengths."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    groups = [order]
+    if equal_lengths:
+        by_length = itertools.groupby(order, key=lambda i: len(prompts[i]))
+        groups = [list(group) for _, group in by_length]
+    starts = [(group, start) for group in groups for start in range(0, len(group), size)]
+    return [group[start : start + size] for group, start in starts]
+
+
+def generate(model, prompts, n, settings, share_prompts=False):
+    """n completions of each prompt in one generate call, a prompt's rows contiguous. [P * n, T] ids
+
+    With settings.return_dict_in_generate, the ModelOutput of generate instead.
+    """
+    ids, real = left_padded(prompts, settings.pad_token_id, model.device)  # [P, L]
+    which = torch.arange(len(prompts), device=model.device).repeat_interleave(n)  # [P * n]
+    cache = {}
+    if share_prompts and n > 1:
+        cache[cache_argument(model)] = prefill(model, ids, real, which)
+    with generation_config(model, settings):
+        out = model.generate(
+            ids[which], attention_mask=real[which], generation_config=settings, **cache
+        )
+    return out if settings.return_dict_in_generate else out[:, ids.shape[1] :]
 
 
 @contextlib.contextmanager
@@ -228,6 +291,27 @@ def generation_config(model, config):
         model.generation_config = before
 
 
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+
+
 def context_length(model):
-    """The most tokens, prompt and completion together, that the model was built for."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    """The most tokens, prompt and completion together, that the model was built for.
+
+    A rotary embedding of type longrope changes all angles once a row is longer than its original
+    context: a later token would change earlier log-probabilities, so rows stay within that context.
+    (Type dynamic changes them beyond max_position_embeddings.) 2**31 if the config names no limit.
+    """
+    config = model.config.get_text_config()
+    stated = [getattr(config, name, None) for name in CONTEXT_NAMES]
+    limit = min((n for n in stated if isinstance(n, int) and n > 0), default=2**31)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in rope.values() if isinstance(kind, dict)]  # one per type of layer
+    for kind in kinds or [rope]:
+        original = kind.get("original_max_position_embeddings")
+        if kind.get("rope_type") == "longrope" and original and original < limit:
+            print(
+                f"rotary embeddings of type longrope change beyond {original} tokens: "
+                f"rows are kept within that, not within {limit}"
+            )
+            limit = original
+    return limit

@@ -15,7 +15,8 @@ import copy
 import torch
 from tqdm import tqdm
 
-from trainer.logprobs import head_is_plain, prompts_can_be_shared, token_logprobs
+from trainer.logprobs import token_logprobs
+from trainer.probes import train_mode_agrees
 
 KL_COEFFICIENTS = "beta", "kl_coef"  # the options of a loss that switch on a KL term
 
@@ -23,8 +24,12 @@ KL_COEFFICIENTS = "beta", "kl_coef"  # the options of a loss that switch on a KL
 class Updater:
     """The policy that is trained, its optimizer, and how many rows of it fit at once."""
 
-    def __init__(self, model, algo, loss_options, options, longest):
-        """algo: the algorithm's module; options: train.py's; longest: tokens of the longest row there can be."""
+    def __init__(self, model, algo, loss_options, options, longest, layout):
+        """algo: the algorithm's module; options: train.py's; layout: what probes.probe found.
+
+        longest: tokens of the longest row there can be. Raises ValueError if gradient checkpointing
+        is asked for and would change the log-probabilities.
+        """
         self.model, self.algo, self.loss_options, self.o = model, algo, loss_options, options
         # fused: its foreach form would need another copy of the weights for a moment
         self.optimizer = torch.optim.AdamW(
@@ -34,16 +39,11 @@ class Updater:
             copy.deepcopy(model) if loss_options.get("beta", 0) > 0 else None
         )  # the frozen start policy
         self.needs_entropy = loss_options.get("kl_coef", 0) > 0
-        self.through_head = head_is_plain(model)
-        if not self.through_head:
-            print(
-                "this architecture does more to its logits than a linear head does: taking them whole"
-            )
-        # Checkpointing runs a layer again without its cache, so there a prompt must be run with each of its rows.
-        self.share_prompts = not options["gradient_checkpointing"] and prompts_can_be_shared(model)
+        self.through_head = layout.through_head
+        # Checkpointing runs a layer again, without its cache: there each row runs its own prompt.
+        self.share_prompts = layout.share_prompts and not options["gradient_checkpointing"]
         if options["gradient_checkpointing"]:
-            # its name before transformers 5.20 or so, and its name since
-            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+            enable_checkpointing(model)
         fits = rows_that_fit(model, longest, checkpointing=options["gradient_checkpointing"])
         batch = options["prompts"] * options["group_size"]
         auto = {"micro_batch": min(fits, batch // options["updates"]), "sample_batch": batch}
@@ -259,18 +259,43 @@ def rows_to_blame(r, rows, push):
     return [i for i in rows.tolist() if bad[i]] or rows.tolist()
 
 
-def rows_that_fit(model, tokens, budget=7 * 2**28, checkpointing=False):
-    """How many rows of so many tokens go into one forward and backward pass with `budget` bytes of activations.
+def enable_checkpointing(model):
+    """Have a backward pass compute each layer's activations again, in train mode.
 
-    A guess from the shapes, on the safe side; on CUDA an out-of-memory error corrects it by halving.
+    Raises ValueError if the architecture cannot do that, or computes something else in train mode.
     """
-    c = model.config.get_text_config()
-    inner = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
-    layer = 4 * (
-        16 * c.hidden_size + 6 * inner
-    )  # bytes a token: norms, q, k, v, attention, MLP, in fp32
-    per_token = layer + c.num_hidden_layers * (4 * c.hidden_size if checkpointing else layer)
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:  # its name before transformers 5.20
+        model.gradient_checkpointing_enable()
+    if not train_mode_agrees(model):
+        raise ValueError(
+            "--gradient-checkpointing needs train mode, and there this model computes other "
+            "log-probabilities than in eval mode (randomness or a clamp of its own): leave it out"
+        )
+
+
+def rows_that_fit(model, tokens, budget=7 * 2**28, checkpointing=False):
+    """How many rows of so many tokens fit into one forward and backward pass.
+
+    budget: bytes of activations. A guess from the shapes, on the safe side, for any architecture; on
+    CUDA an out-of-memory error corrects it by halving.
+    """
+    config = model.config.get_text_config()
+    hidden = stated_size(config, "hidden_size", model.get_input_embeddings().weight.shape[-1])
+    inner = stated_size(config, "intermediate_size", 4 * hidden)
+    layers = stated_size(config, "num_hidden_layers", 32)
+    layer = 4 * (16 * hidden + 6 * inner)  # bytes per token: norms, q, k, v, attention, MLP in fp32
+    per_token = layer + layers * (4 * hidden if checkpointing else layer)
     return max(1, int(budget // (per_token * max(1, tokens))))
+
+
+def stated_size(config, name, otherwise):
+    """config.name, the largest if it is a list with one entry per layer; `otherwise` if not stated."""
+    value = getattr(config, name, None)
+    if isinstance(value, (list, tuple)):
+        value = max(value, default=None)
+    return value if isinstance(value, int) and value > 0 else otherwise
 
 
 def micro_batches(rollout, rows, size, share_prompts=False):
