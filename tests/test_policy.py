@@ -142,6 +142,7 @@ def test_plain_way_is_the_same():
     )
     torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
     torch.testing.assert_close(entropy, want_entropy, rtol=0, atol=1e-10)
+    assert got.requires_grad and not entropy.requires_grad
 
 
 def test_entropy_is_of_the_whole_vocabulary():

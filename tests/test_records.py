@@ -38,16 +38,17 @@ def rollout(lengths, width, right, rewards, truncated):
 def hand_made():
     """(trained on, everything sampled, the updates): three groups of two, the last two trained on.
 
-    The first group is all right, one row of it punished. The batches are 3 and 4 tokens wide.
+    The first group is all right, and two right rows are punished to a reward below a half. The
+    batches are 3 and 4 tokens wide.
     """
-    first = rollout([2, 3, 1, 3], 3, [1.0, 1, 1, 0], [1.0, 0.68, 1, -1], [False] * 4)
+    first = rollout([1, 3, 1, 3], 3, [1.0, 1, 1, 0], [1.0, 0.38, 0.4, -1], [False] * 4)
     second = rollout([4, 2], 4, [0.0, 0], [0.0, 0], [True, False])
     trained = Rollout.join([first.rows(2, 4), second])  # of 1, 3, 4 and 2 tokens
     trained.entropy = torch.tensor(
         [[0.5, X, X, X], [0.1, 0.2, 0.3, X], [1.0, 1, 1, 1], [0.4, 0.9, X, X]]
     )
     trained.advantages = torch.tensor(
-        [[-0.5, X, X, X], [-1.0, 2, -1, 9], [0.0, 0, 0, 0], [0.0, 0, 9, 9]]
+        [[-0.5, X, X, X], [-1.0, 2, -1, 9], [0.0, 0, 0, 0], [-0.5, 0, 9, 9]]
     )
     updates = [
         {"signal": 3, "clipped": 1, "kl": 0.2, "ratio": [1.4, 0.6], "grad_norm": 3.0},
@@ -60,7 +61,7 @@ def hand_made():
 
 
 EXPECTED = {
-    "reward": (1 + 0.68 + 1 - 1 + 0 + 0) / 6,  # all sampled
+    "reward": (1 + 0.38 + 0.4 - 1 + 0 + 0) / 6,  # all sampled
     "accuracy": 3 / 6,  # all sampled
     "accuracy_trained": 1 / 4,
     "entropy": (0.5 + 0.1 + 0.2 + 0.3 + 4 * 1 + 0.4 + 0.9) / 10,  # tokens of the rows trained on
@@ -69,7 +70,7 @@ EXPECTED = {
     "ratio_first": (1.4 + 0.6 + 1.0) / 3,
     "ratio_first_max": 0.4,
     "grad_norm": (3 + 5) / 2,  # of the updates that were made
-    "length": (2 + 3 + 1 + 3 + 4 + 2) / 6,  # all sampled
+    "length": (1 + 3 + 1 + 3 + 4 + 2) / 6,  # all sampled
     "truncated": 1 / 6,  # all sampled
     "zero_std": 1 / 3,  # all sampled: the last group; the first is all right, its rewards differ
     "sign_flip": 2 / 10,  # trained on: a right token with A < 0, a wrong one with A > 0
@@ -137,7 +138,8 @@ def test_a_sample_line_has_the_tokens_that_are_on_and_correctness_beside_the_rew
     assert lines[1]["right"] is False and lines[1]["tokens"] == ["<4>", "<5>"]
     assert lines[1]["logprobs"] == [-1.714286, -1.857143]  # 12 / 7 and 13 / 7, six digits
     assert lines[1]["old_logprobs"] == [-1.5, -1.625]
-    assert lines[1]["entropy"] == pytest.approx([0.4, 0.9]) and lines[1]["advantages"] == [0, 0]
+    assert lines[1]["entropy"] == pytest.approx([0.4, 0.9])
+    assert lines[1]["advantages"] == [-0.5, 0]
     trained.advantages = torch.tensor([0.25, 0.0, 0.0, -0.25])
     assert sample_lines(7, trained, [3], tokenizer)[0]["advantages"] == [-0.25, -0.25]
     assert "skipped" not in sample_lines(7, trained, [3], tokenizer)[0]

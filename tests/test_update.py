@@ -288,7 +288,7 @@ def test_signal_and_clip_are_counted_in_the_mini_batch_alone_and_without_rows_of
     u.measure(r, torch.arange(B).split(4))
     r.advantages = u.algo.advantages(r.rewards, G)
     r.advantages[1] = 0.0
-    r.old_logprobs[0] -= 1.0  # clipped, 6 tokens
+    r.old_logprobs[:2] -= 1.0  # row 0 is clipped, 6 tokens; row 1 is as far off, without advantage
     r.old_logprobs[5] -= 1.0  # clipped, 6 tokens of the other mini-batch
     said = u.update(r, torch.arange(4), first=False)
     assert (said["signal"], said["clipped"]) == (6 + 5 + 1, 6)

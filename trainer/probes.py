@@ -15,6 +15,10 @@ from trainer.policy import generate, sampling_settings
 TOLERANCE = 1e-3  # as a share of the range of the values compared; rounding in fp32 is below 1e-5
 
 
+class Refused(ValueError):
+    """No layout is right for this model; the line says why."""
+
+
 class Rows(NamedTuple):
     """Rows to try a model with."""
 
@@ -43,7 +47,7 @@ def probe_rows(prompts, max_new_tokens, device):
 def probe(model, prompts, max_new_tokens, pad_id):
     """The Layout for a run on these prompts (lists of token ids); prints what is given up and why.
 
-    Raises ValueError with one line if no layout is right: the model is not causal, right padding or
+    Raises Refused, a ValueError of one line, if no layout is right: the model is not causal, right padding or
     the length of a row changes its log-probabilities, generate samples from another distribution
     than the forward pass computes, or a forward pass changes the weights.
     """
@@ -53,12 +57,12 @@ def probe(model, prompts, max_new_tokens, pad_id):
         through_head = head_is_plain(model, rows.pick([1]))
         check_forward(model, rows, through_head)
         equal_lengths = must_not_be_left_padded(model, rows, pad_id, through_head)
-    except (ValueError, torch.OutOfMemoryError):
+    except Refused:
         raise
     except Exception as error:  # an architecture may fail in any way
-        raise ValueError(f"cannot run this model: {described(error)}") from None
+        raise Refused(f"cannot run this model: {described(error)}") from None
     if versions != [weight._version for weight in model.parameters()]:
-        raise ValueError("cannot train this model: its forward pass changes its own weights")
+        raise Refused("cannot train this model: its forward pass changes its own weights")
     share_prompts = through_head and prompts_can_be_shared(model, rows, pad_id)
     return Layout(through_head, share_prompts, equal_lengths)
 
@@ -96,21 +100,21 @@ def head_is_plain(model, rows):
 
 
 def check_forward(model, rows, through_head):
-    """Raise ValueError unless a row's log-probabilities are its own, whatever follows or pads it."""
+    """Raise Refused unless a row's log-probabilities are its own, whatever follows or pads it."""
     long, short = (logprobs_of(model, rows.pick([i]), through_head) for i in (0, 1))
     length = len(rows.prompts[0]) + rows.completions.shape[1]
     if not agree(logprobs_of(model, rows.pick([1], 1), through_head), short[:1], span=short):
-        raise ValueError(
+        raise Refused(
             "this is no causal language model: a later token changes the log-probability of an "
             "earlier one"
         )
     if not agree(logprobs_of(model, rows.pick([0], 1), through_head), long[:1], span=long):
-        raise ValueError(
+        raise Refused(
             f"this model's log-probabilities depend on the length of the row: at {length} tokens a "
             f"later token changes an earlier log-probability; pass a smaller --max-new-tokens"
         )
     if not agree(logprobs_of(model, rows, through_head), torch.cat([long, short])):
-        raise ValueError(
+        raise Refused(
             f"this model's log-probabilities change where a short row is run beside one of {length} "
             f"tokens, padded on the right"
         )
@@ -125,14 +129,14 @@ def logprobs_of(model, rows, through_head, share_prompts=False):
 def must_not_be_left_padded(model, rows, pad_id, through_head):
     """Whether generate differs from the forward pass for ragged prompts, and only for those.
 
-    Raises ValueError if it differs for prompts of equal length too.
+    Raises Refused if it differs for prompts of equal length too.
     """
     tokens = min(3, rows.completions.shape[1])
     if generate_agrees(model, rows.prompts, tokens, pad_id, through_head):
         return False
     for prompt in rows.prompts:
         if not generate_agrees(model, [prompt], tokens, pad_id, through_head):
-            raise ValueError(
+            raise Refused(
                 "generate samples from another distribution than this model's forward pass "
                 "computes (a cache that changes the result?): it cannot be trained on its samples"
             )
