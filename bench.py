@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from pathlib import Path
 
 import torch
@@ -183,22 +182,21 @@ def rollout(args, device, repeats=2):
     before the first token, "token": ms a token after that, "weights": ms to read every weight once, as a product with a
     vector, "ops": the share of time of the four costliest operations, "rows": of completions}.
     """
-    import train
-    from trainer import policy
+    from trainer import policy, start
     from trainer.policy import sample
 
     o = shared_options(args)
-    model, _, limits, problems, _ = train.set_up(o)
+    model, _, limits, problems, _ = start.set_up(o)
     if args.dtype == "bf16":
         model = model.bfloat16()
-    prompts = [p["prompt_ids"] for p in problems[: o["prompts"]]]
+    prompts = [p["prompt_ids"] for p in problems[: o.prompts]]
 
     def timed(**changed):
         seconds = []
         for _ in range(repeats):
             torch.manual_seed(0)
             started = clock(device)
-            drawn = sample(model, prompts, o["group_size"], temperature=1.0, **limits | changed)
+            drawn = sample(model, prompts, o.group_size, temperature=1.0, **limits | changed)
             seconds.append(clock(device) - started)
         return min(seconds), drawn.mask
 
@@ -207,7 +205,7 @@ def rollout(args, device, repeats=2):
     ours, _ = timed()
     first, _ = timed(max_new_tokens=1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
-        sample(model, prompts, o["group_size"], temperature=1.0, **limits)
+        sample(model, prompts, o.group_size, temperature=1.0, **limits)
     ops = {
         op.key.removeprefix("aten::").strip("_"): op.self_cpu_time_total
         for op in profiled.key_averages()
@@ -243,19 +241,20 @@ def rollout(args, device, repeats=2):
 def ours(args, device):
     """Training steps of train.py's own Trainer, after one to warm up."""
     import train
+    from trainer import start
 
     o = shared_options(args)
-    model, tokenizer, limits, problems, _ = train.set_up(o)
+    model, tokenizer, limits, problems, _ = start.set_up(o)
     trainer, prompts = train.Trainer(o, model, tokenizer, limits, problems), []
 
-    def reward(text, problem, length):
+    def reward(text, problem, length, truncated):
         prompts.append(tokenizer.decode(problem["prompt_ids"]))
         return worth(text), worth(text)
 
     if args.peer:
         trainer.reward = reward
     lines = [trainer.step(step)[0] for step in range(1, 2 + args.steps)][1:]
-    rows, rollouts = o["prompts"] * o["group_size"], [line["rollout_s"] for line in lines]
+    rows, rollouts = o.prompts * o.group_size, [line["rollout_s"] for line in lines]
     found = summary(
         [line["rollout_s"] + line["update_s"] for line in lines],
         [line["length"] * rows for line in lines],
@@ -270,14 +269,13 @@ def trl(args, device):
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    import train
+    from trainer import start
+    from trainer.data import problems_at
 
     o = shared_options(args)
-    model, tokenizer, _, problems, _ = train.set_up(o)
-    walk = types.SimpleNamespace(o=o, problems=problems, cursor=0)
-    problems = train.Trainer.next_problems(
-        walk, args.prompts * (1 + args.steps)
-    )  # those that our trainer comes to
+    model, tokenizer, _, problems, _ = start.set_up(o)
+    # those that our trainer comes to
+    problems = problems_at(problems, o.seed, 0, args.prompts * (1 + args.steps))
     prompts = [tokenizer.decode(p["prompt_ids"]) for p in problems]
     batch, times, tokens, seen = args.prompts * args.group_size, [], [], []
 
@@ -297,7 +295,7 @@ def trl(args, device):
         config = GRPOConfig(
             output_dir=out, max_steps=1 + args.steps, per_device_train_batch_size=args.micro_batch,
             gradient_accumulation_steps=batch // args.micro_batch, num_generations=args.group_size,
-            shuffle_dataset=False, max_completion_length=args.max_new_tokens, learning_rate=o["lr"], beta=0.0,
+            shuffle_dataset=False, max_completion_length=args.max_new_tokens, learning_rate=o.lr, beta=0.0,
             loss_type="grpo", temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, bf16=args.dtype == "bf16",
             use_cpu=device == "cpu", gradient_checkpointing=False, report_to=[], save_strategy="no", disable_tqdm=True,
         )  # fmt: skip

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -56,7 +57,7 @@ def plan(args):
     clips = [
         ["--option", f"eps_low={low}", "--option", f"eps_high={high}"] for low, high in args.eps
     ] or [[]]
-    usual, runs = fill(parse(args.rest))["updates"], []
+    usual, runs = fill(parse(args.rest)).updates, []
     inputs = None  # data and start weights of a new run: the same for all, asked for once
     # Seeds outermost: an evening that ends early leaves every algorithm with equally many.
     for seed, update, clip, algo in itertools.product(args.seeds, updates, clips, args.algos):
@@ -95,8 +96,9 @@ def read_config(out):
 
 def refuse_other_options(out, held, asked):
     """ValueError if the run was made with other options than are asked for."""
+    asked = asdict(asked)
     # How many draws its evaluations make changes nothing of a run but its pass@k.
-    for key in sorted(asked.keys() - {"out", "overwrite", "resume", "k", "eval_samples"}):
+    for key in sorted(asked.keys() - {"out", "overwrite", "threads", "k", "eval_samples"}):
         if held.get(key) != asked[key]:
             was = f"{key} {held.get(key)!r}, not {asked[key]!r}"
             raise ValueError(f"{out} was made with {was}: pass another --out, or --overwrite")
@@ -104,10 +106,11 @@ def refuse_other_options(out, held, asked):
 
 def data_and_weights(asked):
     """The checksums of data and start weights that train.py would record for a new run."""
-    from train import checksum, set_up  # here, since --table and a first comparison need none of it
+    from trainer.data import checksum  # here: --table and a first comparison need none of it
+    from trainer.start import set_up
 
     with contextlib.redirect_stdout(io.StringIO()):  # each run says the same in its own output
-        model, _, _, problems, held_out = set_up(asked | {"device": "cpu"})
+        model, _, _, problems, held_out = set_up(replace(asked, device="cpu"))
     return {
         "checksum": checksum(problems + held_out),
         "weights": origin.weights_checksum(model),

@@ -97,18 +97,23 @@ def token_mean(x, mask):
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
+def constant(groups):
+    """Whether all values of a group are equal: [P, G] -> [P, 1] bool.
+
+    Detected by max == min, because the floating-point std of equal numbers need not be 0.
+    """
+    return groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
+
+
 def advantages(rewards, group_size, *, entropy=None, mask=None):
     """Rewards standardised within their group: rewards [B] -> [B]; entropy and mask are not used.
 
     A group whose rewards are all equal gets exactly 0. Raises ValueError if group_size is below 2 or does not divide B.
     """
     r = split_groups(rewards, group_size)  # [B/G, G]
-    constant = r.amax(1, keepdim=True) == r.amin(
-        1, keepdim=True
-    )  # told by max = min: a std is never exactly 0
     # A_i = (r_i - mean r) / (std r + 1e-4)
     a = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)
-    return a.masked_fill(constant, 0).flatten()  # [B]
+    return a.masked_fill(constant(r), 0).flatten()  # [B]
 
 
 def loss(

@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 from grpo import token_mean  # noqa: E402
 from rewards import correct, overlong_penalty  # noqa: E402
+from trainer.algorithm import named, parameters, split_options  # noqa: E402
 from trainer.data import load_problems, split_overlap  # noqa: E402
 from trainer.options import (  # noqa: E402
     DEFAULTS,
@@ -45,9 +46,6 @@ from trainer.options import (  # noqa: E402
     Parser,
     add_template_option,
     fill,
-    named,
-    parameters,
-    split_options,
     template_options,
 )
 from trainer.policy import context_length, load_policy  # noqa: E402
@@ -257,10 +255,10 @@ def rewards(options, eos_ids):
         return [correct(*row) for row in zip(texts, answer, truncated, strict=True)]
 
     def overlong(completion_ids, **_):
-        limits = options["max_new_tokens"], options["overlong_cache"]
+        limits = options.max_new_tokens, options.overlong_cache
         return [overlong_penalty(len(ids), *limits) for ids in completion_ids]
 
-    return [right, overlong] if options["overlong_cache"] else [right]
+    return [right, overlong] if options.overlong_cache else [right]
 
 
 def rows(tokenizer, problems):
@@ -295,12 +293,12 @@ def parse(argv):
     given["option"] = dict(text.partition("=")[::2] for text in given.get("option", []))
     o = fill(given)
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    mini_batch = o["prompts"] * o["group_size"] // o["updates"]
+    mini_batch = o.prompts * o.group_size // o.updates
     each = mini_batch // processes
     auto = next(
         (size for size in range(8, 0, -1) if each % size == 0), 1
     )  # TRL does not measure what fits
-    micro_batch = auto if o["micro_batch"] == "auto" else int(o["micro_batch"])
+    micro_batch = auto if o.micro_batch == "auto" else int(o.micro_batch)
     if mini_batch % (micro_batch * processes):
         raise ValueError(
             f"a mini-batch of {mini_batch} completions (--prompts x --group-size / --updates) does not split into "
@@ -309,25 +307,25 @@ def parse(argv):
     accumulated = mini_batch // (micro_batch * processes)
     trl = HfArgumentParser(GRPOConfig)
     trl.set_defaults(
-        output_dir=o["out"] or f"runs/trl-{o['algo']}-{o['preset']}-s{o['seed']}",
-        max_steps=o["steps"] * o["updates"] * o["epochs"],  # TRL counts optimizer steps
+        output_dir=o.out or f"runs/trl-{o.algo}-{o.preset}-s{o.seed}",
+        max_steps=o.steps * o.updates * o.epochs,  # TRL counts optimizer steps
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=accumulated,
-        steps_per_generation=accumulated * o["updates"],
-        num_iterations=o["epochs"],
-        num_generations=o["group_size"],
-        temperature=o["temperature"],
-        max_completion_length=o["max_new_tokens"],
-        learning_rate=o["lr"],
+        steps_per_generation=accumulated * o.updates,
+        num_iterations=o.epochs,
+        num_generations=o.group_size,
+        temperature=o.temperature,
+        max_completion_length=o.max_new_tokens,
+        learning_rate=o.lr,
         lr_scheduler_type="constant_with_warmup",
-        warmup_steps=o["warmup"] * o["updates"] * o["epochs"],
+        warmup_steps=o.warmup * o.updates * o.epochs,
         weight_decay=0.0,
-        max_grad_norm=o["max_grad_norm"],
-        seed=o["seed"],
-        bf16=o["dtype"] == "bf16",
-        use_cpu=o["device"] == "cpu",
+        max_grad_norm=o.max_grad_norm,
+        seed=o.seed,
+        bf16=o.dtype == "bf16",
+        use_cpu=o.device == "cpu",
         ddp_find_unused_parameters=False,
-        logging_steps=o["updates"] * o["epochs"],
+        logging_steps=o.updates * o.epochs,
         save_strategy="no",
         report_to="none",
     )
@@ -337,28 +335,28 @@ def parse(argv):
 
 def main(argv=None):
     o, config = parse(argv)
-    held_out = load_problems(o["data"], "test")
-    problems, overlap = split_overlap(load_problems(o["data"], "train"), held_out)
+    held_out = load_problems(o.data, "test")
+    problems, overlap = split_overlap(load_problems(o.data, "train"), held_out)
     if overlap:
         print(f"dropped {overlap} problems of training that are held out too")
-    chat = Chat(o["chat_template"], o["system"], o["template_option"])
+    chat = Chat(o.chat_template, o.system, o.template_option)
     # fp32 weights, dropout off; accelerate moves them. TRL stops at the EOS ids of its generation
     # config, which load_policy has set; vLLM has to be told.
-    model, tokenizer, eos_ids, _ = load_policy(o["model"], chat=chat)
+    model, tokenizer, eos_ids, _ = load_policy(o.model, chat=chat)
     if config.use_vllm:
         config.generation_kwargs = {"stop_token_ids": eos_ids, **(config.generation_kwargs or {})}
-    longest = context_length(model) - o["max_new_tokens"]
+    longest = context_length(model) - o.max_new_tokens
     vocabulary = len(model.get_input_embeddings().weight)
     problems, dropped = encode_problems(
-        tokenizer, problems, o["prompt"], longest, vocabulary, chat, eos_ids
+        tokenizer, problems, o.prompt, longest, vocabulary, chat, eos_ids
     )
     if dropped:
         print(f"dropped {dropped} problems of over {longest} prompt tokens")
     dataset = rows(tokenizer, problems)
     texts, ids = [row["prompt"] for row in dataset], [p["prompt_ids"] for p in problems]
     trainer = Trainer(
-        o["algo"],
-        options=o["option"],
+        o.algo,
+        options=o.option,
         args=config,
         prompt_ids=dict(zip(texts, ids, strict=True)),
         model=model,

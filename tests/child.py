@@ -97,7 +97,15 @@ def write_line_counts(path):
 
 def count_lines(tell):
     files, count = (
-        {str(ROOT / name) for name in ("train.py", "trainer/update.py", "trainer/checkpoint.py")},
+        {
+            str(ROOT / name)
+            for name in (
+                "train.py",
+                "trainer/session.py",
+                "trainer/update.py",
+                "trainer/checkpoint.py",
+            )
+        },
         0,
     )
 

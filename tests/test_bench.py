@@ -7,6 +7,8 @@ import torch
 
 import bench
 
+TINY = str(bench.Path(bench.__file__).parent / "tiny")  # a folder
+
 SPEEDS = {
     "plain": {"peak": 8000, "seconds": 40.0}, "head": {"peak": 4000, "seconds": 30.0},
     "row": {"peak": 1000, "seconds": 44.0},
@@ -24,7 +26,7 @@ def test_ratios_are_ours_over_the_others(monkeypatch, tmp_path, capsys):
         "logprobs,step",
         "--peer",
         "--model",
-        "folder",
+        TINY,
         "--json",
         str(tmp_path / "found.json"),
     ]
@@ -41,7 +43,7 @@ def test_other_prompts_are_not_compared(monkeypatch):
     monkeypatch.setattr(bench, "measure", lambda name, argv: dict(speeds[name]))
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: name)
     with pytest.raises(SystemExit, match="not given the same prompts"):
-        bench.main(["--only", "step", "--peer", "--model", "folder"])
+        bench.main(["--only", "step", "--peer", "--model", TINY])
 
 
 def test_the_embedded_model_is_measured(tmp_path, capsys):
@@ -75,7 +77,7 @@ def test_the_ways_held_against_each_other_are_one_gradient(monkeypatch):
     [
         (["--only", "speed"], "no part 'speed'"),
         (["--peer"], "--model FOLDER"),
-        (["--peer", "--only", "rollout", "--model", "x"], "the part step"),
+        (["--peer", "--only", "rollout", "--model", TINY], "the part step"),
     ],
 )
 def test_a_wrong_command_is_one_line(argv, told, capsys):

@@ -52,7 +52,7 @@ def trainer(monkeypatch):
         if "--resume" in flags:
             options = json.loads((folder / "config.json").read_text())["options"]
         else:
-            options = fill(parse(flags))
+            options = vars(fill(parse(flags)))
         write_run(folder, **options)
         now = {"code": origin.code_checksums(options["algo"]), "versions": origin.versions()}
         change_config(folder, **seen.inputs, **now)

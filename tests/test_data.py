@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-import train
 from scale import verl_data
-from trainer import data
+from trainer import data, start
 from trainer.options import fill
 
 
@@ -96,7 +95,7 @@ def overlapping(tmp_path):
 
 def test_training_leaves_out_the_whole_test_split(overlapping, capsys):
     options = fill({"preset": "tiny", "data": str(overlapping), "eval_n": 1})
-    *_, problems, held_out = train.set_up(options)
+    *_, problems, held_out = start.set_up(options)
     assert [p["question"] for p in problems] == ["What is 1+1?", "What is 3+1?"]
     assert [p["question"] for p in held_out] == ["Is this held out? 5"]
     assert "2 of training that are held out too" in capsys.readouterr().out

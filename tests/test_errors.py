@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 
 import train
 from tiny.problems import problems
-from trainer import checkpoint, data
-from trainer.options import ALGORITHMS, DEFAULTS
+from trainer import checkpoint, data, start
+from trainer.options import ALGORITHMS, DEFAULTS, fill
 from trainer.policy import load_policy
 from trainer.prompts import Prompts, encode_problems
 
@@ -58,7 +58,9 @@ def error_line(capsys, *argv, status=2):
 
 def one_line(text):
     assert "Traceback" not in text, text
-    bars = re.compile(r"^(\s|\x1b\[A)*$|\d+%\||^prompt: ")  # and what a run says of its prompt
+    bars = re.compile(
+        r"^(\s|\x1b\[A)*$|\d+%\||^(prompt|CPU threads): |are held out$"
+    )  # what a run says at its start
     lines = [line for line in re.split("[\r\n]", text) if not bars.search(line)]
     assert len(lines) == 1 and lines[0].startswith("train.py: "), lines
     return lines[0]
@@ -123,7 +125,7 @@ def one_line(text):
 def test_nonsense_options(capsys, monkeypatch, tmp_path, words, line):
     """Refused before any model or data set is loaded, and before a folder is made."""
     for name in ("load_policy", "load_problems"):
-        monkeypatch.setattr(train, name, lambda *_: pytest.fail("refused only after loading"))
+        monkeypatch.setattr(start, name, lambda *_: pytest.fail("refused only after loading"))
     assert line in error_line(capsys, *WORDS, "--out", tmp_path / "run", *words.split())
     assert not (tmp_path / "run").exists()
 
@@ -134,13 +136,13 @@ def test_every_number_is_checked():
         for name, value in defaults.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 with pytest.raises(ValueError, match=name.replace("_", "-")):
-                    train.fill({"preset": preset, name: -1})
+                    fill({"preset": preset, name: -1})
 
 
 def test_defaults_are_no_nonsense():
     for algo in ALGORITHMS:
         for preset in DEFAULTS:
-            train.fill({"algo": algo, "preset": preset})
+            fill({"algo": algo, "preset": preset})
 
 
 # Data
@@ -179,7 +181,7 @@ GOOD = '{"question": "1+1?", "answer": "#### 2"}'
 )
 def test_bad_data(capsys, monkeypatch, tmp_path, rows, line):
     monkeypatch.setattr(
-        train, "load_policy", lambda *_: pytest.fail("refused only after the model was loaded")
+        start, "load_policy", lambda *_: pytest.fail("refused only after the model was loaded")
     )
     path = tmp_path / "bad.jsonl"
     write(path, rows)
@@ -505,7 +507,7 @@ def test_interrupt_before_the_loop(monkeypatch, file, tmp_path, capsys, at):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, at, interrupt)
+    monkeypatch.setattr(train if at == "evaluate_only" else start, at, interrupt)
     words = [*WORDS, "--data", file, "--out", tmp_path / "run", "--eval-only"]
     assert train.main([str(word) for word in words]) == 130
     assert capsys.readouterr().err == "" and not (tmp_path / "run").exists()
@@ -529,7 +531,7 @@ def test_folder_without_permission(capsys, file, tmp_path, monkeypatch):
     """os.access, since the superuser may write anywhere."""
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr(
-        train, "load_policy", lambda *_: pytest.fail("refused only after the model was loaded")
+        start, "load_policy", lambda *_: pytest.fail("refused only after the model was loaded")
     )
     line = error_line(capsys, *WORDS, "--data", file, "--out", tmp_path / "a" / "run")
     assert f"no permission to write in {tmp_path}; name another folder" in line
@@ -557,7 +559,7 @@ def contents(run):
 @pytest.mark.parametrize(
     ("size", "at"),
     [
-        (500, "config.json"),
+        (1_500, "config.json"),
         (3_000, "metrics.jsonl"),
         (1_000_000, "checkpoints/step-"),  # in model.safetensors, of 2.7 MB
         (4_000_000, "checkpoints/step-"),  # in state.pt, once AdamW has moved

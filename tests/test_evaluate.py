@@ -105,7 +105,8 @@ def test_decode_keeps_all_of_a_completion_that_was_cut(tiny):
     _, tokenizer, limits = tiny
     ids = tokenizer("2+2=4").input_ids
     rows = torch.tensor([[*ids, *ids], [*ids, *limits["eos_ids"], *ids[1:]]])
-    rollout = Rollout([], rows, completion_mask(rows, limits["eos_ids"]), None)
+    truncated = torch.tensor([True, False])
+    rollout = Rollout([], rows, completion_mask(rows, limits["eos_ids"]), truncated)
     assert evaluate.decode(tokenizer, rollout) == ["2+2=42+2=4", "2+2=4"]
 
 
@@ -248,11 +249,7 @@ def test_eval_only_out_of_gpu_memory_is_one_line(test_set, tmp_path, monkeypatch
 def test_eval_only_goes_by_its_data():
     """Without a GPU the preset is tiny, but GSM8K asked in 64 tokens and without its prompt would be no evaluation."""
     options = fill({"eval_only": True, "data": "gsm8k", "model": "X"})
-    assert (
-        options["preset"] == "gsm8k"
-        and options["max_new_tokens"] == 512
-        and "####" in options["prompt"]
-    )
+    assert options.preset == "gsm8k" and options.max_new_tokens == 512 and "####" in options.prompt
 
 
 def test_eval_only_in_bf16(test_set, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import plot
 import train
 from tiny.problems import problems
-from trainer import checkpoint, lock, origin
+from trainer import checkpoint, lock, origin, start
 from trainer.policy import load_policy
 from trainer.runs import read_folder, read_runs
 
@@ -101,7 +101,7 @@ def test_a_second_run_in_the_same_folder_is_refused_with_the_process_id(file, tm
 
 def test_a_folder_is_locked_before_its_run_is_looked_for(file, tmp_path, capsys, monkeypatch):
     """The other run has the folder, but has written nothing yet: it is still loading its model."""
-    monkeypatch.setattr(train, "load_policy", lambda *_: pytest.fail("it had loaded the model"))
+    monkeypatch.setattr(start, "load_policy", lambda *_: pytest.fail("it had loaded the model"))
     with lock.locked(tmp_path / "run"):
         line = error_line(capsys, *WORDS, "--data", file, "--out", tmp_path / "run")
     assert f"process {os.getpid()} on " in line
@@ -220,7 +220,7 @@ def test_a_run_stands_for_its_model_or_its_latest_checkpoint(file, tmp_path, cap
     again = AutoModelForCausalLM.from_pretrained(latest)
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name])
-    assert again.generation_config.eos_token_id == 0 and eos_ids == [0]
+    assert again.generation_config.eos_token_id == [0] and eos_ids == [0]
     text = AutoTokenizer.from_pretrained(latest)("1+1=2\n").input_ids
     assert text == AutoTokenizer.from_pretrained(TINY)("1+1=2\n").input_ids
     assert child.run(["--resume", out], tmp_path / "log")[0] == 0
@@ -256,7 +256,7 @@ def test_a_model_with_sampling_flags_that_transformers_refuses_is_saved(model_co
     words = [*WORDS, "--model", model_copy, "--data", file, "--steps", "1", "--out", tmp_path / "r"]
     assert train.main([str(word) for word in words]) == 0
     config = json.loads((tmp_path / "r" / "model" / "generation_config.json").read_text())
-    assert config["eos_token_id"] == 0 and config["pad_token_id"] == 1
+    assert config["eos_token_id"] == [0] and config["pad_token_id"] == 1
 
 
 # Checkpoints

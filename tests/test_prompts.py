@@ -22,7 +22,7 @@ from prompt_folders import (
 from transformers import AutoTokenizer
 
 import train
-from trainer import evaluate
+from trainer import evaluate, start
 from trainer.data import checksum
 from trainer.options import TYPES, fill, parse
 from trainer.policy import Rollout, load_policy
@@ -257,7 +257,7 @@ def test_template_options_are_read_as_json_where_they_can_be():
     ],
 )
 def test_chat_options_that_cannot_act_are_refused(capsys, monkeypatch, words, line):
-    monkeypatch.setattr(train, "load_problems", lambda *_: pytest.fail("refused after loading"))
+    monkeypatch.setattr(start, "load_problems", lambda *_: pytest.fail("refused after loading"))
     status, _, error = run(capsys, *words.split())
     assert status == 2 and line in error and error.count("\n") == 1
 

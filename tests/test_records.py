@@ -1,6 +1,7 @@
 """What a step writes down: every key of metrics.jsonl against a rollout worked out by hand."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -166,7 +167,7 @@ class Tokenizer:
 
     @staticmethod
     def batch_decode(rows, skip_special_tokens):
-        return [f"#### {row[0]}" for row in rows]
+        return [f"#### {row[0]}\n" if row else "" for row in rows]
 
 
 def trainer(*args):
@@ -219,7 +220,7 @@ def test_learning_rate_rises_over_the_warm_up_and_stays(step, warmup, share, mon
 
 
 def test_peak_mib_is_the_process_high_water_mark_or_cuda_s_allocator(monkeypatch):
-    status = train.Path("/proc/self/status")
+    status = Path("/proc/self/status")
     if status.exists():
         (kib,) = (x.split()[1] for x in status.read_text().splitlines() if x.startswith("VmHWM"))
         assert peak_mib(torch.device("cpu")) == pytest.approx(int(kib) / 1024, rel=0.05)
@@ -236,9 +237,9 @@ def test_epochs_is_how_often_each_mini_batch_is_trained_on(monkeypatch):
     calls = []
     real = t.updater.update
 
-    def recorded(rollout, rows, first):
-        calls.append((rows.tolist(), first))
-        return real(rollout, rows, first)
+    def recorded(rollout, rows, on_policy):
+        calls.append((rows.tolist(), on_policy))
+        return real(rollout, rows, on_policy)
 
     monkeypatch.setattr(t.updater, "update", recorded)
     t.step(1)

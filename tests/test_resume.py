@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from tiny.problems import problems
+from trainer import start
 
 STEPS = 12
 TIMINGS = ("rollout_s", "update_s", "tokens_per_s", "peak_mib")
@@ -281,7 +282,7 @@ def refused(capsys, *argv):
 )
 def test_resume_with_other_options(stopped, capsys, monkeypatch, words, line):
     monkeypatch.setattr(
-        train, "load_policy", lambda *_: pytest.fail("refused only after the model was loaded")
+        start, "load_policy", lambda *_: pytest.fail("refused only after the model was loaded")
     )
     before = contents(stopped)
     assert line in refused(capsys, "--resume", stopped, *words.split())

@@ -10,7 +10,10 @@ import torch
 from conftest import ROOT, tiny_model
 
 import train
-from trainer.options import ALGORITHMS, DEFAULTS, algorithm_options, fill, parse
+from trainer import session, start
+from trainer.algorithm import checked_options
+from trainer.options import ALGORITHMS, DEFAULTS, fill, parse
+from trainer.policy import sampling_copy
 
 SMALL = [
     "--preset",
@@ -105,7 +108,7 @@ def test_each_algorithm_trains_two_steps(algo, tmp_path):
 
 
 def test_evaluations_draw_before_and_after_and_halve_their_rows(tmp_path, monkeypatch, capsys):
-    real, rows = train.evaluate, []
+    real, rows = session.evaluate, []
 
     def small(*args, rows_at_once, **kwargs):
         rows.append(rows_at_once)
@@ -113,7 +116,7 @@ def test_evaluations_draw_before_and_after_and_halve_their_rows(tmp_path, monkey
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*args, rows_at_once=rows_at_once, **kwargs)
 
-    monkeypatch.setattr(train, "evaluate", small)
+    monkeypatch.setattr(session, "evaluate", small)
     out = tmp_path / "run"
     assert train.main(["--steps", "2", "--eval-every", "1", "--out", str(out), *SMALL]) == 0
     lines = [line for line in read(out / "metrics.jsonl") if line["phase"] == "eval"]
@@ -129,7 +132,7 @@ def test_evaluations_draw_before_and_after_and_halve_their_rows(tmp_path, monkey
 def trainer(tmp_path, *args):
     """A Trainer on the embedded model, set up as main does it."""
     o = fill(parse(["--out", str(tmp_path), *SMALL, *args]))
-    model, tokenizer, limits, problems, _ = train.set_up(o)
+    model, tokenizer, limits, problems, _ = start.set_up(o)
     return train.Trainer(o, model, tokenizer, limits, problems)
 
 
@@ -142,8 +145,8 @@ def test_one_seed_has_one_order_of_data_for_every_algorithm(tmp_path):
             [p["question"] for p in t.next_problems(3) + t.next_problems(4) + t.next_problems(8)]
         )
     assert orders[0] == orders[1] != orders[2]
-    for start in (0, 5, 10):  # every pass over the data has each problem once, in a new order
-        assert len(set(orders[0][start : start + 5])) == 5
+    for first in (0, 5, 10):  # every pass over the data has each problem once, in a new order
+        assert len(set(orders[0][first : first + 5])) == 5
     assert orders[0][:5] != orders[0][5:10]
 
 
@@ -227,24 +230,26 @@ def test_bf16_samples_from_a_copy_and_trains_fp32(tmp_path):
     t = trainer(
         tmp_path, "--dtype", "bf16", "--prompts", "8", "--max-new-tokens", "40", "--lr", "1e-6"
     )
-    assert t.sampling_model().dtype == torch.bfloat16 and t.model.dtype == torch.float32
+    assert (
+        sampling_copy(t.model, t.o.dtype).dtype == torch.bfloat16 and t.model.dtype == torch.float32
+    )
     before = t.model.lm_head.weight.clone()
     torch.manual_seed(0)
     line, _, _ = t.step(1)
     assert line["ratio_first"] == pytest.approx(1, abs=1e-3)
     assert not torch.equal(before, t.model.lm_head.weight)  # below half a bf16 ulp, and it moves
-    assert torch.equal(t.sampling_model().lm_head.weight, t.model.lm_head.weight.bfloat16())
+    assert torch.equal(
+        sampling_copy(t.model, t.o.dtype).lm_head.weight, t.model.lm_head.weight.bfloat16()
+    )
 
 
 def test_options_of_an_algorithm_are_typed_and_known():
-    assert algorithm_options("tepo", {"eps_high": "0.3", "kl_coef": "0.05"}) == {
+    assert checked_options("tepo", {"eps_high": "0.3", "kl_coef": "0.05"}) == {
         "eps_high": 0.3,
         "kl_coef": 0.05,
     }
-    assert algorithm_options("trgrpo", {"weight_inside_clip": "true"}) == {
-        "weight_inside_clip": True
-    }
-    assert algorithm_options("gtpo", {"normalize": "joint", "alpha2": "0.2"}) == {
+    assert checked_options("trgrpo", {"weight_inside_clip": "true"}) == {"weight_inside_clip": True}
+    assert checked_options("gtpo", {"normalize": "joint", "alpha2": "0.2"}) == {
         "normalize": "joint",
         "alpha2": 0.2,
     }
@@ -254,7 +259,7 @@ def test_options_of_an_algorithm_are_typed_and_known():
         ("dapo", {"beta": "1"}, "no option"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said):
-            algorithm_options(algo, given)
+            checked_options(algo, given)
 
 
 def test_a_learning_policy_learns(tmp_path):
@@ -266,7 +271,7 @@ def test_a_learning_policy_learns(tmp_path):
 
         @staticmethod
         def batch_decode(rows, skip_special_tokens):
-            return [f"#### {(row or [1])[0]}" for row in rows]
+            return [f"#### {(row or [1])[0]}\n" for row in rows]
 
     o = fill(
         parse(

@@ -58,7 +58,11 @@ def two_updates(algo, dtype, loss_options=None, r=None, **options):
     mini_batches = torch.arange(B).split(B // 2)
     u.measure(r, mini_batches)
     r.advantages = u.algo.advantages(r.rewards, G, entropy=r.entropy, mask=r.mask)
-    return model, [u.update(r, rows, first=i == 0) for i, rows in enumerate(mini_batches * 2)], r
+    return (
+        model,
+        [u.update(r, rows, on_policy=i == 0) for i, rows in enumerate(mini_batches * 2)],
+        r,
+    )
 
 
 KINDS = [(algo, None) for algo in ALGORITHMS] + [
@@ -150,7 +154,7 @@ def test_a_checkpointed_layer_runs_again_in_the_backward_pass():
     u.measure(r, [torch.arange(B)])
     r.advantages = u.algo.advantages(r.rewards, G)
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
-    u.update(r, torch.arange(B), first=True)
+    u.update(r, torch.arange(B), on_policy=True)
     assert len(passes) == 2  # transformers checkpoints in train mode alone
 
 
@@ -166,7 +170,7 @@ def test_the_ratio_before_the_first_update_is_1_and_measured():
     u.measure(r, torch.arange(B).split(4))
     r.old_logprobs -= 0.1
     r.advantages = u.algo.advantages(r.rewards, G)
-    assert u.update(r, torch.arange(4), first=True)["ratio"][0] == pytest.approx(
+    assert u.update(r, torch.arange(4), on_policy=True)["ratio"][0] == pytest.approx(
         2.718281828**0.1, rel=1e-4
     )
 
@@ -202,12 +206,12 @@ def test_rows_without_push_are_not_run(rows_run):
     u.measure(r, [torch.arange(B)])
     r.advantages = u.algo.advantages(r.rewards, G)
     rows_run.clear()
-    assert u.update(r, torch.arange(B), first=True)["signal"] == r.mask[:G].sum()
+    assert u.update(r, torch.arange(B), on_policy=True)["signal"] == r.mask[:G].sum()
     assert rows_run == [(4, True)]
     before = [p.clone() for p in model.parameters()]
     rows_run.clear()
     said = u.update(
-        r, torch.arange(4, 8), first=False
+        r, torch.arange(4, 8), on_policy=False
     )  # nothing to learn from: no pass, no step on momentum alone
     assert rows_run == [] and said["grad_norm"] == 0 and said["signal"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -231,10 +235,10 @@ def test_rows_left_out_do_not_pad_the_others_otherwise(size, monkeypatch):
     measured = [run[1:] for run in runs]
     assert sum(len(ids) for ids, _ in measured) == B
     runs.clear()
-    u.update(r, torch.arange(B), first=True)
+    u.update(r, torch.arange(B), on_policy=True)
     assert runs and all(grad and tuple(run) in measured for grad, *run in runs)
     runs.clear()
-    u.update(r, torch.arange(B), first=False)
+    u.update(r, torch.arange(B), on_policy=False)
     assert runs and all(
         grad or tuple(run) in measured for grad, *run in runs
     )  # the backward pass may have fewer rows
@@ -248,7 +252,7 @@ def test_clip_frac_counts_tokens_with_advantage_and_no_push():
     r.old_logprobs[0] -= 1.0  # right, ratio e > 1.2: clipped, all 6 tokens
     r.old_logprobs[1] -= 1.0  # wrong, ratio e: not clipped
     r.old_logprobs[2, 0] += 1.0  # wrong, ratio 1/e < 0.8: clipped, one token
-    said = u.update(r, torch.arange(B), first=False)
+    said = u.update(r, torch.arange(B), on_policy=False)
     assert (said["signal"], said["clipped"]) == (r.mask.sum().item(), 7)
 
 
@@ -266,7 +270,7 @@ def test_clip_frac_is_of_the_policy_term_where_a_kl_pushes_too(loss_options):
     r.old_logprobs[0] -= 1.0
     r.old_logprobs[1] -= 1.0
     r.old_logprobs[2, 0] += 1.0
-    said = u.update(r, torch.arange(B), first=False)
+    said = u.update(r, torch.arange(B), on_policy=False)
     assert (said["signal"], said["clipped"]) == (r.mask.sum().item(), 7)
 
 
@@ -278,7 +282,7 @@ def test_clip_frac_is_of_the_policy_term_under_the_kl_mask_of_tepo():
     r.advantages = u.algo.advantages(r.rewards, G)
     r.old_logprobs[[0, 1, 3]] -= 1.0
     r.entropy += 1.0  # so the entropy has decreased everywhere
-    said = u.update(r, torch.arange(B), first=False)
+    said = u.update(r, torch.arange(B), on_policy=False)
     assert (said["signal"], said["clipped"]) == (r.mask.sum().item(), 7)
 
 
@@ -290,7 +294,7 @@ def test_signal_and_clip_are_counted_in_the_mini_batch_alone_and_without_rows_of
     r.advantages[1] = 0.0
     r.old_logprobs[:2] -= 1.0  # row 0 is clipped, 6 tokens; row 1 is as far off, without advantage
     r.old_logprobs[5] -= 1.0  # clipped, 6 tokens of the other mini-batch
-    said = u.update(r, torch.arange(4), first=False)
+    said = u.update(r, torch.arange(4), on_policy=False)
     assert (said["signal"], said["clipped"]) == (6 + 5 + 1, 6)
     kl = kl_estimate(r.logprobs, r.old_logprobs)
     assert said["kl"] == pytest.approx(kl[[0, 2, 3]].sum().item(), rel=1e-5)
@@ -325,7 +329,7 @@ def test_kl_is_the_exact_kl_of_old_and_new_over_an_enumerated_vocabulary(new, mo
         return logprobs + graph, torch.zeros_like(logprobs)
 
     monkeypatch.setattr(u, "forward", forward)
-    said = u.update(r, torch.arange(B), first=False)
+    said = u.update(r, torch.arange(B), on_policy=False)
     exact = (old * (old / new).log()).sum().item()
     assert said["signal"] == B
     assert said["kl"] / said["signal"] == pytest.approx(exact, abs=1e-12)
@@ -376,7 +380,7 @@ def test_groups_left_out_by_correctness_do_not_pad_the_others_otherwise(monkeypa
     assert not r.advantages[:G].any() and r.advantages[G:].any()
     measured = [run[1:] for run in runs]
     runs.clear()
-    said = u.update(r, torch.arange(B), first=True)
+    said = u.update(r, torch.arange(B), on_policy=True)
     assert len(runs) == 1 and len(runs[0][1]) == G and runs[0][1:] in measured
     assert said["signal"] == r.mask[G:].sum() and len(said["ratio"]) == said["signal"]
 
@@ -391,7 +395,7 @@ def test_a_kl_to_the_reference_runs_and_pushes_groups_without_advantage(rows_run
     u.measure(r, [torch.arange(B)])
     r.advantages = u.algo.advantages(r.rewards, G)
     rows_run.clear()
-    said = u.update(r, torch.arange(B), first=True)
+    said = u.update(r, torch.arange(B), on_policy=True)
     assert rows_run == [(B, True)]
     assert said["moved"] and said["grad_norm"] > 0 and said["signal"] == 0
 
@@ -420,8 +424,8 @@ def test_what_is_not_finite_is_skipped_and_blamed():
     r.advantages = u.algo.advantages(r.rewards, G)
     r.old_logprobs[2, 1] = float("nan")
     before = [p.clone() for p in model.parameters()]
-    said = u.update(r, torch.arange(B), first=False)
+    said = u.update(r, torch.arange(B), on_policy=False)
     assert said["bad_rows"] == [2] and said["grad_norm"] is None and u.bad_steps == 1
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     r.old_logprobs[2, 1] = 0.0
-    assert u.update(r, torch.arange(B), first=False)["bad_rows"] == [] and u.bad_steps == 0
+    assert u.update(r, torch.arange(B), on_policy=False)["bad_rows"] == [] and u.bad_steps == 0

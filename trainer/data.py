@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import huggingface_hub
+import torch
 
 from rewards import true_answer
 from tiny.problems import problems as tiny_problems
@@ -142,6 +143,20 @@ def problem_of(row):
         raise ValueError("the question is empty")
     true_answer(answer)
     return {"question": question, "answer": answer}
+
+
+def problems_at(problems, seed, cursor, count):
+    """The next `count` problems of an endless walk over `problems` that has come to `cursor`.
+
+    Each pass has a new order, drawn from the seed and the number of the pass alone.
+    """
+    chosen, total = [], len(problems)
+    for at in range(cursor, cursor + count):
+        if not chosen or at % total == 0:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + at // total)
+            order = torch.randperm(total, generator=generator).tolist()
+        chosen.append(problems[order[at % total]])
+    return chosen
 
 
 def split_overlap(train, test):

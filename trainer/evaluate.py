@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import torch
 from tqdm import tqdm
@@ -10,7 +11,7 @@ from rewards import correct, extract_answer, true_answer
 from trainer import checkpoint
 from trainer.data import checksum
 from trainer.origin import other_inputs, versions, weights_checksum
-from trainer.policy import sample
+from trainer.policy import sample, sampling_copy
 
 
 def wilson(successes, n, z=1.959964):
@@ -113,7 +114,7 @@ def matches(text, answer, truncated=False):
 FIGURES_OF = ("prompt", "temperature", "max_new_tokens", "dtype", "seed", "k", "eval_samples")
 
 
-def evaluate_only(o, out, model, tokenizer, limits, problems):
+def evaluate_only(o, out, model, tokenizer, generation, problems):
     """--eval-only: print the figures and write them to out/eval.json.
 
     Raises ValueError, before the work, if that file holds the figures of another model, or of other
@@ -121,15 +122,14 @@ def evaluate_only(o, out, model, tokenizer, limits, problems):
     """
     path = out / "eval.json"
     origin = {"checksum": checksum(problems), "weights": weights_checksum(model)}
-    if path.exists() and not o["overwrite"]:
+    if path.exists() and not o.overwrite:
         refuse_other_figures(path, o, origin)
-    if o["dtype"] == "bf16":
-        model = model.bfloat16()
-    rows = o["prompts"] * o["group_size"] if o["sample_batch"] == "auto" else int(o["sample_batch"])
+    model = sampling_copy(model, o.dtype)
+    rows = o.rows if o.sample_batch == "auto" else int(o.sample_batch)
     try:
         result = evaluate(
-            model, tokenizer, problems, k=o["k"], samples=o["eval_samples"], temperature=o["temperature"],
-            seed=o["seed"] + 10_000, rows_at_once=rows, quiet=False, **limits,
+            model, tokenizer, problems, k=o.k, samples=o.draws, temperature=o.temperature,
+            seed=o.seed + 10_000, rows_at_once=rows, quiet=False, **generation,
         )  # fmt: skip
     except torch.OutOfMemoryError:
         raise ValueError(
@@ -138,10 +138,10 @@ def evaluate_only(o, out, model, tokenizer, limits, problems):
     low, high = result["ci95"]
     print(f"greedy accuracy on {result['n']} problems: {result['accuracy']:.3f} (95%: {low:.3f}-{high:.3f}), lenient "
           f"{result['accuracy_lenient']:.3f}; truncated {result['truncated']:.3f}")  # fmt: skip
-    if o["k"]:
-        print(f"avg@{o['k']} {result['avg_at_k']:.3f}, pass@{o['k']} {result['pass_at_k']:.3f}, {o['eval_samples']} "
-              f"samples a problem at temperature {o['temperature']}")  # fmt: skip
-    checkpoint.write_json(path, {"options": o, "versions": versions(), **origin, **result})
+    if o.k:
+        print(f"avg@{o.k} {result['avg_at_k']:.3f}, pass@{o.k} {result['pass_at_k']:.3f}, {o.draws} "
+              f"samples a problem at temperature {o.temperature}")  # fmt: skip
+    checkpoint.write_json(path, {"options": asdict(o), "versions": versions(), **origin, **result})
     print(f"written to {path}")
 
 
@@ -151,7 +151,7 @@ def refuse_other_figures(path, o, origin):
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
         options = held["options"]
-        changed = [name for name in FIGURES_OF if options.get(name) != o[name]]
+        changed = [name for name in FIGURES_OF if options.get(name) != getattr(o, name)]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} cannot be read: {what_to_do}") from None
     inputs = other_inputs(held, origin)
@@ -164,5 +164,5 @@ def refuse_other_figures(path, o, origin):
         name = changed[0]
         flag = "--" + name.replace("_", "-")
         raise ValueError(
-            f"{path} was made with {flag} {options.get(name)}, not {o[name]}: {what_to_do}"
+            f"{path} was made with {flag} {options.get(name)}, not {getattr(o, name)}: {what_to_do}"
         )

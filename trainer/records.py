@@ -1,11 +1,19 @@
 """What a step writes down: its line of metrics.jsonl and, now and then, a group of completions for samples.jsonl."""
 
-import resource
 import sys
 
 import torch
 
+from grpo import constant
 from trainer.policy import Rollout
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+# The largest |pi_theta / pi_old - 1| before a rollout's first update that rounding explains.
+RATIO_LIMITS = {"fp32": 1e-3, "bf16": 2e-2}
 
 
 def metrics_line(rollout, sampled, updates, group_size):
@@ -16,7 +24,6 @@ def metrics_line(rollout, sampled, updates, group_size):
     """
     r, every = rollout, Rollout.join(sampled)
     groups = every.rewards.view(-1, group_size)
-    equal = groups.amax(1) == groups.amin(1)
     A = per_token(r.advantages, r.mask)
     against = torch.where(r.right[:, None] > 0.5, A < 0, A > 0)  # [B, T]
     signal = max(1, sum(u["signal"] for u in updates))
@@ -34,7 +41,7 @@ def metrics_line(rollout, sampled, updates, group_size):
         "grad_norm": sum(norms) / len(norms) if norms else None,
         "length": every.mask.sum(1).float().mean().item(),
         "truncated": every.truncated.float().mean().item(),
-        "zero_std": equal.float().mean().item(),
+        "zero_std": constant(groups).float().mean().item(),
         "sign_flip": against[r.mask].float().mean().item(),
         "skipped": sum(bool(u["bad_rows"]) for u in updates),
         "prompts": len(groups),
@@ -44,6 +51,22 @@ def metrics_line(rollout, sampled, updates, group_size):
 def furthest_from_1(ratios):
     """The largest |w - 1| of a list; NaN if one is NaN."""
     return (torch.tensor(ratios, dtype=torch.float64) - 1).abs().max().item()
+
+
+def ratio_warning(step, largest, dtype):
+    """A warning if a ratio is not 1 although nothing has been trained yet, else None.
+
+    largest: ratio_first_max, None if nothing was run.
+    """
+    limit = RATIO_LIMITS[dtype]
+    if largest is None or largest <= limit:  # NaN is told
+        return None
+    return (
+        f"warning: step {step}: before its first update pi_theta / pi_old is off 1 by up to "
+        f"{largest:.2g} (rounding in {dtype} explains {limit:g}): two passes of the same weights "
+        f"differ, so every ratio is off by as much. Is something random, such as dropout, left in the model? "
+        f"Said once; see ratio_first_max in metrics.jsonl"
+    )
 
 
 def per_token(advantages, mask):
@@ -85,9 +108,13 @@ def group_to_show(rollout, group_size):
 
 
 def peak_mib(device):
-    """The most memory held so far, in MiB: of the GPU's allocator, or of the whole process on a CPU."""
+    """The most memory held so far, in MiB: by the GPU's allocator, or by the whole process on a CPU.
+
+    None where the system does not tell (Windows).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**20 if sys.platform == "darwin" else 2**10
-    )
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -33,7 +33,7 @@ class Updater:
         self.model, self.algo, self.loss_options, self.o = model, algo, loss_options, options
         # fused: its foreach form would need another copy of the weights for a moment
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=options["lr"], weight_decay=0.0, fused=True
+            model.parameters(), lr=options.lr, weight_decay=0.0, fused=True
         )
         self.reference = (
             copy.deepcopy(model) if loss_options.get("beta", 0) > 0 else None
@@ -41,21 +41,21 @@ class Updater:
         self.needs_entropy = loss_options.get("kl_coef", 0) > 0
         self.through_head = layout.through_head
         # Checkpointing runs a layer again, without its cache: there each row runs its own prompt.
-        self.share_prompts = layout.share_prompts and not options["gradient_checkpointing"]
-        if options["gradient_checkpointing"]:
+        self.share_prompts = layout.share_prompts and not options.gradient_checkpointing
+        if options.gradient_checkpointing:
             enable_checkpointing(model)
-        fits = rows_that_fit(model, longest, checkpointing=options["gradient_checkpointing"])
-        batch = options["prompts"] * options["group_size"]
-        auto = {"micro_batch": min(fits, batch // options["updates"]), "sample_batch": batch}
+        fits = rows_that_fit(model, longest, checkpointing=options.gradient_checkpointing)
+        batch = options.rows
+        auto = {"micro_batch": min(fits, batch // options.updates), "sample_batch": batch}
         self.at_once = {
-            name: rows if options[name] == "auto" else int(options[name])
+            name: rows if getattr(options, name) == "auto" else int(getattr(options, name))
             for name, rows in auto.items()
         }
         self.bad_steps = (
             0  # optimizer steps skipped in a row, for a loss or gradient that is not finite
         )
 
-    def halving(self, name, work):
+    def with_smaller_batches(self, name, work):
         """work(rows at once), again with half of them for as long as GPU memory runs out: nothing is lost by it."""
         while True:
             rows = self.at_once[name]
@@ -63,7 +63,7 @@ class Updater:
                 return work(rows)
             except torch.OutOfMemoryError:
                 flag = "--" + name.replace("_", "-")
-                if self.o[name] != "auto" or rows == 1:
+                if getattr(self.o, name) != "auto" or rows == 1:
                     raise MemoryError(
                         f"out of GPU memory with {flag} {rows}: try {flag} auto, "
                         f"--gradient-checkpointing, or a smaller --max-new-tokens"
@@ -79,12 +79,12 @@ class Updater:
         device = model.device.type
         with (
             torch.autocast(device, torch.bfloat16)
-            if self.o["dtype"] == "bf16"
+            if self.o.dtype == "bf16"
             else contextlib.nullcontext()
         ):
             return token_logprobs(
                 model, [rollout.prompts[i] for i in rows], rollout.completions[rows], rollout.mask[rows],
-                temperature=self.o["temperature"], with_entropy=with_entropy, through_head=self.through_head,
+                temperature=self.o.temperature, with_entropy=with_entropy, through_head=self.through_head,
                 share_prompts=self.share_prompts,
             )  # fmt: skip
 
@@ -106,7 +106,7 @@ class Updater:
 
     def groups_differ(self, values):
         """[B] -> [B] int on the CPU: 1 for the rows of groups whose values are not all equal."""
-        groups = values.view(-1, self.o["group_size"])
+        groups = values.view(-1, self.o.group_size)
         differ = (groups != groups[:, :1]).any(1)
         return differ.repeat_interleave(groups.shape[1]).int().cpu()
 
@@ -126,35 +126,37 @@ class Updater:
                     )
             return logprobs, entropy
 
-        rollout.old_logprobs, rollout.entropy = self.halving("micro_batch", work)
+        rollout.old_logprobs, rollout.entropy = self.with_smaller_batches("micro_batch", work)
         rollout.logprobs = rollout.old_logprobs.clone()
         if self.reference is not None:
-            rollout.ref_logprobs, _ = self.halving(
+            rollout.ref_logprobs, _ = self.with_smaller_batches(
                 "micro_batch", lambda size: work(size, self.reference)
             )
 
-    def update(self, rollout, rows, first):
-        """One optimizer step on the mini-batch `rows` (indices); first: nothing has moved since the rollout.
+    def update(self, rollout, rows, on_policy):
+        """One optimizer step on the mini-batch `rows` (indices); on_policy: nothing has moved since the rollout.
 
         A loss or gradient that is not finite leaves the weights alone. Returns a dict:
         signal: tokens whose advantage is not 0;
         clipped: those of them for which the clip leaves the policy's term no gradient;
         kl: the sum over them of kl_estimate, nats, before this step;
-        ratio: if first, pi_theta / pi_old of each token of the rows that were run;
+        ratio: if on_policy, pi_theta / pi_old of each token of the rows that were run;
         grad_norm: of the whole gradient before clipping, None if the step was skipped;
         bad_rows: rows that caused a skip; moved: whether the weights moved.
         """
-        return self.halving("micro_batch", lambda size: self._update(rollout, rows, first, size))
+        return self.with_smaller_batches(
+            "micro_batch", lambda size: self._update(rollout, rows, on_policy, size)
+        )
 
-    def _update(self, r, rows, first, size):
+    def _update(self, r, rows, on_policy, size):
         signal = r.mask & (r.advantages.view(len(r.prompts), -1) != 0)  # [B, T]
         # A row whose advantages are all 0 has no push, unless the KL to the reference pushes it.
         live = signal.any(1).cpu() | (self.reference is not None)
         pieces = [piece for piece in self.pieces(r, rows, size) if live[piece].any()]
         self.optimizer.zero_grad()
         # transformers checkpoints only in train mode; dropout is off
-        self.model.train(self.o["gradient_checkpointing"])
-        graph, entropy = self.current_logprobs(r, pieces, first)
+        self.model.train(self.o.gradient_checkpointing)
+        graph, entropy = self.current_logprobs(r, pieces, on_policy)
         loss, push, policy_push = self.first_half(r, rows, entropy)
 
         clipped = signal & (policy_push == 0)
@@ -169,8 +171,8 @@ class Updater:
             "moved": False,
         }
         if loss.isfinite() and push.isfinite().all():
-            said["ratio"] = self.second_half(r, pieces, push, graph, first)
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.o["max_grad_norm"])
+            said["ratio"] = self.second_half(r, pieces, push, graph, on_policy)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.o.max_grad_norm)
             said["grad_norm"] = norm.item()
         self.model.eval()
         if said["grad_norm"] is None or not norm.isfinite():
@@ -183,14 +185,14 @@ class Updater:
             self.optimizer.step()
         return said
 
-    def current_logprobs(self, r, pieces, first):
+    def current_logprobs(self, r, pieces, on_policy):
         """Fills in r.logprobs. Returns (the graph behind them or None, the entropy now [B, T]).
 
         Before the first update they are the old ones, and nothing is run. If the mini-batch fits in
         one micro-batch, this pass keeps its graph, and the second half needs no other.
         """
         graph, entropy = None, r.entropy.clone()
-        if first:
+        if on_policy:
             return graph, entropy
         with torch.set_grad_enabled(len(pieces) == 1):
             for piece in pieces:
@@ -223,8 +225,8 @@ class Updater:
         push[rows] = torch.autograd.grad(loss, logp)[0]
         return loss, push
 
-    def second_half(self, r, pieces, push, graph, first):
-        """Carries the push back to the weights. Returns the ratios if first, else []."""
+    def second_half(self, r, pieces, push, graph, on_policy):
+        """Carries the push back to the weights. Returns the ratios if on_policy, else []."""
         ratios = []
         pushed = push.any(1).cpu()  # [B]
         for piece in pieces:
@@ -232,10 +234,12 @@ class Updater:
                 continue
             logprobs = graph
             if graph is None:
-                if not first:  # the first time, the same rows as in measure: the ratio is logged
+                if (
+                    not on_policy
+                ):  # the first time, the same rows as in measure: the ratio is logged
                     piece = piece[pushed[piece]]
                 logprobs, _ = self.forward(r, piece, self.model, False)
-            if first:
+            if on_policy:
                 log_ratio = (logprobs.detach() - r.old_logprobs[piece])[r.mask[piece]]
                 ratios += log_ratio.exp().tolist()
             logprobs.backward(gradient=push[piece])

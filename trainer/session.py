@@ -1,0 +1,131 @@
+"""What a run does between its training steps: evaluate, record, save, and stop."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+
+from trainer import checkpoint
+from trainer.evaluate import evaluate
+from trainer.policy import sampling_copy
+from trainer.records import group_to_show, sample_lines
+
+BAD_STEPS = 3  # this many skipped updates in a row stop the run
+
+
+def on_interrupt():
+    """Have Ctrl-C finish the step. Returns a list that then is no longer empty."""
+    interrupted = []
+
+    def interrupt(*_):
+        if interrupted:
+            os._exit(130)
+        interrupted.append(True)
+        # Not print: it may be what was interrupted, and cannot be entered twice.
+        os.write(2, b"\ninterrupted: finishing this step, then saving; once more to stop at once\n")
+
+    signal.signal(signal.SIGINT, interrupt)
+    return interrupted
+
+
+def evaluates(o, step):
+    """Whether the run evaluates after this step; 0 is before the first."""
+    return step in (0, o.steps) or (o.eval_every > 0 and step % o.eval_every == 0)
+
+
+def shows(o, step):
+    """Whether samples.jsonl gets a group of this step, be it the last or not."""
+    return o.samples_every > 0 and (step == 1 or step % o.samples_every == 0)
+
+
+def saves(o, step, interrupted):
+    """Whether the run writes a checkpoint after this step."""
+    due = interrupted or step == o.steps or step % max(1, o.save_every) == 0
+    return o.save_every > 0 and due
+
+
+def write_evaluation(trainer, out, held_out, step):
+    """Append the evaluation's line to metrics.jsonl."""
+    o = trainer.o
+    k = o.k if step in (0, o.steps) else 0  # so many draws take as long as several training steps
+
+    def work(rows_at_once):
+        return evaluate(
+            sampling_copy(trainer.model, o.dtype),
+            trainer.tokenizer,
+            held_out,
+            k=k,
+            samples=o.draws,
+            temperature=o.temperature,
+            seed=o.seed + 10_000,
+            rows_at_once=rows_at_once,
+            quiet=False,
+            **trainer.generation,
+        )
+
+    line = {"phase": "eval", "step": step}
+    line.update(trainer.updater.with_smaller_batches("sample_batch", work))
+    checkpoint.append_lines(out / "metrics.jsonl", [line])
+
+
+def write_samples(trainer, out, step, rollout, bad_rows):
+    """A group of the step where one is due, and the rows that caused a skipped update."""
+    rows = group_to_show(rollout, trainer.o.group_size) if shows(trainer.o, step) else []
+    lines = sample_lines(step, rollout, rows, trainer.tokenizer)
+    lines += sample_lines(step, rollout, bad_rows, trainer.tokenizer, skipped=True)
+    checkpoint.append_lines(out / "samples.jsonl", lines)
+
+
+def write_last_group(trainer, out, step, rollout):
+    """A group of the last step too, where none was due."""
+    o = trainer.o
+    if step == o.steps and o.samples_every > 0 and not shows(o, step):
+        rows = group_to_show(rollout, o.group_size)
+        lines = sample_lines(step, rollout, rows, trainer.tokenizer)
+        checkpoint.append_lines(out / "samples.jsonl", lines)
+
+
+def save(trainer, out, step, sizes):
+    """Write a checkpoint. sizes: of the files of lines, before this step's evaluation."""
+    counters = {"cursor": trainer.cursor, "bad_steps": trainer.updater.bad_steps}
+    optimizer = trainer.updater.optimizer
+    checkpoint.save(out, step, trainer.model, trainer.tokenizer, optimizer, sizes, **counters)
+
+
+def stopped_by_bad_steps(out, step):
+    """Say so. Returns the exit status."""
+    print(
+        f"train.py: stopped at step {step}: {BAD_STEPS} updates in a row had a loss or gradient "
+        f"that is not finite; the last lines of {out / 'samples.jsonl'} show where. The last good "
+        f"checkpoint is kept.",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def stopped_by_user(out, step, saved):
+    """Say so, and how to continue. Returns the exit status."""
+    go_on = f"Go on with: {resume_command(out)}" if saved else "Nothing was saved."
+    print(f"stopped after step {step}. {go_on}")
+    return 130
+
+
+def resume_command(out):
+    return f"python train.py --resume {shlex.quote(str(out))}"
+
+
+def summary(out, seconds):
+    """Print the accuracy before and after, and where the files are."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [row for row in rows if row["phase"] == "eval"]
+    words = []
+    for row in (evaluations[0], evaluations[-1]):
+        low, high = row["ci95"]
+        words.append(f"{row['accuracy']:.3f} (95%: {low:.3f}-{high:.3f})")
+    print(
+        f"greedy accuracy on {row['n']} held-out problems: {words[0]} -> {words[1]}, "
+        f"in {seconds:.0f} s"
+    )
+    files = "curves.png, metrics.jsonl, samples.jsonl, config.json, and the trained model in model/"
+    print(f"{out}: {files}")

@@ -1,0 +1,163 @@
+"""Begin a run or resume one: its folder, its config.json, its model and its problems."""
+
+import json
+import platform
+import re
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from trainer import checkpoint, origin
+from trainer.data import checksum, load_problems, offline_without_network, split_overlap
+from trainer.options import CHANGEABLE_ON_RESUME, fill, flag
+from trainer.policy import context_length, load_policy, use_threads
+from trainer.probes import probe
+from trainer.prompts import Chat, encode_problems, show, start_line
+
+
+def run_folder(given):
+    """The folder of --resume or --out, or one named after the options. Raises ValueError."""
+    if "resume" in given:
+        out = Path(given["resume"])
+        if not (out / "config.json").is_file():
+            raise ValueError(f"{out} holds no run to resume (no readable config.json)")
+        return out
+    o = fill(given)
+    name = f"{o.algo}-{o.preset}"
+    if o.eval_only:
+        name = f"eval-{path_name(o.model)}-{path_name(o.data)}"
+    out = Path(o.out or f"runs/{name}-s{o.seed}")
+    checkpoint.check_folder(out)
+    return out
+
+
+def path_name(path):
+    """A path as part of a folder's name: A/model and B/model stay apart."""
+    name = re.sub(r"[^\w.]+", "-", path.removesuffix(".jsonl"))
+    return name.strip("-.")[-100:]
+
+
+def begun(given, out, argv):
+    """(options, config) of a new run. Prints which preset it is, why, and how to get the other."""
+    o = fill(given)
+    cuda = torch.cuda.is_available()
+    why = "as asked"
+    if given.get("preset", "auto") == "auto":
+        why = "a CUDA GPU was found" if cuda else "no CUDA GPU was found"
+    other = "--preset gsm8k trains Qwen2.5-0.5B on GSM8K, which needs a GPU"
+    if o.preset == "gsm8k":
+        other = "--preset tiny trains the embedded model in minutes, with or without a GPU"
+    print(f"preset {o.preset} ({why}): {o.model} on {o.data}; {other}")
+    if checkpoint.holds_run(out) and not o.overwrite and not o.eval_only:
+        raise ValueError(
+            f"{out} holds a run already: --resume {out} continues it, --overwrite deletes it, "
+            f"--out FOLDER leaves it alone"
+        )
+    command = shlex.join(["python", "train.py", *argv])
+    return o, {"options": asdict(o), "command": command, "status": "running"}
+
+
+def resumed(given, out):
+    """(options, config) of the run in --resume. Raises ValueError for what would change its past."""
+    try:
+        config = json.loads((out / "config.json").read_text())
+        saved, steps = config["options"], config["options"]["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{out} holds no run to resume (no readable config.json)") from None
+    changed = {}
+    for name, value in given.items():
+        if name in CHANGEABLE_ON_RESUME:
+            changed[name] = value
+        elif name != "resume" and value != saved.get(name):
+            raise ValueError(
+                f"--resume {out}: its {flag(name)} is {saved.get(name)}, not {value}; only "
+                f"--steps may be raised"
+            )
+    if changed.get("steps", steps) < steps:
+        raise ValueError(f"--resume {out}: it has {steps} steps, and --steps may only be raised")
+    o = fill({**saved, **changed})
+    return o, {**config, "options": asdict(o), "status": "running"}
+
+
+def set_up(o):
+    """Load what the options name.
+
+    Returns (model, tokenizer, generation, training problems, held-out problems). generation: the
+    remaining keyword arguments of policy.sample. Each problem has its "prompt_ids".
+    """
+    torch.manual_seed(o.seed)
+    offline_without_network(o.model, o.data)
+    held_out = load_problems(o.data, "test")
+    train, overlap = [], 0
+    if not o.eval_only:  # a question of the test split is never trained on, evaluated or not
+        train, overlap = split_overlap(load_problems(o.data, "train"), held_out)
+    held_out = held_out[: o.eval_n]
+
+    chat = Chat(o.chat_template, o.system, o.template_option)
+    model, tokenizer, eos_ids, pad_id = load_policy(o.model, o.device, chat)
+    use_threads(o.threads, model)
+
+    longest = context_length(model) - o.max_new_tokens
+    vocabulary = len(model.get_input_embeddings().weight)
+    how = o.prompt, longest, vocabulary, chat, eos_ids
+    long_train = 0
+    if not o.eval_only:
+        train, long_train = encode_problems(tokenizer, train, *how)
+    held_out, long_held_out = encode_problems(tokenizer, held_out, *how)
+    if overlap or long_train or long_held_out:
+        print(
+            f"dropped problems: {overlap} of training that are held out too; prompts over "
+            f"{longest} tokens: {long_train} of training, {long_held_out} held out"
+        )
+    print(start_line(tokenizer, chat, eos_ids))
+
+    prompts = [problem["prompt_ids"] for problem in train + held_out]
+    layout = probe(model, prompts, o.max_new_tokens, pad_id)
+    generation = {
+        "max_new_tokens": o.max_new_tokens,
+        "eos_ids": eos_ids,
+        "pad_id": pad_id,
+        "layout": layout,
+    }
+    return model, tokenizer, generation, train, held_out
+
+
+def made_from(o, model, problems, config):
+    """What a run was made from, for config.json: start weights, code, versions, data, machine.
+
+    config: that of the run so far. Raises ValueError if the data or the start weights of a resumed
+    run have changed; other code or versions are a printed note.
+    """
+    now = {
+        "checksum": checksum(problems, config.get("checksum")),
+        "weights": origin.weights_checksum(model),
+        "code": origin.code_checksums(o.algo),
+        "versions": origin.versions(),
+    }
+    processor = platform.processor() or platform.machine()
+    machine = f"{processor} CPU, {torch.get_num_threads()} threads"
+    if model.device.type == "cuda":
+        machine = torch.cuda.get_device_name(model.device)
+    if "weights" not in config:  # a new run
+        return {**now, "machine": machine}
+    if config["weights"] != now["weights"]:
+        raise ValueError(
+            f"the start model {o.model} is not what it was when the run began; it cannot be "
+            f"resumed with other start weights"
+        )
+    changed = origin.other_code(config, now)
+    if changed:
+        print(f"note: changed since the run began: {changed}")
+    return {**now, **origin.both(config, now)}
+
+
+def show_prompt(given):
+    """Print the first prompt as the model gets it."""
+    if "resume" in given:
+        o, _ = resumed(given, Path(given["resume"]))
+    else:
+        o = fill(given)
+    _, tokenizer, generation, train, held_out = set_up(o)
+    print(show(tokenizer, (train or held_out)[0], generation["eos_ids"]))
