@@ -25,7 +25,7 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image  # a dependency of matplotlib
 
 from trainer import options
-from trainer.runs import average, finite, group, read_jsonl, read_runs
+from trainer.runs import average, finite, group, read_log, read_runs
 
 # Okabe and Ito's colours, less their yellow, lost on white; dashes and markers tell the methods apart in grey.
 STYLES = {  # algo: name, colour, dashes, marker
@@ -303,7 +303,7 @@ def push(algo, rewards, right, entropy, logprobs, old_logprobs, mask):
     """
     import torch  # here: the curves do without it
 
-    from trainer.options import named
+    from trainer.algorithm import named
 
     module = importlib.import_module(algo)
     inputs = named(module.advantages, {"entropy": entropy, "mask": mask, "right": right})
@@ -322,7 +322,7 @@ def read_group(path, step=None):
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     groups, best, chosen = {}, (0, 0.0), None
-    for number, row in read_jsonl(path):
+    for number, row in read_log(path):
         try:
             if row.get("skipped"):  # single rows, logged because they broke an update
                 continue
