@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from conftest import ROOT
 from PIL import Image, ImageColor
 
 import plot
+from trainer.options import DEFAULTS, Options
 from trainer.runs import COLUMNS, average, group, read_csv, read_folder, read_runs, write_csv
 
 LIMIT = 300_000  # bytes, of a picture that is committed
@@ -154,6 +156,28 @@ def test_csv_gives_the_runs_back(tmp_path):
             assert x.keys() == y.keys() and (x["phase"], x["step"]) == (y["phase"], y["step"])
             assert all(x[c] == y[c] or x[c] == pytest.approx(y[c], rel=1e-3) for c in COLUMNS)
     assert group(again).keys() == group(runs).keys()
+
+
+def test_csv_gives_any_text_back(tmp_path):
+    """... also one with the ; and = that separate settings in older files."""
+    texts = ['{question}; a = "b", [c]\nd', "{question} = é;"]
+    folders = [write_run(tmp_path / str(i), prompt=text) for i, text in enumerate(texts)]
+    write_csv(read_runs(folders), tmp_path / "metrics.csv")
+    again = read_csv(tmp_path / "metrics.csv")
+    assert [run["settings"] for run in again] == [{"prompt": text} for text in texts]
+
+
+def test_older_csv_is_read(tmp_path):
+    path = tmp_path / "metrics.csv"
+    head = "algo,seed,settings,phase,step,accuracy\n"
+    path.write_text(head + 'tepo,3,eps_low=0.2;prompt="x",train,1,0.5\n\ntepo,3,,train,1,\n')
+    old, bare = read_csv(path)
+    assert old["settings"] == {"eps_low": 0.2, "prompt": "x"} and bare["settings"] == {}
+    assert (old["algo"], old["seed"], old["rows"][0]["accuracy"]) == ("tepo", 3, 0.5)
+    assert bare["rows"][0]["accuracy"] is None and bare["rows"][0]["length"] is None
+    path.write_text(path.read_text() + "tepo,3,,train,1,high\n")
+    with pytest.raises(ValueError, match="line 5 is not"):  # the blank line is counted
+        read_csv(path)
 
 
 def test_bad_csv_is_named(tmp_path):
@@ -329,6 +353,32 @@ def test_variants_and_seeds(tmp_path):
         group(read_runs([folders[0], folders[0]]))
 
 
+def test_an_older_run_has_the_defaults_of_its_preset(tmp_path):
+    """A run from before an option existed is no variant of one that was made with its default."""
+    new = {"preset": "gsm8k", **DEFAULTS["gsm8k"], "algo": "tepo"}
+    old = {name: value for name, value in new.items() if name not in ("warmup", "overlong_cache")}
+    folders = []
+    for i, values in enumerate((new, old, {**new, "warmup": 3}, {**new, "gone": 1})):
+        folders.append(write_run(tmp_path / str(i), **{**values, "seed": i}))
+    runs = read_runs(folders)
+    assert runs[0]["settings"] == runs[1]["settings"]
+    assert list(group(runs[:2])) == [""]
+    assert list(group(runs[1:3])) == ["warmup = 3", "warmup = 10"]
+    assert list(group(runs[::3])) == ["defaults", "gone = 1"]  # an option that exists no more
+
+
+def test_each_option_says_whether_it_makes_another_experiment(tmp_path):
+    """One run per option, which alone differs in it: a variant if and only if its field says so."""
+    usual = {**DEFAULTS["tiny"], "preset": "tiny", "algo": "tepo", "out": "a"}
+    for about in fields(Options):
+        if about.name in ("algo", "seed", "option"):
+            continue
+        a = write_run(tmp_path / "a", **{**usual, "seed": 0})
+        b = write_run(tmp_path / "b", **{**usual, "seed": 1, about.name: "other"})
+        variants = 2 if about.metadata["experiment"] else 1
+        assert len(group(read_runs([a, b]))) == variants, about.name
+
+
 # Pictures
 
 
@@ -396,6 +446,8 @@ def test_trainer_may_draw_at_any_moment(tmp_path):
 
 
 def test_picture_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
     out = tmp_path / "curves.png"
     plot.plot_runs([write_run(tmp_path / "a")], out)
     with open(out, "rb") as reader:
@@ -410,7 +462,7 @@ def test_picture_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         part.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(plot.Figure, "savefig", full_disk)
+    monkeypatch.setattr(Figure, "savefig", full_disk)
     with pytest.raises(OSError, match="No space"):
         plot.plot_runs([tmp_path / "a"], out)
     assert out.read_bytes() == before and not list(tmp_path.glob(".*"))
@@ -599,6 +651,20 @@ def test_help_teaches():
         [sys.executable, "plot.py", "--help"], cwd=ROOT, capture_output=True, text=True
     ).stdout
     assert text.count("python plot.py ") >= 5 and "--credit" in text and "docs/" in text
+
+
+@pytest.mark.parametrize("script", ["plot.py", "compare.py"])
+@pytest.mark.parametrize("word, status", [("--help", 0), ("--nonsense", 2)])
+def test_help_and_a_wrong_option_import_neither_matplotlib_nor_torch(script, word, status):
+    # A module that is None in sys.modules cannot be imported: whoever tries gets an ImportError.
+    code = (
+        "import runpy, sys; sys.modules['torch'] = sys.modules['matplotlib'] = None;"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, script, *(["x"] * (script == "plot.py")), word]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert "usage: " in done.stdout if status == 0 else "no option --nonsense" in done.stderr
 
 
 @pytest.mark.parametrize(
