@@ -1,4 +1,7 @@
-"""plot.py: reading runs, averaging seeds, the fit, the credit tensors; pictures that are whole, small and coloured."""
+"""trainer/runs.py and plot.py: reading runs, averaging seeds, the fit, the credit tensors.
+
+Pictures are whole, small and coloured.
+"""
 
 import json
 import math
@@ -22,7 +25,10 @@ STEPS = 12
 
 
 def write_run(folder, algo="tepo", seed=0, steps=STEPS, option=None, **options):
-    """A run folder as train.py leaves it. Accuracy rises by (seed + 1) % a step, entropy falls; values are exact."""
+    """A run folder as train.py leaves it.
+
+    Accuracy rises by (seed + 1) % per step, entropy falls; values are exact.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "algo": algo,
@@ -58,7 +64,10 @@ def write_run(folder, algo="tepo", seed=0, steps=STEPS, option=None, **options):
 
 
 def write_samples(folder, steps=(10,), drift=0.3):
-    """samples.jsonl with one group of 4 a step, 2 right, of ragged lengths; policies further apart at later steps."""
+    """samples.jsonl with one group of 4 per step, of which 2 are right, of ragged lengths.
+
+    The two policies are further apart at later steps.
+    """
     generator = torch.Generator().manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "samples.jsonl", "w") as file:
@@ -123,9 +132,8 @@ def test_null_and_nan_are_gaps(tmp_path):
     folder = write_run(tmp_path / "a", steps=0)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"phase": "train", "step": 1, "entropy": null, "length": NaN}\n')
-        file.write(
-            '{"phase": "train", "step": 2, "entropy": 0.5, "length": 3, "rollout_s": null, "update_s": 2.0}\n'
-        )
+        file.write('{"phase": "train", "step": 2, "entropy": 0.5, "length": 3, ')
+        file.write('"rollout_s": null, "update_s": 2.0}\n')
     run = read_folder(folder)
     assert [row["entropy"] for row in run["rows"]] == [None, None, 0.5]
     assert average([run], "train", "length")[0].tolist() == [2]
@@ -328,7 +336,10 @@ def test_the_figure_carries_the_note(tmp_path, monkeypatch):
 
 
 def test_variants_and_seeds(tmp_path):
-    """Runs that differ in an option are never averaged; the seed, the folder and the evaluation are no such option."""
+    """Runs that differ in an option are never averaged.
+
+    The seed, the folder and the evaluation are no such options.
+    """
     folders = [
         write_run(tmp_path / f"{u}{s}", seed=s, updates=u, eval_n=s)
         for u in (16, 1, 4)
@@ -355,7 +366,7 @@ def test_variants_and_seeds(tmp_path):
 
 def test_an_older_run_has_the_defaults_of_its_preset(tmp_path):
     """A run from before an option existed is no variant of one that was made with its default."""
-    new = {"preset": "gsm8k", **DEFAULTS["gsm8k"], "algo": "tepo"}
+    new = {**DEFAULTS["gsm8k"], "preset": "gsm8k"}
     old = {name: value for name, value in new.items() if name not in ("warmup", "overlong_cache")}
     folders = []
     for i, values in enumerate((new, old, {**new, "warmup": 3}, {**new, "gone": 1})):
@@ -371,7 +382,7 @@ def test_each_option_says_whether_it_makes_another_experiment(tmp_path):
     """One run per option, which alone differs in it: a variant if and only if its field says so."""
     usual = {**DEFAULTS["tiny"], "preset": "tiny", "algo": "tepo", "out": "a"}
     for about in fields(Options):
-        if about.name in ("algo", "seed", "option"):
+        if about.name in ("algo", "seed", "steps", "option"):  # write_run sets them
             continue
         a = write_run(tmp_path / "a", **{**usual, "seed": 0})
         b = write_run(tmp_path / "b", **{**usual, "seed": 1, about.name: "other"})
@@ -423,7 +434,10 @@ def test_curves_of_variants_stand_side_by_side(tmp_path):
 
 
 def test_trainer_may_draw_at_any_moment(tmp_path):
-    """No lines, only nulls, an unknown algorithm: never an error. And quick: a training step lasts longer."""
+    """No lines, only nulls, an unknown algorithm: never an error.
+
+    And quick: a training step takes longer.
+    """
     folder = write_run(tmp_path / "a", "mine", steps=0)
     (folder / "metrics.jsonl").write_text("")
     plot.plot_runs([folder], folder / "curves.png")
@@ -512,7 +526,10 @@ def test_entropy_figure_prints_the_fit(tmp_path, capsys):
 
 @pytest.mark.parametrize("algo", plot.STYLES)
 def test_push_is_minus_the_gradient(algo, tmp_path):
-    """Against autograd called by hand on the losses' own functions, and the sign: right rows up, wrong rows down."""
+    """Against autograd called by hand on the losses' own functions.
+
+    And the sign: right rows up, wrong rows down.
+    """
     import importlib
 
     rows = plot.read_group(write_samples(tmp_path))
@@ -618,7 +635,10 @@ def test_credit_picture(tmp_path):
 
 
 def test_long_rows_are_cut_and_small(tmp_path):
-    """Twenty completions of 300 tokens, letters of another script, dollars: 4 rows a panel, at most 300 kB."""
+    """Twenty completions of 300 tokens, letters of another script, dollars.
+
+    The picture has 4 rows per panel and at most 300 kB.
+    """
     folder = write_samples(tmp_path)
     row = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])
     row |= {k: [-0.5 - 0.001 * t for t in range(300)] for k in ("logprobs", "old_logprobs")}
