@@ -124,11 +124,13 @@ def read_csv(path):
     """The runs in a file of `write_csv`, in its order. Raises ValueError."""
     look = {"dtype": str, "keep_default_na": False, "encoding_errors": "replace"}
     try:
-        table = pd.read_csv(path, skip_blank_lines=False, index_col=False, **look)
+        table = pd.read_csv(path, skip_blank_lines=False, **look)
     except pd.errors.EmptyDataError:
         raise ValueError(f"{path}: no metrics in it") from None
     except pd.errors.ParserError as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(table.index, pd.RangeIndex):  # pandas took the first cells for an index
+        raise ValueError(f"{path}: line 2 has more cells than line 1")
     table.index += 2  # the number of the line
     table = table[(table != "").any(axis="columns")]  # without blank lines
     runs = {}
