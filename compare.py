@@ -1,8 +1,8 @@
-"""Train several algorithms over several seeds and compare them: one figure, one table, one small .csv behind both.
+"""Train several algorithms over several seeds and compare them: a figure, a table, and their .csv.
 
-What follows -- goes to train.py as it stands. Runs that are done are not run again and interrupted
-ones are resumed: after a Ctrl-C the same command goes on. A run that was made from other data,
-start weights, code or versions is refused. At one seed all algorithms see the same problems in the
+What follows -- goes to train.py unchanged. Runs that are done are not run again, and interrupted
+ones are resumed: after a Ctrl-C the same command continues. A run that was made from other data,
+start weights, code or versions is refused. At one seed, all algorithms see the same problems in the
 same order, which is why the table takes differences seed by seed.
 """
 
@@ -21,54 +21,48 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plot import Parser, plot_runs, style
-from trainer import origin
+from plot import Parser, method_name, plot_runs
 from trainer.options import ALGORITHMS, fill, parse
 from trainer.runs import group, read_runs, write_csv
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
-# Student's t at 97.5% for 1, 2, ... degrees of freedom; beyond the last, that one: a little too wide.
+OURS = ("--algo", "--seed", "--out", "--resume", "--overwrite", "--eval-only", "--show-prompt")
+# The number of draws of an evaluation changes only its pass@k.
+NOT_COMPARED = {"out", "overwrite", "threads", "k", "eval_samples"}
+# Student's t at 97.5% for 1, 2, ... degrees of freedom. The last stands for all beyond it, whose
+# intervals are a little too wide.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-LAST = 5  # the table's entropy and length are means over so many last training steps
+LAST = 5  # training steps that the table's entropy and length are means over
 EXAMPLES = """examples:
-  python compare.py                                        all seven, seeds 0, 1, 2
-  python compare.py --off-policy 1,4,16                    more optimizer steps a rollout, at equal samples
-  python compare.py --eps 0.2/0.28,3e-4/4e-4               the clip range, of TEPO
-  python compare.py --algos tepo,gspo -- --steps 20        shorter, two algorithms
-  python compare.py --table docs/methods.csv               the table of earlier runs; trains nothing
+  python compare.py                                  all seven, seeds 0, 1, 2
+  python compare.py --off-policy 1,4,16              1, 4, 16 updates per rollout, at equal samples
+  python compare.py --eps 0.2/0.28,3e-4/4e-4         the clip range, of TEPO
+  python compare.py --algos tepo,gspo -- --steps 20  shorter, two algorithms
+  python compare.py --table docs/methods.csv         the table of earlier runs; trains nothing
 """
 
 
+# The runs
+
+
 def plan(args):
-    """[(run folder, command, is it done)], all checked before the first is started. Raises ValueError."""
-    ours = {
-        "--algo",
-        "--seed",
-        "--out",
-        "--resume",
-        "--overwrite",
-        "--eval-only",
-        "--show-prompt",
-    } | ({"--updates"} if args.off_policy else set())
-    clash = ours & {word.split("=")[0] for word in args.rest}
-    if clash:
-        raise ValueError(f"{min(clash)} cannot stand after --, compare.py sets it")
-    updates = [["--updates", str(n)] for n in args.off_policy] or [[]]
-    clips = [
-        ["--option", f"eps_low={low}", "--option", f"eps_high={high}"] for low, high in args.eps
-    ] or [[]]
-    usual, runs = fill(parse(args.rest)).updates, []
-    inputs = None  # data and start weights of a new run: the same for all, asked for once
-    # Seeds outermost: an evening that ends early leaves every algorithm with equally many.
-    for seed, update, clip, algo in itertools.product(args.seeds, updates, clips, args.algos):
-        # A variant that is the default has the name, and so the folder, of the run without variants.
-        varied = [f"u{n}" for n in update[1:] if int(n) != usual] + [
-            c.replace("=", "") for c in clip[1::2]
-        ]
-        name = "-".join([algo, f"s{seed}", *varied])
-        out = args.out / name
+    """[(run folder, command, whether it is done), ...], all checked before the first is started.
+
+    Raises ValueError.
+    """
+    refuse_our_options(args)
+    default_updates = fill(parse(args.rest)).updates
+    updates = [["--updates", str(n)] for n in args.off_policy]
+    clips = [["--option", f"eps_low={a}", "--option", f"eps_high={b}"] for a, b in args.eps]
+    # Seeds outermost: an evening that ends early leaves every algorithm with equally many seeds.
+    product = itertools.product(args.seeds, updates or [[]], clips or [[]], args.algos)
+    runs = []
+    inputs = None  # data and start weights of a new run: the same for all, loaded once
+    for seed, update, clip, algo in product:
+        out = args.out / run_name(algo, seed, update, clip, default_updates)
         flags = [*args.rest, *update, *clip, "--algo", algo, "--seed", str(seed), "--out", str(out)]
-        asked, done = fill(parse(flags)), False  # refuses what train.py would refuse
+        asked = fill(parse(flags))  # refuses what train.py would refuse
+        done = False
         if args.overwrite:
             flags.append("--overwrite")
         elif (out / "config.json").exists():
@@ -82,23 +76,44 @@ def plan(args):
     return runs
 
 
+def refuse_our_options(args):
+    """Raise ValueError if an option that compare.py sets stands after --."""
+    ours = {*OURS, "--updates"} if args.off_policy else set(OURS)
+    given = {word.split("=")[0] for word in args.rest}
+    clash = ours & given
+    if clash:
+        raise ValueError(f"{min(clash)} cannot stand after --, compare.py sets it")
+
+
+def run_name(algo, seed, update, clip, default_updates):
+    """The name of a run's folder, such as gspo-s0-u16 or tepo-s1-eps_low0.2-eps_high0.28.
+
+    update, clip: the options of its variant. One with the default number of updates has the name,
+    and so the folder, of the run without variants.
+    """
+    parts = [algo, f"s{seed}"]
+    parts += [f"u{n}" for n in update[1:] if int(n) != default_updates]
+    parts += [option.replace("=", "") for option in clip[1::2]]
+    return "-".join(parts)
+
+
 def read_config(out):
     """The config.json of a run, with its options and status. Raises ValueError."""
     try:
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        config["options"].items(), config["status"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"{out}: its config.json cannot be read; delete the run or pass --overwrite"
-        ) from None
+        readable = isinstance(config["options"], dict) and "status" in config
+    except (ValueError, KeyError, TypeError):
+        readable = False
+    if not readable:
+        mend = "delete the run or pass --overwrite"
+        raise ValueError(f"{out}: its config.json cannot be read; {mend}")
     return config
 
 
 def refuse_other_options(out, held, asked):
-    """ValueError if the run was made with other options than are asked for."""
+    """Raise ValueError if the run was made with other options than are asked for."""
     asked = asdict(asked)
-    # How many draws its evaluations make changes nothing of a run but its pass@k.
-    for key in sorted(asked.keys() - {"out", "overwrite", "threads", "k", "eval_samples"}):
+    for key in sorted(asked.keys() - NOT_COMPARED):
         if held.get(key) != asked[key]:
             was = f"{key} {held.get(key)!r}, not {asked[key]!r}"
             raise ValueError(f"{out} was made with {was}: pass another --out, or --overwrite")
@@ -106,22 +121,24 @@ def refuse_other_options(out, held, asked):
 
 def data_and_weights(asked):
     """The checksums of data and start weights that train.py would record for a new run."""
-    from trainer.data import checksum  # here: --table and a first comparison need none of it
+    # Here, since torch is imported by them: --help, --table and a first comparison do without.
+    from trainer import origin
+    from trainer.data import checksum
     from trainer.start import set_up
 
     with contextlib.redirect_stdout(io.StringIO()):  # each run says the same in its own output
         model, _, _, problems, held_out = set_up(replace(asked, device="cpu"))
-    return {
-        "checksum": checksum(problems + held_out),
-        "weights": origin.weights_checksum(model),
-    }
+    data = checksum(problems + held_out)
+    return {"checksum": data, "weights": origin.weights_checksum(model)}
 
 
 def refuse_other_origin(out, config, inputs, algo, keep):
-    """ValueError if a new run would have other data, start weights, code or versions.
+    """Raise ValueError if a new run would have other data, start weights, code or versions.
 
     keep: accept other code and versions.
     """
+    from trainer import origin
+
     other = origin.other_inputs(config, inputs)
     if other:
         raise ValueError(f"{out} was made with {other}: pass another --out, or --overwrite")
@@ -135,29 +152,20 @@ def refuse_other_origin(out, config, inputs, algo, keep):
 
 
 def train_all(runs, jobs):
-    """Runs the commands of `plan`, `jobs` at a time, with a bar. Returns the folders of those that are done."""
+    """Run the commands of `plan`, `jobs` at a time, with a bar.
+
+    Returns the folders of the runs that are done, in the order of the plan.
+    """
     done = [out for out, _, ready in runs if ready]
     bar = tqdm(total=len(runs), initial=len(done), unit="run", desc=f"{len(done)} done before")
-    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {}
-
-    def train(out, command):
-        result = subprocess.run(
-            command, env=os.environ | threads, capture_output=True, text=True, errors="replace"
-        )
-        lines = result.stderr.replace("\r", "\n").split(
-            "\n"
-        )  # progress bars end their lines with \r
-        return (
-            out,
-            result.returncode,
-            next((line for line in reversed(lines) if line.strip()), "no message"),
-        )
-
+    env = dict(os.environ)
+    if jobs > 1:
+        env["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // jobs))
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            for future in as_completed(
-                [pool.submit(train, out, command) for out, command, ready in runs if not ready]
-            ):
+            waiting = [run for run in runs if not run[2]]
+            started = [pool.submit(train, out, command, env) for out, command, _ in waiting]
+            for future in as_completed(started):
                 out, status, message = future.result()
                 if status == 0:
                     done.append(out)
@@ -165,7 +173,8 @@ def train_all(runs, jobs):
                     bar.write(f"{out} failed with exit status {status}: {message}", file=sys.stderr)
                 bar.set_description(out.name)
                 bar.update()
-        except KeyboardInterrupt:  # the trainers got it too: each finishes its step, saves and ends
+        except KeyboardInterrupt:
+            # The trainers received it too: each finishes its step, saves and ends.
             pool.shutdown(cancel_futures=True)
             raise
         finally:
@@ -173,77 +182,129 @@ def train_all(runs, jobs):
     return [out for out, _, _ in runs if out in done]
 
 
+def train(out, command, env):
+    """Run one command. Returns (run folder, exit status, the last line of its stderr)."""
+    result = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
+    message = "no message"
+    for line in result.stderr.replace("\r", "\n").split("\n"):  # progress bars end in \r
+        if line.strip():
+            message = line
+    return out, result.returncode, message
+
+
+# The table
+
+
 def mean_interval(values):
-    """The mean of numbers and the half-width of its 95% t-interval, None of a single one."""
+    """The mean of numbers and the half-width of its 95% t-interval, None of a single number."""
     n = len(values)
-    half = T975[min(n - 1, len(T975)) - 1] * statistics.stdev(values) / n**0.5 if n > 1 else None
-    return statistics.fmean(values), half
+    mean = statistics.fmean(values)
+    if n == 1:
+        return mean, None
+    t = T975[min(n - 1, len(T975)) - 1]
+    return mean, t * statistics.stdev(values) / n**0.5
 
 
 def cell(values, digits, sign=""):
-    """Mean ± half-width of the seeds' values, those that are None left out; a dash where none is left."""
+    """Mean ± half-width of the values that are not None; a dash where all are."""
     values = [value for value in values if value is not None]
     if not values:
         return "–"
     mean, half = mean_interval(values)
-    return f"{mean:{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
+    text = f"{mean:{sign}.{digits}f}"
+    return text if half is None else f"{text} ± {half:.{digits}f}"
+
+
+def values(run, phase, key):
+    """The values of one metric of a run, in its order, without gaps."""
+    rows = [row for row in run["rows"] if row["phase"] == phase]
+    return [row[key] for row in rows if row[key] is not None]
+
+
+def first_accuracy(run):
+    """Held-out accuracy before training, or None."""
+    found = values(run, "eval", "accuracy")
+    return found[0] if found else None
+
+
+def at_end(run, phase, key, n=1):
+    """The mean of the last n values of a metric, or None."""
+    found = values(run, phase, key)
+    return statistics.fmean(found[-n:]) if found else None
+
+
+def typical_seconds(run):
+    """Seconds of the whole run if every step took as long as the median step, or None.
+
+    One step during which the machine slept does not count.
+    """
+    found = values(run, "train", "seconds")
+    return statistics.median(found) * len(found) if found else None
+
+
+def less_grpo(seeds, baselines):
+    """Final accuracies less that of GRPO at the same seed, where both are known.
+
+    baselines: {seed: final accuracy of GRPO}.
+    """
+    differences = []
+    for run in seeds:
+        mine, baseline = at_end(run, "eval", "accuracy"), baselines.get(run["seed"])
+        if mine is not None and baseline is not None:
+            differences.append(mine - baseline)
+    return differences
+
+
+def table_row(name, seeds, baselines):
+    """The cells of one method: its name, then what the runs of its seeds give."""
+    return [
+        name,
+        str(len(seeds)),
+        cell([first_accuracy(run) for run in seeds], 3),
+        cell([at_end(run, "eval", "accuracy") for run in seeds], 3),
+        cell(less_grpo(seeds, baselines), 3, "+"),
+        cell([at_end(run, "eval", "pass_at_k") for run in seeds], 3),
+        cell([at_end(run, "train", "entropy", LAST) for run in seeds], 3),
+        cell([at_end(run, "train", "length", LAST) for run in seeds], 1),
+        cell([typical_seconds(run) for run in seeds], 0),
+    ]
+
+
+def table_head(runs):
+    """The column titles. The k of pass@k are those of the runs."""
+    ks = set()
+    for run in runs:
+        ks.update(int(k) for k in values(run, "eval", "k") if k)
+    ks = "/".join(map(str, sorted(ks))) or "k"
+    accuracies = ["accuracy before", "final accuracy", "final less GRPO's"]
+    return ["method", "seeds", *accuracies, f"pass@{ks}", "entropy left", "length", "seconds"]
+
+
+NOTE = f"""
+Means over the seeds, ± the half-width of the 95% t-interval over them. Accuracy: greedy, on
+held-out problems, before the first step and after the last. Less GRPO's: the difference at equal
+seed, and so at equal data order; where its interval holds 0, these seeds do not tell the two apart.
+Entropy (nats per token) and length (tokens): rollouts of the last {LAST} training steps. Seconds:
+the median step's, rollout and updates, times the steps.
+"""
 
 
 def table(runs):
-    """The markdown table of some runs: a row a method and variant, seeds averaged."""
-
-    def values(run, phase, key):
-        return [row[key] for row in run["rows"] if row["phase"] == phase and row[key] is not None]
-
-    def at_end(run, phase, key, n=1):
-        return statistics.fmean(values(run, phase, key)[-n:]) if values(run, phase, key) else None
-
-    def typical(seconds):
-        """Of the whole run, did every step take the median step's: a machine put to sleep does not count."""
-        return statistics.median(seconds) * len(seconds) if seconds else None
-
-    ks = sorted({int(k) for run in runs for k in values(run, "eval", "k") if k})
-    lines = [
-        ["method", "seeds", "accuracy before", "final accuracy", "final less GRPO's"]
-        + [f"pass@{'/'.join(map(str, ks)) or 'k'}", "entropy left", "length", "seconds"]
-    ]
-    lines.append(["---"] * len(lines[0]))
+    """The markdown table of some runs: one row per method and variant, averaged over seeds."""
+    head = table_head(runs)
+    lines = [head, ["---"] * len(head)]
     for variant, algos in group(runs).items():
-        grpo = {run["seed"]: at_end(run, "eval", "accuracy") for run in algos.get("grpo", [])}
+        baselines = {}
+        for run in algos.get("grpo", []):
+            baselines[run["seed"]] = at_end(run, "eval", "accuracy")
         for algo, seeds in algos.items():
-            final = [at_end(run, "eval", "accuracy") for run in seeds]
-            pairs = [
-                (mine, grpo.get(run["seed"]))
-                for mine, run in zip(final, seeds, strict=True)
-                if algo != "grpo"
-            ]
-            lines.append(
-                [
-                    style(algo)[0] + (f", {variant}" if variant else ""),
-                    str(len(seeds)),
-                    cell([next(iter(values(run, "eval", "accuracy")), None) for run in seeds], 3),
-                    cell(final, 3),
-                    cell(
-                        [mine - theirs for mine, theirs in pairs if None not in (mine, theirs)],
-                        3,
-                        "+",
-                    ),
-                    cell([at_end(run, "eval", "pass_at_k") for run in seeds], 3),
-                    cell([at_end(run, "train", "entropy", LAST) for run in seeds], 3),
-                    cell([at_end(run, "train", "length", LAST) for run in seeds], 1),
-                    cell([typical(values(run, "train", "seconds")) for run in seeds], 0),
-                ]
-            )
-    return (
-        "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        + f"""
+            others = {} if algo == "grpo" else baselines
+            lines.append(table_row(method_name(algo, variant), seeds, others))
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{text}\n{NOTE}"
 
-Means over the seeds, ± the half-width of the 95% t-interval over them. Accuracy: greedy, on held-out problems, before
-the first step and after the last. Less GRPO's: the difference at equal seed, and so at equal data order; where its
-interval holds 0, these seeds do not tell the two apart. Entropy (nats per token) and length (tokens): rollouts of the
-last {LAST} training steps. Seconds: the median step's, rollout and updates, times the steps.
-"""
-    )
+
+# Command line
 
 
 def algorithms(text):
@@ -282,63 +343,70 @@ def is_clip_bound(text):
         return False
 
 
-def parse_args(argv):
-    """The options; `rest` is what follows --. Raises SystemExit."""
-    raw = argparse.RawDescriptionHelpFormatter
+def build_parser():
     parser = Parser(
-        "compare.py",
-        "%(prog)s [options] [-- TRAIN-OPTIONS]",
-        __doc__,
-        EXAMPLES,
-        formatter_class=raw,
+        prog="compare.py",
+        usage="%(prog)s [options] [-- TRAIN-OPTIONS]",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--algos", type=algorithms, metavar="A,B", help="default: all seven; with --eps: tepo"
-    )
-    parser.add_argument(
-        "--seeds", type=counts, metavar="N,N", default=[0, 1, 2], help="default: 0,1,2"
-    )
-    parser.add_argument(
-        "--off-policy",
-        type=counts,
-        metavar="N,N",
-        default=[],
-        help="updates a rollout, each a variant",
-    )
-    parser.add_argument(
-        "--eps",
-        type=clip_ranges,
-        metavar="LOW/HIGH,...",
-        default=[],
-        help="clip ranges, each a variant",
-    )
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=1,
-        metavar="N",
-        help="runs at a time, the cores split among them",
-    )
+    text = "default: all seven; with --eps: tepo"
+    parser.add_argument("--algos", type=algorithms, metavar="A,B", help=text)
+    text = "default: 0,1,2"
+    parser.add_argument("--seeds", type=counts, metavar="N,N", default=[0, 1, 2], help=text)
+    text = "updates per rollout, each a variant"
+    parser.add_argument("--off-policy", type=counts, metavar="N,N", default=[], help=text)
+    text = "clip ranges, each a variant"
+    parser.add_argument("--eps", type=clip_ranges, metavar="LOW/HIGH,...", default=[], help=text)
+    text = "runs at a time; they share the cores"
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help=text)
     text = "folder for the runs, the figure, the table and the .csv; default: runs/compare"
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), metavar="DIR", help=text)
-    parser.add_argument(
-        "--overwrite", action="store_true", help="train again what --out holds already"
-    )
+    text = "train again what --out holds already"
+    parser.add_argument("--overwrite", action="store_true", help=text)
     text = "take what --out holds, although our code or a version has changed since"
     parser.add_argument("--keep", action="store_true", help=text)
     text = "print the table of these run folders or .csv files, and stop"
     parser.add_argument("--table", nargs="+", metavar="RUN", help=text)
+    return parser
+
+
+def parse_args(argv):
+    """The options; `rest` is what follows --. Raises SystemExit."""
+    parser = build_parser()
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
     args.rest = argv[split + 1 :]
-    args.algos = args.algos or (["tepo"] if args.eps else list(ALGORITHMS))
+    if args.algos is None:
+        args.algos = ["tepo"] if args.eps else list(ALGORITHMS)
     if args.jobs < 1:
         parser.error("--jobs is at least 1")
     return args
 
 
+def write_results(args, folders):
+    """Draw, save and print the comparison of these runs."""
+    kinds = []
+    if args.off_policy:
+        kinds.append("off-policy")
+    if args.eps:
+        kinds.append("eps")
+    stem = args.out / ("-".join(kinds) or "methods")
+    figure, numbers, text = (Path(f"{stem}.{kind}") for kind in ("png", "csv", "md"))
+    runs = read_runs(folders)
+    plot_runs(runs, figure)
+    write_csv(runs, numbers)
+    text.write_text(table(runs), encoding="utf-8")
+    print(table(runs))
+    print(figure, numbers, text, sep="\n")
+
+
 def main(argv=None):
-    """Runs the command line; returns 0, 1 if a run failed, 2 on a wrong command, 130 after Ctrl-C."""
+    """Run the command line.
+
+    Returns 0, 1 if a run failed, 2 on a wrong command, 130 after Ctrl-C.
+    """
     args = parse_args(sys.argv[1:] if argv is None else argv)
     try:
         if args.table:
@@ -348,17 +416,7 @@ def main(argv=None):
         args.out.mkdir(parents=True, exist_ok=True)
         done = train_all(runs, args.jobs)
         if done:
-            stem = (
-                "-".join(["off-policy"] * bool(args.off_policy) + ["eps"] * bool(args.eps))
-                or "methods"
-            )
-            files = [args.out / f"{stem}.{kind}" for kind in ("png", "csv", "md")]
-            read = read_runs(done)
-            plot_runs(read, files[0])
-            write_csv(read, files[1])
-            files[2].write_text(table(read), encoding="utf-8")
-            print(table(read))
-            print(*files, sep="\n")
+            write_results(args, done)
     except (ValueError, OSError) as error:
         print(f"compare.py: error: {error}", file=sys.stderr)
         return 2

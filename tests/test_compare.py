@@ -1,4 +1,7 @@
-"""compare.py: what it runs, skips, resumes and refuses; the table's intervals; itself in miniature, with train.py."""
+"""compare.py: what it runs, skips, resumes and refuses; the table's intervals.
+
+The last test runs it in miniature, with train.py.
+"""
 
 import json
 import os
@@ -189,8 +192,9 @@ def test_variants(trainer, tmp_path):
         compare.main(["--eps", "0.2/0.28,3e-4/4e-4", "--seeds", "0", "--out", str(tmp_path)]) == 0
     )
     assert [parse(flags)["option"] for flags in trainer.asked] == [
-        {"eps_low": "0.2", "eps_high": "0.28"}, {"eps_low": "3e-4", "eps_high": "4e-4"}
-    ]  # fmt: skip
+        {"eps_low": "0.2", "eps_high": "0.28"},
+        {"eps_low": "3e-4", "eps_high": "4e-4"},
+    ]
     assert {parse(flags)["algo"] for flags in trainer.asked} == {"tepo"}
     titles = list(group(read_csv(tmp_path / "eps.csv")))
     assert titles == ["eps_low = 0.0003, eps_high = 0.0004", "eps_low = 0.2, eps_high = 0.28"]
@@ -251,7 +255,7 @@ def test_refuses_in_one_line_before_anything_runs(
 
 
 def test_t_interval():
-    """Against the textbook: three numbers of standard deviation 1 have a half-width of 4.303 / sqrt(3)."""
+    """Against the textbook: three numbers of standard deviation 1 have 4.303 / sqrt(3)."""
     assert compare.mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / 3**0.5))
     assert compare.mean_interval([0.5, 0.7]) == pytest.approx((0.6, 12.706 * 0.02**0.5 / 2**0.5))
     assert compare.mean_interval([0.5]) == (0.5, None)
@@ -274,8 +278,11 @@ def test_t_interval_covers():
 
 
 def test_table_by_hand(tmp_path):
-    """Final accuracies 0.32, 0.44, 0.56 of TEPO, and of GRPO 0.02 less at every seed: mean 0.44, t-interval
-    4.303 * 0.12 / sqrt(3) = 0.298; the difference is 0.020 ± 0, which the two intervals alone would never show."""
+    """Final accuracies 0.32, 0.44, 0.56 of TEPO, and of GRPO 0.02 less at every seed.
+
+    The mean is 0.44, the t-interval 4.303 * 0.12 / sqrt(3) = 0.298. The difference is 0.020 ± 0,
+    which the two intervals alone would never show.
+    """
     tepo = read_runs([write_run(tmp_path / f"t{s}", "tepo", s) for s in range(3)])
     grpo = read_runs([write_run(tmp_path / f"g{s}", "grpo", s) for s in range(3)])
     for run in grpo:
@@ -288,9 +295,14 @@ def test_table_by_hand(tmp_path):
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in compare.table(tepo + grpo).splitlines()[:4]
     ]
-    assert lines[0] == ["method", "seeds", "accuracy before", "final accuracy", "final less GRPO's", "pass@4"] + [
-        "entropy left", "length", "seconds"
-    ]  # fmt: skip
+    assert lines[0] == [
+        "method",
+        "seeds",
+        "accuracy before",
+        "final accuracy",
+        "final less GRPO's",
+        "pass@4",
+    ] + ["entropy left", "length", "seconds"]
     # entropy 1 / (t + 1) and length 10 + t, over t = 8..12; two seconds a step
     left = statistics.fmean(1 / (t + 1) for t in range(8, 13))
     rest = ["0.500 ± 0.000", f"{left:.3f} ± 0.000", "20.0 ± 0.0", "24 ± 0"]
@@ -304,7 +316,10 @@ def test_table_by_hand(tmp_path):
 
 
 def test_ctrl_c_ends_with_130_and_starts_no_more(tmp_path):
-    """The whole process group gets the signal, as from a terminal; the trainer in progress ends by itself."""
+    """The whole process group gets the signal, as from a terminal.
+
+    The trainer in progress ends by itself.
+    """
     (tmp_path / "train.py").write_text(
         "import pathlib, signal, sys, time\n"
         "signal.signal(signal.SIGINT, lambda *_: sys.exit(130))\n"
@@ -314,7 +329,8 @@ def test_ctrl_c_ends_with_130_and_starts_no_more(tmp_path):
     )
     code = (
         "import compare, pathlib, signal, sys\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored\n"
+        # a job in the background starts with the signal ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "compare.TRAIN = pathlib.Path(sys.argv.pop(1))\n"
         "sys.exit(compare.main())"
     )
@@ -341,7 +357,7 @@ def test_ctrl_c_ends_with_130_and_starts_no_more(tmp_path):
 
 
 def test_compare_in_miniature(tmp_path):
-    """Two algorithms, two steps of the real trainer, side by side; then once more, from what is there."""
+    """Two algorithms, two steps of the real trainer, in parallel; then again from the same runs."""
     small = [
         "--steps",
         "2",
@@ -365,8 +381,11 @@ def test_compare_in_miniature(tmp_path):
     assert [(run["algo"], run["seed"]) for run in runs] == [("tepo", 0), ("gspo", 0)]
     for run in runs:
         assert [(row["phase"], row["step"]) for row in run["rows"]] == [
-            ("eval", 0), ("train", 1), ("train", 2), ("eval", 2)
-        ]  # fmt: skip
+            ("eval", 0),
+            ("train", 1),
+            ("train", 2),
+            ("eval", 2),
+        ]
         assert all(row["length"] > 0 for row in run["rows"] if row["phase"] == "train")
     # the same problems at one seed, so the same rollouts on the first step
     a, b = (next(row for row in run["rows"] if row["step"] == 1) for run in runs)

@@ -1,10 +1,14 @@
-"""plot.py: reading runs, averaging seeds, the fit, the credit tensors; pictures that are whole, small and coloured."""
+"""trainer/runs.py and plot.py: reading runs, averaging seeds, the fit, the credit tensors.
+
+Pictures are whole, small and coloured.
+"""
 
 import json
 import math
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from conftest import ROOT
 from PIL import Image, ImageColor
 
 import plot
+from trainer.options import DEFAULTS, Options
 from trainer.runs import COLUMNS, average, group, read_csv, read_folder, read_runs, write_csv
 
 LIMIT = 300_000  # bytes, of a picture that is committed
@@ -20,7 +25,10 @@ STEPS = 12
 
 
 def write_run(folder, algo="tepo", seed=0, steps=STEPS, option=None, **options):
-    """A run folder as train.py leaves it. Accuracy rises by (seed + 1) % a step, entropy falls; values are exact."""
+    """A run folder as train.py leaves it.
+
+    Accuracy rises by (seed + 1) % per step, entropy falls; values are exact.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "algo": algo,
@@ -56,7 +64,10 @@ def write_run(folder, algo="tepo", seed=0, steps=STEPS, option=None, **options):
 
 
 def write_samples(folder, steps=(10,), drift=0.3):
-    """samples.jsonl with one group of 4 a step, 2 right, of ragged lengths; policies further apart at later steps."""
+    """samples.jsonl with one group of 4 per step, of which 2 are right, of ragged lengths.
+
+    The two policies are further apart at later steps.
+    """
     generator = torch.Generator().manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "samples.jsonl", "w") as file:
@@ -121,9 +132,8 @@ def test_null_and_nan_are_gaps(tmp_path):
     folder = write_run(tmp_path / "a", steps=0)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"phase": "train", "step": 1, "entropy": null, "length": NaN}\n')
-        file.write(
-            '{"phase": "train", "step": 2, "entropy": 0.5, "length": 3, "rollout_s": null, "update_s": 2.0}\n'
-        )
+        file.write('{"phase": "train", "step": 2, "entropy": 0.5, "length": 3, ')
+        file.write('"rollout_s": null, "update_s": 2.0}\n')
     run = read_folder(folder)
     assert [row["entropy"] for row in run["rows"]] == [None, None, 0.5]
     assert average([run], "train", "length")[0].tolist() == [2]
@@ -154,6 +164,28 @@ def test_csv_gives_the_runs_back(tmp_path):
             assert x.keys() == y.keys() and (x["phase"], x["step"]) == (y["phase"], y["step"])
             assert all(x[c] == y[c] or x[c] == pytest.approx(y[c], rel=1e-3) for c in COLUMNS)
     assert group(again).keys() == group(runs).keys()
+
+
+def test_csv_gives_any_text_back(tmp_path):
+    """... also one with the ; and = that separate settings in older files."""
+    texts = ['{question}; a = "b", [c]\nd', "{question} = é;"]
+    folders = [write_run(tmp_path / str(i), prompt=text) for i, text in enumerate(texts)]
+    write_csv(read_runs(folders), tmp_path / "metrics.csv")
+    again = read_csv(tmp_path / "metrics.csv")
+    assert [run["settings"] for run in again] == [{"prompt": text} for text in texts]
+
+
+def test_older_csv_is_read(tmp_path):
+    path = tmp_path / "metrics.csv"
+    head = "algo,seed,settings,phase,step,accuracy\n"
+    path.write_text(head + 'tepo,3,eps_low=0.2;prompt="x",train,1,0.5\n\ntepo,3,,train,1,\n')
+    old, bare = read_csv(path)
+    assert old["settings"] == {"eps_low": 0.2, "prompt": "x"} and bare["settings"] == {}
+    assert (old["algo"], old["seed"], old["rows"][0]["accuracy"]) == ("tepo", 3, 0.5)
+    assert bare["rows"][0]["accuracy"] is None and bare["rows"][0]["length"] is None
+    path.write_text(path.read_text() + "tepo,3,,train,1,high\n")
+    with pytest.raises(ValueError, match="line 5 is not"):  # the blank line is counted
+        read_csv(path)
 
 
 def test_bad_csv_is_named(tmp_path):
@@ -304,7 +336,10 @@ def test_the_figure_carries_the_note(tmp_path, monkeypatch):
 
 
 def test_variants_and_seeds(tmp_path):
-    """Runs that differ in an option are never averaged; the seed, the folder and the evaluation are no such option."""
+    """Runs that differ in an option are never averaged.
+
+    The seed, the folder and the evaluation are no such options.
+    """
     folders = [
         write_run(tmp_path / f"{u}{s}", seed=s, updates=u, eval_n=s)
         for u in (16, 1, 4)
@@ -327,6 +362,32 @@ def test_variants_and_seeds(tmp_path):
     }
     with pytest.raises(ValueError, match="two runs of tepo, seed 0"):
         group(read_runs([folders[0], folders[0]]))
+
+
+def test_an_older_run_has_the_defaults_of_its_preset(tmp_path):
+    """A run from before an option existed is no variant of one that was made with its default."""
+    new = {**DEFAULTS["gsm8k"], "preset": "gsm8k"}
+    old = {name: value for name, value in new.items() if name not in ("warmup", "overlong_cache")}
+    folders = []
+    for i, values in enumerate((new, old, {**new, "warmup": 3}, {**new, "gone": 1})):
+        folders.append(write_run(tmp_path / str(i), **{**values, "seed": i}))
+    runs = read_runs(folders)
+    assert runs[0]["settings"] == runs[1]["settings"]
+    assert list(group(runs[:2])) == [""]
+    assert list(group(runs[1:3])) == ["warmup = 3", "warmup = 10"]
+    assert list(group(runs[::3])) == ["defaults", "gone = 1"]  # an option that exists no more
+
+
+def test_each_option_says_whether_it_makes_another_experiment(tmp_path):
+    """One run per option, which alone differs in it: a variant if and only if its field says so."""
+    usual = {**DEFAULTS["tiny"], "preset": "tiny", "algo": "tepo", "out": "a"}
+    for about in fields(Options):
+        if about.name in ("algo", "seed", "steps", "option"):  # write_run sets them
+            continue
+        a = write_run(tmp_path / "a", **{**usual, "seed": 0})
+        b = write_run(tmp_path / "b", **{**usual, "seed": 1, about.name: "other"})
+        variants = 2 if about.metadata["experiment"] else 1
+        assert len(group(read_runs([a, b]))) == variants, about.name
 
 
 # Pictures
@@ -373,7 +434,10 @@ def test_curves_of_variants_stand_side_by_side(tmp_path):
 
 
 def test_trainer_may_draw_at_any_moment(tmp_path):
-    """No lines, only nulls, an unknown algorithm: never an error. And quick: a training step lasts longer."""
+    """No lines, only nulls, an unknown algorithm: never an error.
+
+    And quick: a training step takes longer.
+    """
     folder = write_run(tmp_path / "a", "mine", steps=0)
     (folder / "metrics.jsonl").write_text("")
     plot.plot_runs([folder], folder / "curves.png")
@@ -396,6 +460,8 @@ def test_trainer_may_draw_at_any_moment(tmp_path):
 
 
 def test_picture_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
     out = tmp_path / "curves.png"
     plot.plot_runs([write_run(tmp_path / "a")], out)
     with open(out, "rb") as reader:
@@ -410,7 +476,7 @@ def test_picture_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         part.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(plot.Figure, "savefig", full_disk)
+    monkeypatch.setattr(Figure, "savefig", full_disk)
     with pytest.raises(OSError, match="No space"):
         plot.plot_runs([tmp_path / "a"], out)
     assert out.read_bytes() == before and not list(tmp_path.glob(".*"))
@@ -460,7 +526,10 @@ def test_entropy_figure_prints_the_fit(tmp_path, capsys):
 
 @pytest.mark.parametrize("algo", plot.STYLES)
 def test_push_is_minus_the_gradient(algo, tmp_path):
-    """Against autograd called by hand on the losses' own functions, and the sign: right rows up, wrong rows down."""
+    """Against autograd called by hand on the losses' own functions.
+
+    And the sign: right rows up, wrong rows down.
+    """
     import importlib
 
     rows = plot.read_group(write_samples(tmp_path))
@@ -566,7 +635,10 @@ def test_credit_picture(tmp_path):
 
 
 def test_long_rows_are_cut_and_small(tmp_path):
-    """Twenty completions of 300 tokens, letters of another script, dollars: 4 rows a panel, at most 300 kB."""
+    """Twenty completions of 300 tokens, letters of another script, dollars.
+
+    The picture has 4 rows per panel and at most 300 kB.
+    """
     folder = write_samples(tmp_path)
     row = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])
     row |= {k: [-0.5 - 0.001 * t for t in range(300)] for k in ("logprobs", "old_logprobs")}
@@ -599,6 +671,20 @@ def test_help_teaches():
         [sys.executable, "plot.py", "--help"], cwd=ROOT, capture_output=True, text=True
     ).stdout
     assert text.count("python plot.py ") >= 5 and "--credit" in text and "docs/" in text
+
+
+@pytest.mark.parametrize("script", ["plot.py", "compare.py"])
+@pytest.mark.parametrize("word, status", [("--help", 0), ("--nonsense", 2)])
+def test_help_and_a_wrong_option_import_neither_matplotlib_nor_torch(script, word, status):
+    # A module that is None in sys.modules cannot be imported: whoever tries gets an ImportError.
+    code = (
+        "import runpy, sys; sys.modules['torch'] = sys.modules['matplotlib'] = None;"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, script, *(["x"] * (script == "plot.py")), word]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert "usage: " in done.stdout if status == 0 else "no option --nonsense" in done.stderr
 
 
 @pytest.mark.parametrize(

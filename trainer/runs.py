@@ -1,17 +1,21 @@
 """Runs as data: read from folders or .csv files, grouped by what differs, averaged over seeds.
 
 A run is {"algo", "seed", "settings": {option: value}, "rows": [{"phase", "step", and COLUMNS}]}.
+Settings are the options that define the experiment. A value that a row does not have is None.
 """
 
-import csv
 import json
 import math
 import sys
+from dataclasses import fields
+from itertools import permutations
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 
-ORDER = ("grpo", "dapo", "gspo", "tepo", "gtpo", "grpo_s", "trgrpo")
+from trainer.options import DEFAULTS, Options
+
+ORDER = ("grpo", "dapo", "gspo", "tepo", "gtpo", "grpo_s", "trgrpo")  # in figures and tables
 COLUMNS = (
     "accuracy",
     "accuracy_trained",
@@ -25,45 +29,58 @@ COLUMNS = (
     "n",
     "seconds",
 )
-# Options that leave an experiment what it is; any other in which runs of one algorithm differ makes them variants.
-SAME = """algo preset seed option out overwrite resume steps device threads micro_batch sample_batch
-    gradient_checkpointing eval_every eval_n eval_only eval_samples k samples_every save_every
-    show_prompt""".split()  # noqa: SIM905
+DETAILS = {about.name for about in fields(Options) if not about.metadata["experiment"]}
+# What reading a value raises where a file holds something else.
+BAD_VALUE = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
 
 
 # Reading and writing runs
 
 
-def read_jsonl(path):
-    """[(line number, object), ...]. A torn last line is left out: the run is writing it, or was killed while it did.
-    Raises ValueError at any other line that is no JSON object."""
-    lines, objects = path.read_text(encoding="utf-8", errors="replace").split("\n"), []
+def read_log(path):
+    """[(line number, object), ...] of a .jsonl file that train.py may be writing at this moment.
+
+    A torn last line is left out: the run is writing it, or was killed while it did. Any other line
+    that is not a JSON object raises ValueError. (data.read_jsonl reads problems: it keeps every
+    digit of a number and accepts no torn line.)
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    objects = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            value = json.loads(line) if line.strip() else {}
-            if not isinstance(value, dict):
-                raise ValueError
+            value = json.loads(line)
         except ValueError:
-            if number == len(lines):  # no newline behind it
-                break
-            raise ValueError(f"{path}: line {number} is not a JSON object") from None
-        if value:
+            value = None
+        if isinstance(value, dict):
             objects.append((number, value))
+        elif number < len(lines):  # the last line has no newline after it
+            raise ValueError(f"{path}: line {number} is not a JSON object")
     return objects
 
 
 def finite(value):
-    """A float, or None for what cannot be drawn: null, NaN, an empty cell."""
-    return None if value in (None, "") or not math.isfinite(float(value)) else float(value)
+    """A float, or None for what cannot be drawn: null, NaN, an infinity, an empty cell."""
+    if value is None or value == "":
+        return None
+    number = float(value)
+    return number if math.isfinite(number) else None
 
 
-def add_row(run, row, where):
-    """Appends a line of metrics to a run; ValueError, saying where, if it is none."""
-    try:
-        values = {column: finite(row.get(column)) for column in COLUMNS}
-        run["rows"].append({"phase": row["phase"], "step": int(row["step"])} | values)
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{where} is not a line of metrics") from None
+def metrics_row(raw):
+    """The row of a run from a raw one, {column: JSON value or text}. Raises one of BAD_VALUE."""
+    row = {"phase": raw["phase"], "step": int(raw["step"])}
+    for column in COLUMNS:
+        row[column] = finite(raw.get(column))
+    return row
+
+
+def renamed(line):
+    """A line of metrics.jsonl with its interval and its seconds under the names of COLUMNS."""
+    low, high = line.get("ci95") or (None, None)
+    seconds = (line.get("rollout_s") or 0) + (line.get("update_s") or 0)
+    return {**line, "ci_lo": low, "ci_hi": high, "seconds": seconds}
 
 
 def read_folder(folder):
@@ -72,56 +89,99 @@ def read_folder(folder):
     if not path.is_file():
         raise ValueError(f"{folder}: no metrics.jsonl in it, so it is not a run of train.py")
     try:
-        options = json.loads((folder / "config.json").read_text(encoding="utf-8"))["options"]
-        settings = {k: v for k, v in options.items() if k not in SAME} | options.get("option", {})
-        run = {
-            "algo": options["algo"],
-            "seed": int(options["seed"]),
-            "settings": settings,
-            "rows": [],
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"{folder}: config.json is missing or does not say algo and seed"
-        ) from None
-    for number, row in read_jsonl(path):
-        low, high = row.get("ci95") or (None, None)
-        seconds = (row.get("rollout_s") or 0) + (row.get("update_s") or 0)
-        add_row(
-            run, row | {"ci_lo": low, "ci_hi": high, "seconds": seconds}, f"{path}: line {number}"
-        )
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        options = config["options"]
+        run = {"algo": options["algo"], "seed": int(options["seed"])}
+        run["settings"] = settings_of(options)
+    except (OSError, *BAD_VALUE):
+        why = "config.json is missing or does not say algo and seed"
+        raise ValueError(f"{folder}: {why}") from None
+    run["rows"] = []
+    for number, line in read_log(path):
+        try:
+            run["rows"].append(metrics_row(renamed(line)))
+        except BAD_VALUE:
+            raise ValueError(f"{path}: line {number} is not a line of metrics") from None
     return run
+
+
+def settings_of(options):
+    """{name: value} of the options of a run that define its experiment.
+
+    The algorithm's options are settings like the others. An option that is younger than the run has
+    its preset's default; one that exists no more is a setting.
+    """
+    defaults = DEFAULTS.get(options.get("preset"), {})
+    settings = {}
+    for name, value in {**defaults, **options}.items():
+        if name != "option" and name not in DETAILS:
+            settings[name] = value
+    settings.update(options.get("option", {}))
+    return settings
 
 
 def read_csv(path):
     """The runs in a file of `write_csv`, in its order. Raises ValueError."""
+    look = {"dtype": str, "keep_default_na": False, "encoding_errors": "replace"}
+    try:
+        table = pd.read_csv(path, skip_blank_lines=False, **look)
+    except pd.errors.EmptyDataError:
+        raise ValueError(f"{path}: no metrics in it") from None
+    except pd.errors.ParserError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(table.index, pd.RangeIndex):  # pandas took the first cells for an index
+        raise ValueError(f"{path}: line 2 has more cells than line 1")
+    table.index += 2  # the number of the line
+    table = table[(table != "").any(axis="columns")]  # without blank lines
     runs = {}
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        for number, row in enumerate(csv.DictReader(file), 2):
-            where = f"{path}: line {number}"
-            try:
-                algo, seed, settings = key = row["algo"], int(row["seed"]), row["settings"]
-                settings = dict(pair.split("=", 1) for pair in settings.split(";") if pair)
-                settings = {k: json.loads(v) for k, v in settings.items()}
-            except (KeyError, TypeError, ValueError, AttributeError):
-                raise ValueError(f"{where} is not a line of compare.py's metrics") from None
-            add_row(
-                runs.setdefault(
-                    key, {"algo": algo, "seed": seed, "settings": settings, "rows": []}
-                ),
-                row,
-                where,
-            )
+    for number, raw in table.to_dict("index").items():
+        try:
+            key = raw["algo"], int(raw["seed"]), raw["settings"]
+            if key not in runs:
+                runs[key] = {"algo": key[0], "seed": key[1], "settings": read_settings(key[2])}
+                runs[key]["rows"] = []
+            runs[key]["rows"].append(metrics_row(raw))
+        except BAD_VALUE:
+            raise ValueError(f"{path}: line {number} is not a line of metrics") from None
     if not runs:
         raise ValueError(f"{path}: no metrics in it")
     return list(runs.values())
 
 
+def read_settings(cell):
+    """The settings in a cell of a .csv: a JSON object, or name=value;name=value in older files."""
+    if cell.startswith("{"):
+        return json.loads(cell)
+    settings = {}
+    for pair in filter(None, cell.split(";")):
+        name, value = pair.split("=", 1)
+        settings[name] = json.loads(value)
+    return settings
+
+
+def write_csv(runs, path):
+    """The numbers behind a figure, one line per row of a run, with four digits.
+
+    The file is small enough to commit, and the figure can be drawn again from it. Of the settings
+    it has those in which the runs differ.
+    """
+    names = differing(runs)
+    lines = []
+    for run in runs:
+        values = varied(run, names)
+        cell = json.dumps(values) if values else ""
+        about = {"algo": run["algo"], "seed": run["seed"], "settings": cell}
+        lines += [{**about, **row} for row in run["rows"]]
+    columns = ["algo", "seed", "settings", "phase", "step", *COLUMNS]
+    table = pd.DataFrame(lines, columns=columns)
+    table.to_csv(path, index=False, float_format="%.4g", lineterminator="\n")
+
+
 def read_runs(paths):
     """All runs of some folders and .csv files.
 
-    A folder that is no run but holds some, as compare.py makes it, stands for those. What is no run
-    is skipped with a note on stderr. Raises ValueError, one line, if no run is left.
+    A folder that is not a run but holds some, as compare.py makes it, stands for those. What is not
+    a run is skipped with a note on stderr. Raises ValueError, one line, if no run is left.
     """
     runs, notes, inside = [], [], []
     for path in map(Path, paths):
@@ -135,7 +195,7 @@ def read_runs(paths):
             runs += read_csv(path)
         else:
             notes.append(why_no_run(path))
-    for path in inside:  # last: of two equal runs the one that was named itself is taken
+    for path in inside:  # last: of two equal runs, the one that was named itself is taken
         run = read_folder(path)
         if any(same_experiment(run, other) for other in runs):
             notes.append(f"{path}: another run of the same algorithm, seed and settings is taken")
@@ -153,7 +213,7 @@ def is_run(path):
 
 
 def why_no_run(path):
-    """A line for a path that is neither a run nor holds one."""
+    """A line for a path that is not a run and holds none."""
     if not path.is_dir():
         return f"{path}: neither a run's folder nor a .csv"
     if (path / "eval.json").is_file():
@@ -165,68 +225,89 @@ def same_experiment(run, other):
     return all(run[key] == other[key] for key in ("algo", "seed", "settings"))
 
 
-def write_csv(runs, path):
-    """The numbers behind a figure, one line a step: small enough to commit, enough to draw the figure again."""
-    keys = differing(runs)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        out = csv.writer(file, lineterminator="\n")
-        out.writerow(["algo", "seed", "settings", "phase", "step", *COLUMNS])
-        for run in runs:
-            settings = ";".join(
-                f"{k}={json.dumps(run['settings'][k])}" for k in keys if k in run["settings"]
-            )
-            for row in run["rows"]:
-                cells = ("" if row[column] is None else f"{row[column]:.4g}" for column in COLUMNS)
-                out.writerow(
-                    [run["algo"], run["seed"], settings, row["phase"], row["step"], *cells]
-                )
-
-
 # Grouping runs and averaging seeds
 
 
 def differing(runs):
-    """The settings in which runs of one algorithm differ: they make a figure's variants."""
-    pairs = [(a["settings"], b["settings"]) for a in runs for b in runs if a["algo"] == b["algo"]]
-    return list(dict.fromkeys(k for a, b in pairs for k in a if k not in b or a[k] != b[k]))
+    """The names of the settings in which runs of one algorithm differ: they make the variants."""
+    names = []
+    for run, other in permutations(runs, 2):
+        if run["algo"] != other["algo"]:
+            continue
+        theirs = other["settings"]
+        for name, value in run["settings"].items():
+            if name not in theirs or theirs[name] != value:
+                names.append(name)
+    return list(dict.fromkeys(names))
+
+
+def varied(run, names):
+    """Those settings of a run that are among the names."""
+    settings = run["settings"]
+    return {name: settings[name] for name in names if name in settings}
 
 
 def group(runs):
-    """{variant: {algo: [runs, differing in the seed alone]}}, algorithms in the order of STYLES; a lone variant is "".
-    Raises ValueError where a run comes twice, which would pass for one seed more."""
-    keys, groups = differing(runs), {}
-    for run in sorted(runs, key=lambda run: [*ORDER, run["algo"]].index(run["algo"])):
-        values = {k: run["settings"][k] for k in keys if k in run["settings"]}
-        words = [
-            f"{k} = {v}" if k != "updates" else f"{v} update{'s' * (v != 1)} a rollout"
-            for k, v in values.items()
-        ]
-        rank = [
-            (v, "") if isinstance(v := values.get(k), int | float) else (-math.inf, str(v))
-            for k in keys
-        ]
-        variant = tuple(rank), ", ".join(words) or ("defaults" if keys else "")
+    """{variant: {algo: [runs that differ in the seed alone]}}, algorithms in ORDER.
+
+    A lone variant is "". Raises ValueError where a run comes twice: it would count as two seeds.
+    """
+    names = differing(runs)
+    groups = {}
+    for run in sorted(runs, key=place):
+        values = varied(run, names)
+        variant = rank(values, names), title(values) or ("defaults" if names else "")
         seeds = groups.setdefault(variant, {}).setdefault(run["algo"], [])
         if any(other["seed"] == run["seed"] for other in seeds):
-            raise ValueError(
-                f"two runs of {run['algo']}, seed {run['seed']}, same settings: leave one out"
-            )
+            same = f"{run['algo']}, seed {run['seed']}, same settings"
+            raise ValueError(f"two runs of {same}: leave one out")
         seeds.append(run)
     return {variant[1]: groups[variant] for variant in sorted(groups)}
 
 
+def place(run):
+    """Where the algorithm of a run stands in ORDER; an unknown one is last."""
+    return [*ORDER, run["algo"]].index(run["algo"])
+
+
+def rank(values, names):
+    """Sorts variants by number. Before the numbers come texts and settings that are missing."""
+    ranks = []
+    for name in names:
+        value = values.get(name)
+        is_number = isinstance(value, int | float)
+        ranks.append((value, "") if is_number else (-math.inf, str(value)))
+    return tuple(ranks)
+
+
+def title(values):
+    """A variant in words: "16 updates a rollout, lr = 0.001"."""
+    words = []
+    for name, value in values.items():
+        if name == "updates":
+            words.append(f"{value} update{'s' * (value != 1)} a rollout")
+        else:
+            words.append(f"{name} = {value}")
+    return ", ".join(words)
+
+
+def rows_of(runs, phase):
+    """The rows of one phase, "train" or "eval", in one DataFrame. What is missing is NaN.
+
+    Columns: run (its index in `runs`), step, and COLUMNS.
+    """
+    rows = []
+    for i, run in enumerate(runs):
+        rows += [{"run": i, **row} for row in run["rows"] if row["phase"] == phase]
+    table = pd.DataFrame(rows, columns=["run", "step", *COLUMNS])
+    return table.astype({"step": int, **dict.fromkeys(COLUMNS, float)})
+
+
 def average(runs, phase, metric):
-    """Steps at which any run has a value; over the runs that have one there, the mean, the lowest,
-    the highest, and how many they are. Five arrays [N], the last of whole numbers."""
-    values = {}  # {step: [a value per run]}
-    for run in runs:
-        curve = {row["step"]: row[metric] for row in run["rows"] if row["phase"] == phase}
-        for step, value in curve.items():
-            if value is not None:
-                values.setdefault(step, []).append(value)
-    steps = sorted(values)
-    mean = [np.mean(values[step]) for step in steps]
-    low = [min(values[step]) for step in steps]
-    high = [max(values[step]) for step in steps]
-    count = [len(values[step]) for step in steps]
-    return (*map(np.array, (steps, mean, low, high)), np.array(count, int))
+    """Steps at which any run has a value; over the runs that have one there: the mean, the lowest,
+    the highest, and how many runs they are. Five arrays [N], the last of whole numbers.
+    """
+    rows = rows_of(runs, phase).drop_duplicates(["run", "step"], keep="last")
+    values = rows.dropna(subset=metric).groupby("step")[metric]
+    found = values.agg(["mean", "min", "max", "count"])
+    return (found.index.to_numpy(), *found.to_numpy().T[:3], found["count"].to_numpy())
