@@ -229,6 +229,7 @@ def sample(
     eos_ids,
     pad_id,
     layout=PLAIN,
+    cache=None,
     rows_at_once=None,
     progress=None,
 ):
@@ -239,6 +240,7 @@ def sample(
     depend on it. rows_at_once bounds the rows of one generate call, None puts all in one.
     """
     settings = sampling_settings(temperature, max_new_tokens, eos_ids, pad_id)
+    settings.cache_implementation = cache  # of generate; None: its default
     size = len(prompts) if rows_at_once is None else max(1, rows_at_once // n)
     pieces = [None] * len(prompts)
     for chosen in batches(prompts, size, layout.equal_lengths):
