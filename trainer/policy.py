@@ -86,6 +86,8 @@ def load_policy(name, device="cpu", chat=AUTO):
     safe = {"trust_remote_code": False}
     if name == "tiny":  # the embedded one, wherever one stands
         name = str(Path(__file__).resolve().parents[1] / "tiny")
+        if not Path(name).is_dir():
+            raise ValueError(f"the embedded model is missing: no folder {name}; pass --model")
     name = find_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **safe)
