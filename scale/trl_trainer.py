@@ -1,22 +1,30 @@
-"""The seven algorithms on TRL's GRPOTrainer: several GPUs through accelerate, FSDP or DeepSpeed, rollouts by vLLM.
+"""The seven algorithms on TRL's GRPOTrainer, on one GPU or many.
 
     python scale/trl_trainer.py --algo tepo --model tiny --data tiny
-    accelerate launch --num_processes 8 scale/trl_trainer.py --algo tepo --preset gsm8k --use_vllm true
+    accelerate launch --num_processes 8 scale/trl_trainer.py --algo tepo --preset gsm8k \\
+        --use_vllm true
 
-TRL calls its loss once a micro-batch on every process and averages what comes out. The losses here are averages over
-the whole mini-batch, tokens or sequences, and that is not the average of its pieces. So the gradient is taken in two
-halves, as train.py does it: gather the log-probabilities of the mini-batch from every micro-batch and every process,
-call the loss once on all of them, and keep dL/dlogp [B, T]; then send each micro-batch's slice of it back through the
-model, since dL/dtheta = sum_{i,t} dL/dlogp_{i,t} dlogp_{i,t}/dtheta. It is exact for any loss, on any number of GPUs.
+accelerate, FSDP or DeepSpeed spread the training over GPUs; Hugging Face or vLLM samples.
 
-What it costs over TRL: one forward pass a rollout (the old log-probabilities and the entropies come from it), and where
-gradients are accumulated one more an optimizer step after the first.
+TRL calls its loss once per micro-batch on every process and averages the results. Our losses are
+averages over the whole mini-batch (its tokens or its sequences), which is not the average of its
+pieces. So the gradient is taken in two halves, as in train.py:
+
+1. Gather the log-probabilities of the mini-batch from every micro-batch and every process. Call the
+   loss once on all of them and keep push = dL/dlogprobs, [B, T].
+2. Send each micro-batch's part of it back through the model:
+   dL/dtheta = sum_{i,t} dL/dlogp_{i,t} * dlogp_{i,t}/dtheta.
+
+This is exact for any loss and any number of GPUs. It costs one more forward pass per rollout than
+TRL, for the old log-probabilities and the entropies. With gradient accumulation it costs one more
+per optimizer step, except the first of a rollout.
 """
 
 import argparse
 import importlib
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -42,8 +50,9 @@ from trainer.algorithm import named, parameters, split_options  # noqa: E402
 from trainer.data import load_problems, split_overlap  # noqa: E402
 from trainer.options import (  # noqa: E402
     DEFAULTS,
-    TYPES,
+    Options,
     Parser,
+    add_option,
     add_template_option,
     fill,
     template_options,
@@ -53,98 +62,90 @@ from trainer.prompts import Chat, encode_problems  # noqa: E402
 from trainer.update import KL_COEFFICIENTS, kl_estimate  # noqa: E402
 
 # The options of train.py that mean the same here.
-OPTIONS = (
-    "algo", "model", "data", "prompt", "chat_template", "system", "steps", "seed", "prompts",
-    "group_size", "temperature", "max_new_tokens", "overlong_cache", "updates", "epochs", "lr",
-    "warmup", "max_grad_norm", "dtype", "micro_batch", "out",
-)  # fmt: skip
-# What a GRPOConfig says about the loss and the advantages; ours replace both, so none of it may ask for anything.
-REPLACED = (
-    "loss_type", "epsilon", "epsilon_high", "delta", "beta", "importance_sampling_level", "scale_rewards",
-    "multi_objective_aggregation", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy",
-    "off_policy_mask_threshold", "use_bias_correction_kl", "router_aux_loss_coef",
-)  # fmt: skip
+OPTIONS = [
+    *["algo", "model", "data", "prompt", "chat_template", "system", "steps", "seed"],
+    *["prompts", "group_size", "temperature", "max_new_tokens", "overlong_cache"],
+    *["updates", "epochs", "lr", "warmup", "max_grad_norm", "dtype"],
+]
+# Fields of GRPOConfig for TRL's own loss and advantages. Ours replace both, so these must keep
+# their defaults.
+REPLACED = [
+    *["loss_type", "epsilon", "epsilon_high", "delta", "beta", "importance_sampling_level"],
+    *["scale_rewards", "multi_objective_aggregation", "top_entropy_quantile", "entropy_coef"],
+    *["use_adaptive_entropy", "off_policy_mask_threshold", "use_bias_correction_kl"],
+    *["router_aux_loss_coef"],
+]
 
 
 class Trainer(GRPOTrainer):
-    """GRPOTrainer with the advantages and the loss of one of our files; text models.
+    """GRPOTrainer with the advantages and the loss of one of our files; text models only.
 
-    algo: the module's name. options: keywords of its two functions, {"eps_high": 0.3}. prompt_ids:
-    {prompt (a text): its token ids}, for prompts that TRL shall not encode itself. A reward function
-    named `right` says which completions succeeded (1.0), for GTPO and GRPO-S; without one these are
-    the ones with a reward above 0.5. The rest goes to GRPOTrainer, `args` by keyword. Raises
-    ValueError on a GRPOConfig that would be ignored or that splits an optimizer step.
+    algo: the name of the module. options: keywords of its two functions, such as {"eps_high": 0.3}.
+    prompt_ids: {text of a prompt: its token ids}, for prompts that TRL must not encode itself. args
+    and the rest: as in GRPOTrainer, by keyword. A reward function named `right` says which
+    completions succeeded (1.0), for GTPO and GRPO-S; without one, a reward above 0.5 is a success.
+    Raises ValueError on a GRPOConfig that would be ignored or that splits an optimizer step.
     """
 
     def __init__(self, algo, *, args, options=None, prompt_ids=None, **kwargs):
         options = dict(options or {})
         self.prompt_ids = prompt_ids or {}
-        fields = GRPOConfig.__dataclass_fields__
-        if ignored := [name for name in REPLACED if getattr(args, name) != fields[name].default]:
-            raise ValueError(
-                f"{ignored[0]} has no effect on {algo}: its options are those of {algo}.py"
-            )
-        if args.steps_per_generation % args.gradient_accumulation_steps:
-            raise ValueError(
-                f"steps_per_generation {args.steps_per_generation} must be a multiple of gradient_accumulation_steps "
-                f"{args.gradient_accumulation_steps}: an optimizer step is taken on one rollout"
-            )
+        check_config(algo, args)
         self.algo = importlib.import_module(algo)
         self.advantage_options, self.loss_options = split_options(self.algo, options)
-        args.beta = options.get(
-            "beta", 0.0
-        )  # makes TRL load the reference and compute ref_per_token_logps
+        # If it is not 0, TRL loads the reference model and computes ref_per_token_logps.
+        args.beta = options.get("beta", 0.0)
         super().__init__(args=args, **kwargs)
 
     def logprobs(self, model, batch):
         """(log-probabilities, entropies in nats) of the completions' tokens, both [b, t]."""
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        width, rows = batch["completion_ids"].shape[1], self.args.per_device_train_batch_size
+        width = batch["completion_ids"].shape[1]
+        size = self.args.per_device_train_batch_size
         logprobs, entropy, _ = self._get_per_token_logps_and_entropies(
-            model, ids, attention, width, batch_size=rows, compute_entropy=True
+            model, ids, attention, width, batch_size=size, compute_entropy=True
         )
         return logprobs, entropy
 
     def logprobs_without_graph(self, batch):
-        with (
-            torch.no_grad(),
-            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
-        ):
+        kwargs = self.args.gradient_checkpointing_kwargs
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, kwargs):
             return self.logprobs(self.model, batch)
 
     def everywhere(self, x):
-        """[b, ...] of this process -> [B, ...] of all of them in order; a second dimension is padded with 0."""
-        return self.accelerator.gather(
-            self.accelerator.pad_across_processes(x, dim=1) if x.ndim > 1 else x
-        )
+        """[b, ...] of this process -> [B, ...] of all processes in order.
+
+        A second dimension is padded with 0 to the longest.
+        """
+        if x.ndim > 1:
+            x = self.accelerator.pad_across_processes(x, dim=1)
+        return self.accelerator.gather(x)
 
     def own(self, x, like):
-        """The rows of [B, ...] that are this process's, as wide as `like`."""
+        """The rows of [B, ...] that belong to this process, cut to the width of `like`."""
         start = self.accelerator.process_index * len(like)
         x = x[start : start + len(like)]
         return x[:, : like.shape[1]] if x.ndim > 1 else x
 
     def _calculate_rewards(self, *args, **kwargs):
-        self.rewards_per_func = super()._calculate_rewards(
-            *args, **kwargs
-        )  # [B, functions], of all processes
+        """Keeps the rewards of all processes, [B, functions]."""
+        self.rewards_per_func = super()._calculate_rewards(*args, **kwargs)
         return self.rewards_per_func
 
     def _tokenize_prompts(self, prompts):
-        """The token ids that were given for these prompts; TRL encodes any others."""
+        """The given token ids of these prompts; TRL encodes any others."""
         if all(isinstance(text, str) and text in self.prompt_ids for text in prompts):
             return [self.prompt_ids[text] for text in prompts], None, {}
         return super()._tokenize_prompts(prompts)
 
     def _generate_and_score_completions(self, inputs):
-        """TRL's rollout, with our advantages: they need the rewards and the entropies of whole groups."""
+        """TRL's rollout with our advantages, from the rewards and entropies of whole groups."""
         batch = super()._generate_and_score_completions(inputs)
         batch["mask"] = batch["completion_mask"] * batch.get("tool_mask", 1)
         batch["old_per_token_logps"], batch["entropy"] = self.logprobs_without_graph(batch)
-        rewards = (
-            self.rewards_per_func * self.reward_weights.to(self.rewards_per_func.device)
-        ).nansum(1)  # [B]
+        weights = self.reward_weights.to(self.rewards_per_func.device)
+        rewards = (self.rewards_per_func * weights).nansum(1)  # [B]
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         inputs = {name: self.everywhere(batch[name]) for name in ("entropy", "mask")}
         inputs["right"] = self.right()
@@ -154,97 +155,136 @@ class Trainer(GRPOTrainer):
         return batch
 
     def right(self):
-        """What the reward function named `right` gave, [B] of all processes; None without one."""
+        """What the reward function named `right` returned, [B] of all processes; else None."""
         if "right" not in self.reward_func_names:
             return None
         return self.rewards_per_func[:, self.reward_func_names.index("right")]
 
     def _prepare_inputs(self, inputs):
-        """At the first of the micro-batches of an optimizer step, the first half of the gradient for all of them."""
+        """Before the first micro-batch of an optimizer step: the first half, for all of them."""
         batch = super()._prepare_inputs(inputs)
         accumulated = self.args.gradient_accumulation_steps
-        if self.model.training and accumulated > 1 and self._step % accumulated == 0:
-            start = self._step % self.args.steps_per_generation
-            window = self._buffered_inputs[start : start + accumulated]
-            if (
-                self._step % (self.args.steps_per_generation * self.num_iterations) == 0
-            ):  # nothing has moved yet
-                pairs = [(x["old_per_token_logps"], x["entropy"]) for x in window]
-            else:
-                pairs = [self.logprobs_without_graph(x) for x in window]
-            self.push(window, *map(torch.cat, zip(*pairs, strict=True)))
+        if not self.model.training or accumulated == 1 or self._step % accumulated:
+            return batch
+        start = self._step % self.args.steps_per_generation
+        window = self._buffered_inputs[start : start + accumulated]
+        first_of_rollout = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        if first_of_rollout:  # the weights are still those of the rollout
+            pairs = [(x["old_per_token_logps"], x["entropy"]) for x in window]
+        else:
+            pairs = [self.logprobs_without_graph(x) for x in window]
+        logprobs, entropy = zip(*pairs, strict=True)
+        self.push(window, torch.cat(logprobs), torch.cat(entropy))
         return batch
 
     def push(self, window, logprobs, entropy):
-        """The loss of a whole mini-batch and dL/dlogprobs, put into the micro-batches of its window on this process."""
+        """The first half: put "loss" and "push" into each micro-batch of a mini-batch.
 
-        def whole(name):
-            return torch.cat([x[name] for x in window]) if name in window[0] else None
-
-        advantages, weight = whole("advantages"), whole("importance_sampling_ratio")
-        if (
-            weight is not None
-        ):  # vLLM's correction, [b, 1] or [b, t]: a factor of each token's term of the loss
-            one_each = weight.shape[1] == 1 and advantages.ndim == 1
-            advantages = (
-                advantages * weight[:, 0] if one_each else advantages.view(len(weight), -1) * weight
-            )
+        window: the micro-batches of this process. logprobs, entropy: of all their rows, [b, t].
+        """
         logp = self.everywhere(logprobs.detach()).requires_grad_()  # [B, T]
-        old, A, mask = map(
-            self.everywhere, (whole("old_per_token_logps"), advantages, whole("mask"))
-        )
-        others = {
-            "entropy": entropy,
-            "old_entropy": whole("entropy"),
-            "ref_logprobs": whole("ref_per_token_logps"),
-        }
-        wanted = [name for name in parameters(self.algo.loss) if others.get(name) is not None]
-        others = {name: self.everywhere(others[name]) for name in wanted}
-        options = self.loss_options | others
+        old = self.everywhere(whole(window, "old_per_token_logps"))
+        A = self.everywhere(weighted_advantages(window))
+        mask = self.everywhere(whole(window, "mask"))
+        options = {**self.loss_options, **self.loss_inputs(window, entropy)}
 
         def loss_and_push(**changed):
             with torch.enable_grad():
-                loss = self.algo.loss(logp, old, A, mask, **(options | changed))
+                loss = self.algo.loss(logp, old, A, mask, **{**options, **changed})
                 return loss, torch.autograd.grad(loss, logp)[0]
 
         loss, push = loss_and_push()
-        without_kl = {name: 0.0 for name in KL_COEFFICIENTS if options.get(name)}
-        policy_push = loss_and_push(**without_kl)[1] if without_kl else push
         sizes = [len(x["mask"]) for x in window]
-        for x, piece in zip(window, self.own(push, logprobs).split(sizes), strict=True):
+        pieces = self.own(push, logprobs).split(sizes)
+        for x, piece in zip(window, pieces, strict=True):
             x["push"], x["loss"] = piece, loss.detach()
-        signal = mask * ((A if A.ndim == 2 else A[:, None]) != 0)
+
+        without_kl = {name: 0.0 for name in KL_COEFFICIENTS if options.get(name)}
+        if without_kl:
+            _, push = loss_and_push(**without_kl)
+        self.log_mini_batch(logp, old, A, mask, self.everywhere(entropy), push)
+
+    def loss_inputs(self, window, entropy):
+        """The tensors that the algorithm's loss takes by keyword, [B, T], where TRL has them."""
+        found = {
+            "entropy": entropy,
+            "old_entropy": whole(window, "entropy"),
+            "ref_logprobs": whole(window, "ref_per_token_logps"),
+        }
+        wanted = {}
+        for name in parameters(self.algo.loss):
+            if found.get(name) is not None:
+                wanted[name] = self.everywhere(found[name])
+        return wanted
+
+    def log_mini_batch(self, logp, old, A, mask, entropy, policy_push):
+        """policy_push: dL/dlogprobs without the loss's KL terms."""
         metrics = self._metrics["train" if self.model.training else "eval"]
-        # of tokens with an advantage: those for which the clip leaves the policy's term no gradient
-        metrics["clip_frac"].append(token_mean((policy_push == 0).float(), signal).item())
-        # of all completion tokens: KL(pi_old || pi_theta) and the current policy's entropy, nats per token
-        metrics["kl_old"].append(token_mean(kl_estimate(logp.detach(), old), mask).item())
-        metrics["entropy"].append(token_mean(self.everywhere(entropy), mask).item())
+        signal = mask * ((A if A.ndim == 2 else A[:, None]) != 0)
+        clipped = (policy_push == 0).float()
+        # Of the tokens with an advantage: the share to which the policy's term gives no gradient.
+        metrics["clip_frac"].append(token_mean(clipped, signal).item())
+        # Of all completion tokens, in nats per token: KL(pi_old || pi_theta), and the entropy of
+        # the current policy.
+        kl = kl_estimate(logp.detach(), old)
+        metrics["kl_old"].append(token_mean(kl, mask).item())
+        metrics["entropy"].append(token_mean(entropy, mask).item())
 
     def _compute_loss(self, model, inputs):
-        """The second half: a scalar whose value is the mini-batch's loss, and its gradient this micro-batch's share."""
+        """The second half: a scalar with this micro-batch's share of the gradient.
+
+        Its value is the mini-batch's loss, divided by what TRL multiplies it with.
+        """
         logprobs, entropy = self.logprobs(model, inputs)
-        if (
-            "push" not in inputs
-        ):  # the mini-batch is one micro-batch a process, or this is an evaluation
+        if "push" not in inputs:  # one micro-batch per mini-batch and process, or an evaluation
             self.push([inputs], logprobs, entropy)
         push, loss = inputs.pop("push"), inputs.pop("loss")
-        share = (
-            logprobs * push
-        ).sum() * self.accelerator.num_processes  # gradients are averaged over processes
-        reported = loss / (
-            self.current_gradient_accumulation_steps if self.model.training else 1
-        )  # summed by TRL
-        return share + (reported - share).detach()
+        # Gradients are averaged over processes, hence the factor.
+        share = (logprobs * push).sum() * self.accelerator.num_processes
+        if self.model.training:
+            loss = loss / self.current_gradient_accumulation_steps  # TRL adds the values up
+        return share + (loss - share).detach()
+
+
+def check_config(algo, args):
+    """Raise ValueError on a GRPOConfig that would be ignored or that splits an optimizer step."""
+    for name in REPLACED:
+        if getattr(args, name) != GRPOConfig.__dataclass_fields__[name].default:
+            raise ValueError(f"{name} has no effect on {algo}: its options are those of {algo}.py")
+    if args.steps_per_generation % args.gradient_accumulation_steps:
+        raise ValueError(
+            f"steps_per_generation {args.steps_per_generation} must be a multiple of "
+            f"gradient_accumulation_steps {args.gradient_accumulation_steps}: "
+            f"an optimizer step is taken on one rollout"
+        )
+
+
+def whole(window, name):
+    """One tensor of all micro-batches' `name`, or None where TRL did not make it."""
+    return torch.cat([x[name] for x in window]) if name in window[0] else None
+
+
+def weighted_advantages(window):
+    """The advantages, times vLLM's importance-sampling weights where there are any.
+
+    A weight is [b, 1] or [b, t] and not negative, so it multiplies the token's term of the loss.
+    """
+    advantages = whole(window, "advantages")
+    weight = whole(window, "importance_sampling_ratio")
+    if weight is None:
+        return advantages
+    if weight.shape[1] == 1 and advantages.ndim == 1:
+        return advantages * weight[:, 0]
+    return advantages.view(len(weight), -1) * weight
 
 
 def texts_of(completions):
-    """TRL hands texts, or conversations of one assistant turn."""
+    """TRL passes texts, or conversations of one assistant turn."""
     return [c if isinstance(c, str) else c[0]["content"] for c in completions]
 
 
 def rewards(options, eos_ids):
-    """train.py's reward as functions that TRL calls and adds up: `right`, and `overlong` if asked for.
+    """train.py's reward as functions that TRL adds up: `right`, and `overlong` if asked for.
 
     A completion without any of eos_ids is truncated.
     """
@@ -255,60 +295,75 @@ def rewards(options, eos_ids):
         return [correct(*row) for row in zip(texts, answer, truncated, strict=True)]
 
     def overlong(completion_ids, **_):
-        limits = options.max_new_tokens, options.overlong_cache
-        return [overlong_penalty(len(ids), *limits) for ids in completion_ids]
+        longest, cache = options.max_new_tokens, options.overlong_cache
+        return [overlong_penalty(len(ids), longest, cache) for ids in completion_ids]
 
     return [right, overlong] if options.overlong_cache else [right]
 
 
 def rows(tokenizer, problems):
-    """Problems of prompts.encode_problems as TRL's rows, the prompt a text for TRL's logs."""
+    """Encoded problems (prompts.encode_problems) as TRL's rows; the text is for TRL's logs."""
     return [{"prompt": tokenizer.decode(p["prompt_ids"]), "answer": p["answer"]} for p in problems]
 
 
-def parse(argv):
-    """(train.py's options, a GRPOConfig): ours by their names in train.py, every other flag goes to GRPOConfig."""
+class ConfigParser(HfArgumentParser):
+    """The flags of GRPOConfig. A wrong one is a ValueError."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def build_parser():
     parser = Parser(
-        prog="trl_trainer.py", description=__doc__.split("\n")[0],
+        prog="trl_trainer.py",
+        description=__doc__.split("\n")[0],
+        epilog="Every other --flag is a field of TRL's GRPOConfig, such as --use_vllm true.",
         argument_default=argparse.SUPPRESS,
-        epilog="Every other --flag is a field of TRL's GRPOConfig: --use_vllm true --gradient_checkpointing false ...",
-    )  # fmt: skip
-    parser.add_argument(
-        "--preset", choices=tuple(DEFAULTS), default="gsm8k", help="train.py's defaults (gsm8k)"
     )
-    for name in OPTIONS:
-        parser.add_argument(
-            "--" + name.replace("_", "-"), type=TYPES[name], metavar=TYPES[name].__name__.upper()
-        )
-    parser.add_argument(
-        "--option",
-        action="append",
-        metavar="NAME=VALUE",
-        help="an option of the algorithm; repeatable",
-    )
+    text = "the defaults, as in train.py (default gsm8k)"
+    parser.add_argument("--preset", choices=tuple(DEFAULTS), default="gsm8k", help=text)
+    for about in fields(Options):
+        if about.name in OPTIONS:
+            add_option(parser, about)
+    text = "rows per forward pass of a process, or auto: up to 8 (default auto)"
+    parser.add_argument("--micro-batch", metavar="STR", help=text)
+    text = "folder of the trained model (default runs/trl-<algo>-<preset>-s<seed>)"
+    parser.add_argument("--out", metavar="STR", help=text)
+    text = "an option of the algorithm, such as eps_high=0.3; repeatable"
+    parser.add_argument("--option", action="append", metavar="NAME=VALUE", help=text)
     add_template_option(parser)
+    return parser
+
+
+def parse(argv):
+    """(train.py's Options, a GRPOConfig). Flags that are none of ours go to GRPOConfig.
+
+    Raises ValueError on a wrong command line.
+    """
+    parser = build_parser()
     given, rest = parser.parse_known_args(argv)
     given = vars(given)
     given["template_option"] = template_options(given.get("template_option", []))
     given["option"] = dict(text.partition("=")[::2] for text in given.get("option", []))
     o = fill(given)
+    config_parser = ConfigParser(GRPOConfig, allow_abbrev=False)
+    config_parser.set_defaults(**config_defaults(o))
+    _, unknown = config_parser.parse_known_args(rest)
+    if unknown:
+        parser.error(parser.refusal(unknown[0]))
+    (config,) = config_parser.parse_args_into_dataclasses(rest)
+    return o, config
+
+
+def config_defaults(o):
+    """Fields of GRPOConfig for the options `o`. TRL counts optimizer steps."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    mini_batch = o.prompts * o.group_size // o.updates
-    each = mini_batch // processes
-    auto = next(
-        (size for size in range(8, 0, -1) if each % size == 0), 1
-    )  # TRL does not measure what fits
-    micro_batch = auto if o.micro_batch == "auto" else int(o.micro_batch)
-    if mini_batch % (micro_batch * processes):
-        raise ValueError(
-            f"a mini-batch of {mini_batch} completions (--prompts x --group-size / --updates) does not split into "
-            f"micro-batches of {micro_batch} on {processes} processes: change --micro-batch or --updates"
-        )
-    accumulated = mini_batch // (micro_batch * processes)
-    trl = HfArgumentParser(GRPOConfig)
-    trl.set_defaults(
+    micro_batch = micro_batch_size(o, processes)
+    accumulated = o.rows // o.updates // (micro_batch * processes)
+    steps_per_rollout = o.updates * o.epochs
+    return dict(
         output_dir=o.out or f"runs/trl-{o.algo}-{o.preset}-s{o.seed}",
-        max_steps=o.steps * o.updates * o.epochs,  # TRL counts optimizer steps
+        max_steps=o.steps * steps_per_rollout,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=accumulated,
         steps_per_generation=accumulated * o.updates,
@@ -318,19 +373,37 @@ def parse(argv):
         max_completion_length=o.max_new_tokens,
         learning_rate=o.lr,
         lr_scheduler_type="constant_with_warmup",
-        warmup_steps=o.warmup * o.updates * o.epochs,
+        warmup_steps=o.warmup * steps_per_rollout,
         weight_decay=0.0,
         max_grad_norm=o.max_grad_norm,
         seed=o.seed,
         bf16=o.dtype == "bf16",
         use_cpu=o.device == "cpu",
         ddp_find_unused_parameters=False,
-        logging_steps=o.updates * o.epochs,
+        logging_steps=steps_per_rollout,
         save_strategy="no",
         report_to="none",
     )
-    (config,) = trl.parse_args_into_dataclasses(rest)
-    return o, config
+
+
+def micro_batch_size(o, processes):
+    """Rows per forward pass of a process: --micro-batch, or the largest divisor up to 8 for auto.
+
+    Raises ValueError if a mini-batch does not split into such micro-batches.
+    """
+    mini_batch = o.rows // o.updates
+    if o.micro_batch == "auto":  # TRL does not measure what fits
+        each = mini_batch // processes
+        size = max(size for size in range(1, 9) if each % size == 0)
+    else:
+        size = int(o.micro_batch)
+    if mini_batch % (size * processes):
+        raise ValueError(
+            f"a mini-batch of {mini_batch} completions (--prompts x --group-size / --updates) "
+            f"does not split into micro-batches of {size} on {processes} processes: "
+            f"change --micro-batch or --updates"
+        )
+    return size
 
 
 def main(argv=None):
@@ -338,10 +411,10 @@ def main(argv=None):
     held_out = load_problems(o.data, "test")
     problems, overlap = split_overlap(load_problems(o.data, "train"), held_out)
     if overlap:
-        print(f"dropped {overlap} problems of training that are held out too")
+        print(f"dropped {overlap} training problems that are held out too")
     chat = Chat(o.chat_template, o.system, o.template_option)
-    # fp32 weights, dropout off; accelerate moves them. TRL stops at the EOS ids of its generation
-    # config, which load_policy has set; vLLM has to be told.
+    # fp32 weights and dropout off; accelerate moves them. TRL stops at the EOS ids of the model's
+    # generation config, which load_policy has set; vLLM gets them by keyword.
     model, tokenizer, eos_ids, _ = load_policy(o.model, chat=chat)
     if config.use_vllm:
         config.generation_kwargs = {"stop_token_ids": eos_ids, **(config.generation_kwargs or {})}
@@ -351,14 +424,16 @@ def main(argv=None):
         tokenizer, problems, o.prompt, longest, vocabulary, chat, eos_ids
     )
     if dropped:
-        print(f"dropped {dropped} problems of over {longest} prompt tokens")
+        print(f"dropped {dropped} problems with a prompt of over {longest} tokens")
     dataset = rows(tokenizer, problems)
-    texts, ids = [row["prompt"] for row in dataset], [p["prompt_ids"] for p in problems]
+    prompt_ids = {}
+    for row, problem in zip(dataset, problems, strict=True):
+        prompt_ids[row["prompt"]] = problem["prompt_ids"]
     trainer = Trainer(
         o.algo,
         options=o.option,
         args=config,
-        prompt_ids=dict(zip(texts, ids, strict=True)),
+        prompt_ids=prompt_ids,
         model=model,
         processing_class=tokenizer,
         reward_funcs=rewards(o, eos_ids),
@@ -372,6 +447,5 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(
-            print("trl_trainer.py: error:", " ".join(str(error).split()), file=sys.stderr) or 2
-        )
+        print("trl_trainer.py: error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)

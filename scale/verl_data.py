@@ -3,7 +3,6 @@
 python scale/verl_data.py --data gsm8k --out ~/data/gsm8k
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -13,44 +12,54 @@ from rewards import correct  # noqa: E402
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_):
-    """1.0 or 0.0: train.py's reward, in verl's signature (reward.custom_reward_function).
+    """1.0 or 0.0: train.py's reward in verl's signature (reward.custom_reward_function).
 
-    verl hands over the text alone, so a truncated completion is graded as if it had ended there.
+    verl passes the text alone, so a truncated completion is graded as if it had ended there.
     """
     return correct(solution_str, ground_truth)
 
 
 def rows(name, split, problems, prompt, system=None):
     """Problems as verl's rows; verl applies the chat template."""
-    first = [] if system is None else [{"role": "system", "content": system}]
-    return [
-        {
+    found = []
+    for index, problem in enumerate(problems):
+        turns = [] if system is None else [{"role": "system", "content": system}]
+        question = prompt.replace("{question}", problem["question"])
+        turns.append({"role": "user", "content": question})
+        row = {
             "data_source": name,
-            "prompt": [
-                *first,
-                {"role": "user", "content": prompt.replace("{question}", p["question"])},
-            ],
-            "reward_model": {"style": "rule", "ground_truth": p["answer"]},
-            "extra_info": {"split": split, "index": i},
+            "prompt": turns,
+            "reward_model": {"style": "rule", "ground_truth": problem["answer"]},
+            "extra_info": {"split": split, "index": index},
         }
-        for i, p in enumerate(problems)
-    ]
+        found.append(row)
+    return found
+
+
+def parse_args(argv):
+    """Raises ValueError on a wrong command line."""
+    from trainer.options import DEFAULTS, Parser
+
+    parser = Parser("verl_data.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default="gsm8k", help="as in train.py (default gsm8k)")
+    prompt = DEFAULTS["gsm8k"]["prompt"]
+    text = "as in train.py (default: that of its preset gsm8k)"
+    parser.add_argument("--prompt", default=prompt, help=text)
+    parser.add_argument("--system", help="as in train.py")
+    text = "folder for train.parquet and test.parquet; made if it is missing"
+    parser.add_argument("--out", type=Path, required=True, help=text)
+    args = parser.parse_args(argv)
+    if "{question}" not in args.prompt:
+        raise ValueError("--prompt must hold {question}, where the problem goes")
+    return args
 
 
 def main(argv=None):
-    from datasets import Dataset  # here: a reward worker needs none of these
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    from datasets import Dataset  # here: verl's reward workers need only compute_score
 
     from trainer.data import load_problems, split_overlap
-    from trainer.options import DEFAULTS
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default="gsm8k", help="as in train.py")
-    parser.add_argument("--prompt", default=DEFAULTS["gsm8k"]["prompt"], help="as in train.py")
-    parser.add_argument("--system", help="as in train.py")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="the folder for train.parquet and test.parquet"
-    )
-    args = parser.parse_args(argv)
     test = load_problems(args.data, "test")
     train, overlap = split_overlap(load_problems(args.data, "train"), test)
     if overlap:
@@ -64,4 +73,5 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(print("verl_data.py: error:", " ".join(str(error).split()), file=sys.stderr) or 2)
+        print("verl_data.py: error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)

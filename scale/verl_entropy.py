@@ -1,10 +1,10 @@
-"""Hands the sampling policy's entropies to the estimators of GTPO and GRPO-S: only they need this module.
+"""Gives the entropies of the sampling policy to the estimators of GTPO and GRPO-S.
 
     VERL_USE_EXTERNAL_MODULES=verl_losses,verl_entropy
 
-verl 0.9 computes these entropies together with the old log-probabilities and keeps them in its transfer queue, but
-gives an advantage estimator no more than rewards, mask and prompt ids. There is no hook for it, so one method is
-wrapped.
+Only these two need this module. verl 0.9 computes the entropies together with the old
+log-probabilities and keeps them in its transfer queue, but an advantage estimator gets only
+rewards, mask and prompt ids. There is no hook for more, so this module wraps one method.
 """
 
 import transfer_queue
@@ -18,9 +18,8 @@ def compute_advantage_with_entropy(self, batch, metrics):
     data = transfer_queue.kv_batch_get(
         keys=batch.keys, partition_id=batch.partition_id, select_fields=["entropy"]
     )
-    verl_losses.sampling_entropy = data.to_padded_tensor()[
-        "entropy"
-    ]  # rows and width as response_mask's
+    padded = data.to_padded_tensor()
+    verl_losses.sampling_entropy = padded["entropy"]  # rows and width of response_mask
     return compute_advantage(self, batch, metrics)
 
 

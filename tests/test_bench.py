@@ -1,36 +1,34 @@
-"""bench.py in miniature: what it measures is measured, and the ratios are ours over the other's."""
+"""bench.py on small models: it measures what it says, and each ratio is ours over the other's."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 import bench
 
 TINY = str(bench.Path(bench.__file__).parent / "tiny")  # a folder
 
+STEP = {"step_s": 10.0, "tokens_per_s": 90.0, "peak_mib": 1500.0}
+PEER = {"step_s": 20.0, "tokens_per_s": 45.0, "peak_mib": 6000.0}
 SPEEDS = {
-    "plain": {"peak": 8000, "seconds": 40.0}, "head": {"peak": 4000, "seconds": 30.0},
+    "plain": {"peak": 8000, "seconds": 40.0},
+    "head": {"peak": 4000, "seconds": 30.0},
     "row": {"peak": 1000, "seconds": 44.0},
-    "ours": {"step_s": 10.0, "tokens_per_s": 90.0, "peak_mib": 1500.0, "rollout_s": 4.0, "prompts": ["a", "a"]},
-    "trl": {"step_s": 20.0, "tokens_per_s": 45.0, "peak_mib": 6000.0, "prompts": ["a", "a"]},
-}  # fmt: skip
+    "ours": {**STEP, "rollout_s": 4.0, "prompts": ["a", "a"]},
+    "trl": {**PEER, "prompts": ["a", "a"]},
+}
 
 
 def test_ratios_are_ours_over_the_others(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "measure", lambda name, argv: dict(SPEEDS[name]))
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(bench.importlib.metadata, "version", lambda name: "1.16.0")
-    argv = [
-        "--only",
-        "logprobs,step",
-        "--peer",
-        "--model",
-        TINY,
-        "--json",
-        str(tmp_path / "found.json"),
-    ]
-    bench.main(argv)
+    argv = ["--only", "logprobs,step", "--peer", "--model", TINY]
+    bench.main([*argv, "--json", str(tmp_path / "found.json")])
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["logprobs"] == {"memory_ratio": 1 / 8, "time_ratio": 1.1}
     assert found["step"]["tokens_per_s"] == 90 and found["step"]["peak_mib"] == 1500
@@ -55,9 +53,8 @@ def test_the_embedded_model_is_measured(tmp_path, capsys):
 
 
 def test_the_ways_held_against_each_other_are_one_gradient(monkeypatch):
-    monkeypatch.setattr(
-        bench, "SMOLLM2", bench.SMOLLM2 | {"num_hidden_layers": 1, "vocab_size": 50}
-    )
+    small = {**bench.SMOLLM2, "num_hidden_layers": 1, "vocab_size": 50}
+    monkeypatch.setattr(bench, "SMOLLM2", small)
     grads = []
     for size, through_head in ((4, False), (4, True), (1, True)):
         model, batch, push = bench.smollm2("cpu", 4, 6)
@@ -78,6 +75,8 @@ def test_the_ways_held_against_each_other_are_one_gradient(monkeypatch):
         (["--only", "speed"], "no part 'speed'"),
         (["--peer"], "--model FOLDER"),
         (["--peer", "--only", "rollout", "--model", TINY], "the part step"),
+        (["--peer", "--model", TINY, "--micro-batch", "3"], "does not divide the 16 completions"),
+        (["--prompts", "0"], "--prompts 0: the least is 1"),
     ],
 )
 def test_a_wrong_command_is_one_line(argv, told, capsys):
@@ -85,3 +84,14 @@ def test_a_wrong_command_is_one_line(argv, told, capsys):
         bench.main(argv)
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and err.count("\n") == 1 and told in err
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--stepz", "3"]])
+def test_the_command_line_is_answered_without_torch(argv):
+    code = (
+        "import runpy, sys; sys.modules['torch'] = None;"
+        f"sys.argv = ['bench.py', *{argv}]; runpy.run_path({bench.__file__!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == (0 if argv == ["--help"] else 2)
+    assert "usage: bench.py" in done.stdout or "did you mean --steps?" in done.stderr

@@ -1,8 +1,12 @@
 """trainer/data.py: an answer that is not one number is refused with its line, and what is held out stays held out."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 from scale import verl_data
 from trainer import data, start
@@ -111,3 +115,59 @@ def test_verls_files_leave_it_out_too(overlapping, capsys):
     assert asked == ["What is 1+1?", "What is 3+1?"]
     assert len(pandas.read_parquet(overlapping / "test.parquet")) == 3
     assert "dropped 2 problems" in capsys.readouterr().out
+
+
+NOT_THERE = ["./nope", "../nope", "/no/nope", "~/nope", "a/b/nope", r"data\nope"]
+
+
+@pytest.mark.parametrize("name", [*NOT_THERE, "foo/bar.txt", "nope.json"])
+def test_a_path_that_does_not_exist_is_not_taken_for_a_data_set(name):
+    with pytest.raises(ValueError, match="no such file or folder") as error:
+        data.load_problems(name, "train")
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["gsm8k", "openai/gsm8k:main", "owner/name-v1.5", "owner/name.v2:all", "owner/tiny.en"]
+)
+def test_the_name_of_a_data_set_is_no_path(name):
+    assert not data.is_path(name)
+
+
+@pytest.fixture(scope="module")
+def without_tiny(tmp_path_factory):
+    """A copy of the code without the folder tiny/, and a copy of that folder elsewhere."""
+    root = tmp_path_factory.mktemp("checkout")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, root)
+    shutil.copytree(ROOT / "trainer", root / "trainer")
+    shutil.copytree(ROOT / "tiny", root / "model")
+    rows = [row(f"What is {n}+1?", n + 1) for n in range(20)]
+    write(root / "problems.jsonl", rows)
+    return root
+
+
+def run_train(root, line):
+    command = [sys.executable, "train.py", "--preset", "tiny", *line.split()]
+    return subprocess.run(command, capture_output=True, text=True, cwd=root)
+
+
+def test_training_needs_no_folder_tiny(without_tiny):
+    size = "--steps 1 --prompts 2 --group-size 2 --updates 1 --max-new-tokens 4 --eval-n 2 --k 0"
+    done = run_train(without_tiny, f"--model model --data problems.jsonl {size} --out run")
+    assert done.returncode == 0, done.stderr
+    assert "tiny/problems.py" not in (without_tiny / "run" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("", "the embedded data set is missing"),
+        ("--model model --data tiny", "the embedded data set is missing"),
+        ("--model tiny --data problems.jsonl", "the embedded model is missing"),
+    ],
+)
+def test_without_the_folder_tiny_its_names_are_refused_in_one_line(without_tiny, line, text):
+    done = run_train(without_tiny, line)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"train.py: error: {text}")

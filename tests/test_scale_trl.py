@@ -1,8 +1,9 @@
-"""scale/trl_trainer.py against TRL itself, against a plain loop, and against itself on two processes."""
+"""scale/trl_trainer.py against TRL, a plain loop, and itself on two processes."""
 
 import json
 import os
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,12 +21,13 @@ from scale import trl_trainer  # noqa: E402
 from trainer.options import ALGORITHMS  # noqa: E402
 from trainer.prompts import Chat, Prompts  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning"
-)  # between TRL's and transformers' releases
+# One between TRL's and transformers' releases.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 GROUP, ROWS = 4, 12  # 3 groups; on two processes of 6 rows the second group lies on both
+PROMPTS = ["Mia has 3 eggs.", "Tom has 40 pens. How many?", "Zoe"]
 EPOCHS = 2  # the second pass is off-policy
-OPTIONS = {  # every branch: the sampling policy's entropy, the current one's, the reference, a clip that binds
+# Every branch: the entropies of both policies, the reference, a clip that binds.
+OPTIONS = {
     "tepo": {"kl_coef": 0.5, "eps_low": 1e-3, "eps_high": 1e-3},
     "grpo": {"beta": 0.3},
     "dapo": {"eps_low": 0.02, "eps_high": 0.03},
@@ -40,9 +42,17 @@ def tokenizer():
 def tiny_random_model(seed=0):
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=len(tokenizer()), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(tokenizer()),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     return Qwen2ForCausalLM(config)
 
 
@@ -51,7 +61,10 @@ def weights(model):
 
 
 def completion(row):
-    """Token ids of the completion in a row of the batch: ragged, EOS last, the same on any number of processes."""
+    """Token ids of the completion in this row of the batch: 2 to 9, EOS last.
+
+    They depend on the row alone, so they are the same on any number of processes.
+    """
     g = torch.Generator().manual_seed(row)
     length = int(torch.randint(1, 9, (), generator=g))
     return [*torch.randint(2, len(tokenizer()), (length,), generator=g).tolist(), 1]
@@ -75,48 +88,64 @@ def pinned(base):
 def train(
     out, base=trl_trainer.Trainer, processes=1, accumulated=1, updates=1, steps=EPOCHS, **settings
 ):
-    """(parameters, trainer) after `steps` steps of SGD on one rollout, each pass over it in `updates` mini-batches."""
+    """(parameters, trainer) after `steps` steps of SGD on one rollout.
+
+    Each pass over the rollout has `updates` mini-batches.
+    """
     folder = out / f"start-{os.environ.get('RANK', 0)}"
     tiny_random_model().save_pretrained(folder)
-    model = Qwen2ForCausalLM.from_pretrained(
-        folder
-    )  # TRL loads the reference from where the model is from
+    # TRL loads the reference from where the model is from.
+    model = Qwen2ForCausalLM.from_pretrained(folder)
     trainer_settings = {k: settings.pop(k) for k in ("algo", "options") if k in settings}
     reward_funcs = settings.pop("reward_funcs", is_right)
     config = GRPOConfig(
-        output_dir=str(out), use_cpu=True, bf16=False, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant",
-        max_grad_norm=0.5, per_device_train_batch_size=ROWS // (processes * accumulated * updates),
-        gradient_accumulation_steps=accumulated, steps_per_generation=accumulated * updates, num_iterations=EPOCHS,
-        num_generations=GROUP, max_completion_length=10, temperature=0.7, max_steps=steps, report_to="none",
-        save_strategy="no", logging_steps=1, disable_tqdm=True, shuffle_dataset=False, **settings,
-    )  # fmt: skip
-    rows = [
-        {"prompt": "Mia has 3 eggs."},
-        {"prompt": "Tom has 40 pens. How many?"},
-        {"prompt": "Zoe"},
-    ]
+        output_dir=str(out),
+        use_cpu=True,
+        bf16=False,
+        optim="sgd",
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.5,
+        per_device_train_batch_size=ROWS // (processes * accumulated * updates),
+        gradient_accumulation_steps=accumulated,
+        steps_per_generation=accumulated * updates,
+        num_iterations=EPOCHS,
+        num_generations=GROUP,
+        max_completion_length=10,
+        temperature=0.7,
+        max_steps=steps,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        shuffle_dataset=False,
+        **settings,
+    )
     trainer = pinned(base)(
-        args=config, model=model, processing_class=tokenizer(), reward_funcs=reward_funcs,
-        train_dataset=Dataset.from_list(rows), **trainer_settings,
-    )  # fmt: skip
+        args=config,
+        model=model,
+        processing_class=tokenizer(),
+        reward_funcs=reward_funcs,
+        train_dataset=Dataset.from_list([{"prompt": text} for text in PROMPTS]),
+        **trainer_settings,
+    )
     trainer.train()
     return weights(trainer.model), trainer
 
 
 @pytest.fixture(autouse=True)
 def rows_in_order(monkeypatch):
-    """TRL shuffles a rollout's rows on each process: then mini-batches would hold other rows, and rightly differ."""
+    """No shuffling of a rollout's rows, which would give other mini-batches on each process."""
     monkeypatch.setattr(trl.trainer.grpo_trainer, "shuffle_sequence_dict", lambda batch: batch)
 
 
 def plain_loop(algo, options):
-    """The same training by hand: the whole batch through the model at once, the file's own two functions, SGD."""
+    """The same training by hand: the whole batch at once, the file's two functions, SGD."""
     module, model = __import__(algo), tiny_random_model()
     split = trl_trainer.split_options(module, options)
     of_advantages, of_loss = split
     tok = tokenizer()
-    prompts = ["Mia has 3 eggs.", "Tom has 40 pens. How many?", "Zoe"]
-    prompts = [tok(p).input_ids for p in prompts for _ in range(GROUP)]
+    prompts = [tok(p).input_ids for p in PROMPTS for _ in range(GROUP)]
     said = [completion(i) for i in range(ROWS)]
     mask = torch.zeros(ROWS, max(map(len, said)))
 
@@ -194,7 +223,7 @@ def test_success_is_what_the_function_right_says_whatever_else_is_rewarded(algo,
 
 
 def test_kl_old_and_clip_frac_by_hand(tmp_path):
-    """Row 0: w = e, clipped. Row 1, of A < 0: w = e, not clipped. The KL of beta pushes every token."""
+    """Row 0: w = e, clipped. Row 1: w = e and A < 0, not clipped. beta's KL pushes every token."""
     _, trainer = train(tmp_path, algo="grpo", options={"beta": 0.3}, steps=1)
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     logp = torch.full((2, 3), -1.0)
@@ -247,7 +276,8 @@ SAME = {  # our algorithm -> the settings under which TRL's loss is the same
 
 @pytest.mark.parametrize("algo", SAME)
 def test_steps_equal_those_of_trl(algo, tmp_path):
-    # two mini-batches a pass; not for DAPO, where TRL divides by the rollout's mean number of tokens a mini-batch
+    # Two mini-batches per pass, but one for DAPO: TRL would divide each mini-batch's loss by the
+    # rollout's mean number of tokens per mini-batch.
     updates = 1 if algo == "dapo" else 2
     ours, trainer = train(tmp_path, algo=algo, updates=updates, steps=2 * updates)
     theirs, reference = train(
@@ -260,7 +290,7 @@ def test_steps_equal_those_of_trl(algo, tmp_path):
 
 
 def their_loss(trainer, monkeypatch, logp, old, A, mask, **more):
-    """TRL's own loss code on given log-probabilities: its one call of the model is answered with them."""
+    """TRL's own loss code on given log-probabilities, which replace its one call of the model."""
     monkeypatch.setattr(
         trainer, "_get_per_token_logps_and_entropies", lambda *_, **__: (logp, logp.detach(), None)
     )
@@ -280,9 +310,8 @@ def their_loss(trainer, monkeypatch, logp, old, A, mask, **more):
 
 @pytest.mark.parametrize("algo", SAME)
 def test_loss_and_gradient_equal_those_of_trl(algo, tmp_path, monkeypatch):
-    trainer, reference = (train(tmp_path, base, steps=1, **settings)[1] for base, settings in (
-        (trl_trainer.Trainer, {"algo": algo}), (GRPOTrainer, SAME[algo]),
-    ))  # fmt: skip
+    _, trainer = train(tmp_path, trl_trainer.Trainer, steps=1, algo=algo)
+    _, reference = train(tmp_path, GRPOTrainer, steps=1, **SAME[algo])
     g = torch.Generator().manual_seed(3)
     mask = (torch.arange(7) < torch.tensor([7, 1, 4, 5])[:, None]).long()
     old = -3 * torch.rand(4, 7, generator=g)
@@ -294,7 +323,7 @@ def test_loss_and_gradient_equal_those_of_trl(algo, tmp_path, monkeypatch):
         assert gradient.any()
         torch.testing.assert_close(ours, value, atol=1e-6, rtol=0)
         torch.testing.assert_close(torch.autograd.grad(ours, logp)[0], gradient, atol=1e-6, rtol=0)
-    # vLLM's correction for its own arithmetic, a weight a sequence or (not in GSPO, which has one ratio) a token
+    # vLLM's importance weights, per sequence and per token (not in GSPO, which has one ratio).
     monkeypatch.setattr(reference, "use_vllm", True)
     corrections = [torch.tensor([[1.0], [0.5], [0.0], [1.3]]), 2 * torch.rand(4, 7, generator=g)]
     for weight in corrections[: 1 if algo == "gspo" else 2]:
@@ -335,16 +364,19 @@ def test_prompts_and_ends_of_a_turn_are_those_of_train_py(tmp_path, monkeypatch)
 
 
 def test_reward_is_that_of_train_py():
-    right, overlong = trl_trainer.rewards({"overlong_cache": 2, "max_new_tokens": 4}, [7, 9])
+    options = SimpleNamespace(overlong_cache=2, max_new_tokens=4)
+    right, overlong = trl_trainer.rewards(options, [7, 9])
     turns = ["so #### 3", [{"role": "assistant", "content": "#### 4"}], "#### 3"]
     given = {"completions": turns, "completion_ids": [[1, 9], [1, 1, 7], [1, 1, 1, 7]]}
     given["answer"] = ["#### 3"] * 3
     assert right(**given) == [1.0, 0.0, 1.0] and overlong(**given) == [0.0, -0.5, -1.0]
-    assert len(trl_trainer.rewards({"overlong_cache": 0, "max_new_tokens": 4}, [7])) == 1
+    options.overlong_cache = 0
+    assert len(trl_trainer.rewards(options, [7])) == 1
 
 
 def test_a_truncated_completion_earns_nothing_where_its_line_is_cut():
-    (right,) = trl_trainer.rewards({"overlong_cache": 0, "max_new_tokens": 2}, eos_ids=[7])
+    options = SimpleNamespace(overlong_cache=0, max_new_tokens=2)
+    (right,) = trl_trainer.rewards(options, eos_ids=[7])
     texts, ids = ["#### 3", "#### 3\n", "#### 3"], [[1, 1], [1, 1], [1, 7]]
     assert right(texts, ids, ["#### 3"] * 3) == [0.0, 1.0, 1.0]
 
@@ -358,7 +390,7 @@ class Stub:
 
 
 def test_no_question_of_the_test_split_is_trained_on(tmp_path, monkeypatch):
-    """main hands TRL only the problems that train.py would train on: the trainer is a recorder here."""
+    """main gives TRL only the problems that train.py would train on; a stub records them."""
     rows = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in range(4)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     held_out = [{"question": " 0+1? ", "answer": "1"}, {"question": "2+1?", "answer": "3"}]
@@ -370,10 +402,11 @@ def test_no_question_of_the_test_split_is_trained_on(tmp_path, monkeypatch):
 
 
 def test_script_trains_and_saves(tmp_path, capfd):
-    flags = "--algo gtpo --preset tiny --steps 2 --prompts 4 --group-size 4 --updates 2 --epochs 2 --micro-batch 4"
-    trl_trainer.main(
-        [*flags.split(), "--max-new-tokens", "8", "--disable_tqdm", "true", "--out", str(tmp_path)]
+    flags = (
+        "--algo gtpo --preset tiny --steps 2 --prompts 4 --group-size 4 --updates 2 --epochs 2 "
+        "--micro-batch 4 --max-new-tokens 8 --disable_tqdm true"
     )
+    trl_trainer.main([*flags.split(), "--out", str(tmp_path)])
     saved = Qwen2ForCausalLM.from_pretrained(tmp_path)
     start = Qwen2ForCausalLM.from_pretrained(ROOT / "tiny")
     assert any((a != b).any() for a, b in zip(saved.parameters(), start.parameters(), strict=True))
@@ -391,19 +424,12 @@ def test_script_trains_and_saves(tmp_path, capfd):
         ("--algo tepo --option eps=1", "has no option 'eps'"),
         ("--algo tepo --micro-batch 3", "does not split into micro-batches of 3"),
         ("--algo tepo --no-such-flag 1", "no-such-flag"),
+        ("--algo tepo --max-grad-nrm 1", "no option --max-grad-nrm; did you mean --max-grad-norm"),
+        ("--algo tepo --temp 1", "no option --temp"),  # not short for GRPOConfig's temperature
+        ("--algo tepo --learning_rate x", "invalid float value: 'x'"),
     ],
 )
 def test_refusals(flags, line, tmp_path):
     with pytest.raises(ValueError, match=line):
-        flags = [
-            "--preset",
-            "tiny",
-            "--prompts",
-            "4",
-            "--group-size",
-            "4",
-            "--updates",
-            "1",
-            *flags.split(),
-        ]
-        trl_trainer.main([*flags, "--out", str(tmp_path)])
+        flags = f"--preset tiny --prompts 4 --group-size 4 --updates 1 {flags}"
+        trl_trainer.main([*flags.split(), "--out", str(tmp_path)])

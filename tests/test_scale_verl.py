@@ -1,4 +1,4 @@
-"""scale/verl_losses.py inside the real verl: its registries, its ppo_loss, its compute_advantage, its config."""
+"""scale/verl_losses.py in the real verl: registries, ppo_loss, compute_advantage and config."""
 
 import importlib
 import os
@@ -9,9 +9,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "scale"))
-os.environ["VERL_USE_EXTERNAL_MODULES"] = (
-    "verl_losses"  # as a run has it: verl imports our module, not we
-)
+os.environ["VERL_USE_EXTERNAL_MODULES"] = "verl_losses"  # as in a run, verl imports our module
 for module in ("tensordict", "ray", "hydra", "verl"):
     pytest.importorskip(
         module, reason=f"verl is not installed ({module} is missing): see scale/README.md"
@@ -36,15 +34,14 @@ LENGTHS = torch.tensor([7, 1, 4, 5, 2, 6, 3, 3])
 
 def actor_config(algo, **settings):
     low, high = CLIP.get(algo, (0.2, 0.28))
-    settings = {
-        "clip_ratio_low": low,
-        "clip_ratio_high": high,
-        "loss_agg_mode": AVERAGE[algo],
-    } | settings
+    own = {"clip_ratio_low": low, "clip_ratio_high": high, "loss_agg_mode": AVERAGE[algo]}
     return ActorConfig(
-        strategy="fsdp", rollout_n=4, ppo_micro_batch_size_per_gpu=2, policy_loss=PolicyLossConfig(loss_mode=algo),
-        **settings,
-    )  # fmt: skip
+        strategy="fsdp",
+        rollout_n=4,
+        ppo_micro_batch_size_per_gpu=2,
+        policy_loss=PolicyLossConfig(loss_mode=algo),
+        **{**own, **settings},
+    )
 
 
 def batch(spread, seed=0):
@@ -69,7 +66,8 @@ THEIRS = {
 def test_loss_and_gradient_equal_those_of_verl(algo, spread, weighed):
     logp, old, A, mask = batch(spread)
     weights = torch.linspace(0, 2, 56).view(8, 7) if weighed else None
-    # verl clips a third time, at clip_ratio_c where A < 0 (dual clip); the papers do not, so it is put out of reach
+    # verl clips a third time, at clip_ratio_c where A < 0 (dual clip); the papers do not. 1e9 is
+    # never reached.
     config = actor_config(algo, clip_ratio_c=1e9)
     value, _ = THEIRS[algo](old, logp, A, mask, AVERAGE[algo], config, weights)
     (gradient,) = torch.autograd.grad(value, logp)
@@ -94,7 +92,9 @@ def nested(x, lengths):
 
 
 def micro_batch(rows, logp, old, A, mask, **info):
-    """(model_output, data) as verl's engine hands them to ppo_loss: jagged, prompts of 2 tokens before them."""
+    """(model_output, data) as verl's engine passes them to ppo_loss: jagged, with prompts of 2
+    tokens.
+    """
     n = LENGTHS[rows]
     shifted = [
         torch.cat([torch.zeros(1), x[:k], torch.zeros(1)])
@@ -113,9 +113,11 @@ def micro_batch(rows, logp, old, A, mask, **info):
 
 @pytest.mark.parametrize("algo", AVERAGE)
 def test_micro_batches_on_two_gpus_add_up_to_the_whole(algo):
-    """What the GPUs' micro-batches give, summed as verl sums, averaged as FSDP averages, is our loss of the whole."""
+    """Summed over micro-batches as in verl and averaged over GPUs as in FSDP, the losses and
+    gradients are those of the whole mini-batch.
+    """
     logp, old, A, mask = batch(0.05)
-    if algo == "gtpo":  # an advantage a token
+    if algo == "gtpo":  # an advantage per token
         A = A * torch.linspace(0.5, 1.5, 7)
     low, high = 0.01, 0.03  # the config's, not the files'
     whole = importlib.import_module(algo).loss(
@@ -126,16 +128,17 @@ def test_micro_batches_on_two_gpus_add_up_to_the_whole(algo):
     info = {"dp_size": 2, "batch_num_tokens": int(mask.sum()), "global_batch_size": 8}
     total = 0
     for gpu in ([0, 1, 2], [3]), ([4, 5], [6, 7]):  # ragged micro-batches
-        total += (
-            sum(ppo_loss(config, *micro_batch(rows, logp, old, A, mask, **info))[0] for rows in gpu)
-            / 2
-        )
+        for rows in gpu:
+            loss, _ = ppo_loss(config, *micro_batch(rows, logp, old, A, mask, **info))
+            total += loss / 2
     torch.testing.assert_close(total, whole, atol=1e-6, rtol=0)
     torch.testing.assert_close(torch.autograd.grad(total, logp)[0], expected, atol=1e-6, rtol=0)
 
 
 def rollout(seed=0):
-    """verl's DataProto of 3 prompts x 4 completions, shuffled, one completion alone; and where each row belongs."""
+    """verl's DataProto of 3 prompts x 4 completions and one completion alone, shuffled; and the
+    order of its rows.
+    """
     g = torch.Generator().manual_seed(seed)
     order = torch.randperm(13, generator=g)
     lengths = torch.randint(1, 7, (13,), generator=g)
@@ -171,7 +174,7 @@ def test_estimators(algo, monkeypatch):
 
 
 def test_entropy_reaches_the_estimator_in_verls_trainer(monkeypatch):
-    """PPOTrainer._compute_advantage, verl's own code, with only its transfer queue replaced by a dict."""
+    """verl's own PPOTrainer._compute_advantage; only its transfer queue is replaced by a dict."""
     pytest.importorskip(
         "transfer_queue", reason="TransferQueue is not installed: see scale/README.md"
     )

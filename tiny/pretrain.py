@@ -1,9 +1,10 @@
-"""Makes the checkpoint beside this file, from nothing: `python tiny/pretrain.py`.
+"""Train the checkpoint beside this file from random weights: `python tiny/pretrain.py`.
 
-A Qwen2 model of 0.7 M weights reads problems from problems.py, each with one attempt of a made-up student. The student
-can work a problem out line by line but mostly does not: before every line it may give up and blurt `#### n`, doing what
-is left in its head, where most steps go wrong. The longer the problem, the sooner it gives up. So the model knows how
-to reason and rarely does: what reinforcement has to find is there, and costs it one line at a time.
+A Qwen2 model of 0.7 M weights reads the problems of problems.py, each with one attempt by a
+simulated student. The student can work a problem out line by line, but usually does not: before
+every line it may give up and write `#### n`, doing the remaining steps in its head, where most of
+them go wrong. The longer the problem, the sooner it gives up. So the model knows how to reason and
+rarely does it. Reinforcement learning has to find that behaviour and make it frequent.
 """
 
 import argparse
@@ -17,32 +18,45 @@ import torch
 from problems import draw, line, problems, split_of
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-# The chance to give up before a line, by how many steps are still to do: at first, and in the middle of the work.
+# Probability of giving up before the first line, by the number of steps, and before a later line.
 GIVE_UP_FIRST = {2: 0.2, 3: 0.5, 4: 0.8, 5: 0.9}
 GIVE_UP_LATER = 0.3
-SLIP_PAPER, SLIP_HEAD = 0.03, 0.5  # the chance that a step goes wrong, on paper and in the head
-PATIENT = 0.6  # the share of the steps over which the student's haste grows from none: first it learns to add
+# Probability that a step goes wrong, on paper and in the head, and by how much.
+SLIP_PAPER, SLIP_HEAD = 0.03, 0.5
+SLIPS = (-10, -2, -1, 1, 2, 10)
+# Share of the training steps over which the student's haste rises from 0 to 1. At first it learns
+# to add.
+PATIENT = 0.6
+POOL = 32  # batches that are drawn, sorted by length and shuffled together
 
 
 def attempt(rng, start, steps, haste=1.0):
-    """The student's answer to a problem: some lines of work, then `#### n`. haste scales the chance to give up."""
+    """The student's answer to a problem: some lines of work, then `#### n`.
 
-    def do(count, change, slip):
-        return count + change + (rng.choice((-10, -2, -1, 1, 2, 10)) if rng.random() < slip else 0)
+    haste multiplies the probability of giving up.
+    """
+
+    def add(count, change, slip):
+        wrong = rng.random() < slip
+        return count + change + (rng.choice(SLIPS) if wrong else 0)
 
     lines, count = [], start
     for i, change in enumerate(steps):
-        if rng.random() < haste * (GIVE_UP_LATER if i else GIVE_UP_FIRST[len(steps)]):
+        give_up = GIVE_UP_LATER if i else GIVE_UP_FIRST[len(steps)]
+        if rng.random() < haste * give_up:
             for later in steps[i:]:
-                count = do(count, later, SLIP_HEAD)
+                count = add(count, later, SLIP_HEAD)
             break
-        before, count = count, do(count, change, SLIP_PAPER)
+        before = count
+        count = add(before, change, SLIP_PAPER)
         lines.append(line(before, change, count))
     return "\n".join([*lines, f"#### {count}"])
 
 
 def build_tokenizer():
-    """Qwen2's own kind of tokenizer, byte-level BPE with single digits, its merges learned on the problems' words."""
+    """Qwen2's kind of tokenizer (byte-level BPE, single digits), with merges learned from the
+    problems.
+    """
     texts = (f"{p['question']}\n{p['answer']}" for p in problems(5000, 0, "train"))
     blank = Qwen2Tokenizer(pad_token="<|pad|>", padding_side="left")
     return blank.train_new_from_iterator(texts, vocab_size=600, show_progress=False)
@@ -51,44 +65,70 @@ def build_tokenizer():
 def build_model(tokenizer, seed):
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # nothing here is a hundred tokens away
-        initializer_range=0.08,  # about 1/sqrt(128); with the usual 0.02 it learns half as fast
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        # Short, because nothing here is a hundred tokens away.
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        # About 1/sqrt(128). With the usual 0.02 it learns half as fast.
+        initializer_range=0.08,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     return Qwen2ForCausalLM(config)
 
 
-def batches(tokenizer, rng, batch, steps, patient, pool=32):
-    """`steps` batches (ids, labels), [batch, T], of training problems and attempts; rows of like length together.
+def batches(tokenizer, rng, batch, steps, patient):
+    """Yield `steps` batches of training problems and attempts: (ids, labels), both [batch, T].
 
-    patient: the share of the steps over which the student's haste grows from none to all of it; 0: all from the start.
+    Rows of similar length go together. patient: share of the steps over which the student's haste
+    rises from 0 to 1; with 0 it is 1 from the start.
     """
-    done, pad = 0, tokenizer.pad_token_id
+    done = 0
     while done < steps:
-        rows, haste = [], min(1.0, done / (steps * patient)) if patient else 1.0
-        while len(rows) < pool * batch:
-            question, start, todo = draw(rng)
-            if split_of(question) == "train":
-                rows.append((question + "\n", attempt(rng, start, todo, haste)))
-        asked, said = (tokenizer([row[side] for row in rows]).input_ids for side in (0, 1))
-        rows = sorted(zip(asked, said, strict=True), key=lambda row: len(row[0] + row[1]))
+        haste = min(1.0, done / (steps * patient)) if patient else 1.0
+        rows = attempts(tokenizer, rng, POOL * batch, haste)
+        rows.sort(key=lambda row: len(row[0] + row[1]))
         chunks = [rows[i : i + batch] for i in range(0, len(rows), batch)]
         rng.shuffle(chunks)
         for chunk in chunks[: steps - done]:
-            chunk = [(q, a + [tokenizer.eos_token_id]) for q, a in chunk]
-            width = max(len(q + a) for q, a in chunk)
-            ids = torch.tensor([q + a + [pad] * (width - len(q + a)) for q, a in chunk])
-            labels = torch.tensor(
-                [[-100] * len(q) + a + [-100] * (width - len(q + a)) for q, a in chunk]
-            )
-            yield ids, labels
+            yield padded(chunk, tokenizer)
             done += 1
 
 
+def attempts(tokenizer, rng, count, haste):
+    """`count` training problems with an attempt each: [(question ids, answer ids)], without EOS."""
+    questions, answers = [], []
+    while len(questions) < count:
+        question, start, steps = draw(rng)
+        if split_of(question) == "train":
+            questions.append(question + "\n")
+            answers.append(attempt(rng, start, steps, haste))
+    asked = tokenizer(questions).input_ids
+    said = tokenizer(answers).input_ids
+    return list(zip(asked, said, strict=True))
+
+
+def padded(rows, tokenizer):
+    """(ids, labels), right-padded to [B, T]; the loss is on the answer and its EOS."""
+    rows = [(asked, said + [tokenizer.eos_token_id]) for asked, said in rows]
+    width = max(len(asked + said) for asked, said in rows)
+    ids, labels = [], []
+    for asked, said in rows:
+        rest = width - len(asked + said)
+        ids.append(asked + said + [tokenizer.pad_token_id] * rest)
+        labels.append([-100] * len(asked) + said + [-100] * rest)
+    return torch.tensor(ids), torch.tensor(labels)
+
+
 def fit(model, data, steps, lr):
-    """AdamW over the batches of data, the learning rate warmed up and then a cosine to 0."""
+    """Train with AdamW on the batches of data; the learning rate rises, then falls as a cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     began, mean = time.time(), 0.0
     for step, (ids, labels) in enumerate(data, 1):
@@ -105,41 +145,34 @@ def fit(model, data, steps, lr):
             print(f"step {step}  loss {mean:.3f}  {time.time() - began:.0f} s", flush=True)
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=4000, help="with growing haste")
-    parser.add_argument(
-        "--more",
-        type=int,
-        default=1200,
-        help="steps after them, with all of it and a third of the lr",
-    )
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    args = parser.parse_args()
+    text = "steps with rising haste (default 4000)"
+    parser.add_argument("--steps", type=int, default=4000, help=text)
+    text = "steps after them, with full haste and a third of --lr (default 1200)"
+    parser.add_argument("--more", type=int, default=1200, help=text)
+    parser.add_argument("--batch", type=int, default=32, help="rows per step (default 32)")
+    text = "highest learning rate (default 0.003)"
+    parser.add_argument("--lr", type=float, default=3e-3, help=text)
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    text = "folder of the checkpoint (default: this one)"
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help=text)
+    return parser.parse_args()
 
+
+def main():
+    args = parse_args()
     torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(
-        1
-    )  # sums over threads round differently; and so small a model gains little by a second
+    # Sums over several threads round differently, and a model this small gains little from them.
+    torch.set_num_threads(1)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, args.seed)
     began = time.time()
-    fit(
-        model,
-        batches(tokenizer, random.Random(args.seed), args.batch, args.steps, PATIENT),
-        args.steps,
-        args.lr,
-    )
-    fit(
-        model,
-        batches(tokenizer, random.Random(args.seed + 1), args.batch, args.more, 0),
-        args.more,
-        args.lr / 3,
-    )
-    # exactly what was trained: no top_k, top_p or repetition penalty hides in here
+    hasty = batches(tokenizer, random.Random(args.seed), args.batch, args.steps, PATIENT)
+    fit(model, hasty, args.steps, args.lr)
+    more = batches(tokenizer, random.Random(args.seed + 1), args.batch, args.more, patient=0)
+    fit(model, more, args.more, args.lr / 3)
+    # Sampling is what was trained: no top_k, top_p or repetition penalty.
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

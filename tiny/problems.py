@@ -1,13 +1,14 @@
-"""Word problems in GSM8K's format, without end: {"question", "answer"}, worked line by line and closed by `#### n`.
+"""Word problems in GSM8K's format, as many as are asked for: {"question", "answer"}.
 
-Every problem is a running count in 0..99 that changes two to five times by at most 20. Training and test problems are
-told apart by a checksum of the question, so that no seed and no number of problems can make the two meet.
+The answer is worked line by line and ends with `#### n`. Every problem is a count in 0..99 that
+changes two to five times by at most 20. A checksum of the question decides whether it is for
+training or for testing, so no seed and no number of problems can make the two overlap.
 """
 
 import random
 import zlib
 
-NAMES = {
+PRONOUNS = {
     "Mia": "She",
     "Ana": "She",
     "Eva": "She",
@@ -17,32 +18,44 @@ NAMES = {
     "Max": "He",
     "Sam": "He",
 }
+NAMES = list(PRONOUNS)
 ITEMS = ("eggs", "pens", "coins", "cards", "books", "apples", "shells", "stamps")
 MORE = ("buys", "finds", "wins", "gets")
 LESS = ("sells", "loses", "uses", "drops")
 SPLITS = ("train", "test")
-LARGEST, OPERAND = 99, 20
+LARGEST = 99  # count
+OPERAND = 20  # largest change
 
 
 def split_of(question):
-    """The split a question belongs to, one in ten "test", the others "train": a property of its text alone."""
+    """The split of a question, from its text alone: one in ten is "test", the others "train"."""
     return "test" if zlib.crc32(question.encode()) % 10 == 0 else "train"
 
 
 def draw(rng):
-    """One problem from `rng`, a random.Random: (question, start, steps), a step being a signed change of the count."""
-    name, item = rng.choice(list(NAMES)), rng.choice(ITEMS)
+    """One problem from `rng`, a random.Random: (question, start, steps).
+
+    start: the count at first. steps: its signed changes.
+    """
+    name = rng.choice(NAMES)
+    item = rng.choice(ITEMS)
     start = count = rng.randint(2, LARGEST)
     steps, events = [], []
     for _ in range(rng.randint(2, 5)):
-        change = rng.choice(
-            [c for c in range(-OPERAND, OPERAND + 1) if c and 0 <= count + c <= LARGEST]
-        )
+        change = rng.choice(possible_changes(count))
+        verb = rng.choice(MORE if change > 0 else LESS)
         steps.append(change)
-        events.append(f"{rng.choice(MORE if change > 0 else LESS)} {abs(change)}")
+        events.append(f"{verb} {abs(change)}")
         count += change
-    told = ", ".join(events[:-1]) + " and " + events[-1]
-    return f"{name} has {start} {item}. {NAMES[name]} {told}. How many {item} now?", start, steps
+    story = ", ".join(events[:-1]) + " and " + events[-1]
+    question = f"{name} has {start} {item}. {PRONOUNS[name]} {story}. How many {item} now?"
+    return question, start, steps
+
+
+def possible_changes(count):
+    """Changes of at most OPERAND, except 0, that keep the count within 0..LARGEST."""
+    changes = range(-OPERAND, OPERAND + 1)
+    return [c for c in changes if c and 0 <= count + c <= LARGEST]
 
 
 def line(before, change, after):
@@ -60,18 +73,16 @@ def worked(start, steps):
 
 
 def problems(n, seed, split):
-    """`n` different problems of one split, the same ones for the same arguments: a list of {"question", "answer"}.
+    """`n` different problems of one split, a list of {"question", "answer"}.
 
-    Raises ValueError for a split that is not "train" or "test".
+    The same arguments give the same problems. Raises ValueError if split is not "train" or "test".
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
     rng = random.Random(f"{split} {seed}")
-    found = {}
+    found = {}  # a question that is drawn twice has one answer and one entry
     while len(found) < n:
         question, start, steps = draw(rng)
         if split_of(question) == split:
-            found[question] = worked(
-                start, steps
-            )  # a question drawn twice has one answer and stays one entry
+            found[question] = worked(start, steps)
     return [{"question": question, "answer": answer} for question, answer in found.items()]

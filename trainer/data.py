@@ -18,11 +18,10 @@ import huggingface_hub
 import torch
 
 from rewards import true_answer
-from tiny.problems import problems as tiny_problems
 
-TINY_TRAIN = (
-    20_000  # problems the embedded generator makes for training; many runs will not see them all
-)
+# Problems that the embedded generator makes for training; many runs will not see them all.
+TINY_TRAIN = 20_000
+FILE_TYPES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip")
 
 
 def load_problems(name, split):
@@ -35,12 +34,7 @@ def load_problems(name, split):
     """
     path = Path(name)
     if name == "tiny":
-        rows = (
-            tiny_problems(TINY_TRAIN, seed=0, split="train")
-            if split == "train"
-            else tiny_problems(500, 0, "test")
-        )
-        where = "tiny"
+        rows, where = tiny_rows(split), "tiny"
     elif path.is_dir():
         where = path / f"{split}.jsonl"
         if not where.is_file():
@@ -48,8 +42,13 @@ def load_problems(name, split):
                 f"{path} holds no {split}.jsonl; pass --data a folder with train.jsonl and test.jsonl"
             )
         rows = read_jsonl(where)
-    elif path.is_file() or path.suffix == ".jsonl":
+    elif path.is_file():
         rows, where = read_jsonl(path), path
+    elif is_path(name):
+        raise ValueError(
+            f"cannot read {name}: no such file or folder; --data takes a folder with train.jsonl "
+            f"and test.jsonl, one .jsonl, or the name of a data set"
+        )
     else:
         rows, where = hub_rows(name, split), name
     problems = check(rows, where)
@@ -69,6 +68,24 @@ def load_problems(name, split):
             print(f"{path}: the last {held_out} of its {len(problems)} problems are held out")
         return problems[:-held_out] if split == "train" else problems[-held_out:]
     return problems
+
+
+def is_path(name):
+    """Whether a name means a file or a folder, there or not, rather than a data set of the Hub."""
+    if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
+        return True
+    return name.lower().endswith(FILE_TYPES)
+
+
+def tiny_rows(split):
+    """The problems of the embedded generator. Raises ValueError if its folder was deleted."""
+    try:
+        from tiny.problems import problems  # here: nothing else needs the folder tiny/
+    except ModuleNotFoundError:
+        raise ValueError(
+            "the embedded data set is missing: there is no tiny/problems.py; pass --data FILE.jsonl"
+        ) from None
+    return problems(TINY_TRAIN if split == "train" else 500, 0, split)
 
 
 def read_jsonl(path):

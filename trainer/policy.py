@@ -86,6 +86,8 @@ def load_policy(name, device="cpu", chat=AUTO):
     safe = {"trust_remote_code": False}
     if name == "tiny":  # the embedded one, wherever one stands
         name = str(Path(__file__).resolve().parents[1] / "tiny")
+        if not Path(name).is_dir():
+            raise ValueError(f"the embedded model is missing: no folder {name}; pass --model")
     name = find_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **safe)
@@ -229,6 +231,7 @@ def sample(
     eos_ids,
     pad_id,
     layout=PLAIN,
+    cache=None,
     rows_at_once=None,
     progress=None,
 ):
@@ -239,6 +242,7 @@ def sample(
     depend on it. rows_at_once bounds the rows of one generate call, None puts all in one.
     """
     settings = sampling_settings(temperature, max_new_tokens, eos_ids, pad_id)
+    settings.cache_implementation = cache  # of generate; None: its default
     size = len(prompts) if rows_at_once is None else max(1, rows_at_once // n)
     pieces = [None] * len(prompts)
     for chosen in batches(prompts, size, layout.equal_lengths):
