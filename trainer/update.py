@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from grpo import constant
 from trainer.logprobs import token_logprobs
+from trainer.options import flag
 from trainer.probes import train_mode_agrees
 
 KL_COEFFICIENTS = "beta", "kl_coef"  # the options of a loss that switch on a KL term
@@ -62,7 +63,7 @@ class Updater:
 
         Raises MemoryError if the user set the size, or if a single row does not fit.
         """
-        flag = "--" + name.replace("_", "-")
+        option = flag(name)
         while True:
             size = self.at_once[name]
             try:
@@ -70,11 +71,11 @@ class Updater:
             except torch.OutOfMemoryError:
                 if getattr(self.o, name) != "auto" or size == 1:
                     raise MemoryError(
-                        f"out of GPU memory with {flag} {size}: try {flag} auto, "
+                        f"out of GPU memory with {option} {size}: try {option} auto, "
                         f"--gradient-checkpointing, or a smaller --max-new-tokens"
                     ) from None
             self.at_once[name] = size // 2
-            tqdm.write(f"out of GPU memory: {flag} goes from {size} to {size // 2}")
+            tqdm.write(f"out of GPU memory: {option} goes from {size} to {size // 2}")
             self.model.eval()
             self.optimizer.zero_grad()
             torch.cuda.empty_cache()
