@@ -160,7 +160,7 @@ def must_not_be_left_padded(model, rows, pad_id, through_head):
 
 
 def generate_agrees(model, prompts, tokens, pad_id, through_head, share_prompts=False):
-    """Whether greedily sampled tokens have the same log-probabilities in generate and row by row."""
+    """Whether greedy tokens have the same log-probabilities in generate and run row by row."""
     settings = sampling_settings(0, tokens, None, pad_id)
     settings.update(return_dict_in_generate=True, output_logits=True)
     out = generate(model, prompts, 2, settings, share_prompts)
@@ -209,7 +209,7 @@ def train_mode_agrees(model):
 
 
 def agree(got, want, span=None):
-    """Whether two tensors differ by rounding only, relative to the range of `span` (default: want)."""
+    """Whether two tensors differ by rounding only, relative to the range of span (or of want)."""
     scale = want if span is None else span
     allowed = TOLERANCE * (scale.max() - scale.min()) + 1e-4
     return bool((got - want).abs().max() <= allowed)  # False for NaN
