@@ -113,15 +113,13 @@ def token_logprobs(
     through_head=True,
     share_prompts=False,
 ):
-    """The log-probability of each completion token, and the entropy of its distribution.
+    """The log-probability of each completion token, and the entropy of its distribution, in nats.
 
     prompts: B lists of token ids. completions: [B, T] ids. mask: [B, T] bool, on for the first
-    tokens of a row. Returns (logprobs, entropy), both [B, T] in nats, 0 where mask is off. entropy
-    has no graph; with_entropy=False may leave it 0.
-
-    through_head: only the hidden states that predict a completion token go through the output head,
-    in chunks; share_prompts then runs equal prompts once. through_head=False uses the model's own
-    logits, which is right for any architecture.
+    tokens of a row. Returns (logprobs, entropy), both [B, T], 0 where mask is off. entropy has no
+    graph; with_entropy=False may leave it 0. through_head: put only the needed hidden states
+    through the output head, in chunks; share_prompts then runs equal prompts once. Without
+    through_head it uses the model's own logits, which is right for any architecture.
     """
     targets = completions[mask]  # [N], row after row
     if through_head:

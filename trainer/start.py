@@ -60,7 +60,7 @@ def begun(given, out, argv):
 
 
 def resumed(given, out):
-    """(options, config) of the run to resume. Raises ValueError if an option differs from its past."""
+    """(options, config) of the run to resume. Raises ValueError if an option differs from it."""
     try:
         config = json.loads((out / "config.json").read_text())
         saved, steps = config["options"], config["options"]["steps"]

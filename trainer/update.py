@@ -27,7 +27,7 @@ KL_COEFFICIENTS = "beta", "kl_coef"  # the options of a loss that switch on a KL
 
 
 class Updater:
-    """The trained policy, its optimizer, and the number of its rows that fit into memory at once."""
+    """The trained policy, its optimizer, and how many rows fit into memory at once."""
 
     def __init__(self, model, algo, loss_options, options, longest, layout):
         """algo: the algorithm's module. options: those of train.py. layout: from probes.probe.
@@ -121,7 +121,7 @@ class Updater:
         return ~constant(groups).expand_as(groups).flatten().cpu()
 
     def measure(self, rollout, mini_batches):
-        """Fill in the rollout's old_logprobs, entropy and, for a KL to it, ref_logprobs, all [B, T].
+        """Fill in the rollout's old_logprobs, entropy and, if needed, ref_logprobs, all [B, T].
 
         Runs the micro-batches of the updates, so the first ratio compares equal computations.
         """
@@ -157,7 +157,7 @@ class Updater:
         clipped: number of those tokens whose policy term has no gradient because of the clip;
         kl: sum of kl_estimate over the signal tokens, in nats, before this step;
         ratio: pi_theta / pi_old of each token that was run if on_policy, else [];
-        grad_norm: norm of the whole gradient before clipping; None if loss or dL/dlogp is not finite;
+        grad_norm: norm of the gradient before clipping; None if loss or dL/dlogp is not finite;
         bad_rows: rows that caused the step to be skipped;
         moved: whether the weights changed.
         """
