@@ -12,7 +12,7 @@ import time
 
 from trainer.options import check_command_line, parse
 
-if __name__ == "__main__":  # --help and a misspelt option do not wait for torch to be imported
+if __name__ == "__main__":  # before torch is imported, so that --help does not wait for it
     check_command_line()
 
 import torch
@@ -34,15 +34,15 @@ from trainer.update import Updater
 
 
 class BadReward(Exception):
-    """The reward function returned something that is no reward. The line names the completion."""
+    """The reward function returned no valid reward; the message quotes the completion."""
 
 
 class Trainer:
     """The state of one run, and what one step does with it."""
 
     def __init__(self, options, model, tokenizer, generation, problems):
-        """generation: the remaining keyword arguments of policy.sample. problems: to train on, each
-        with its "prompt_ids".
+        """generation: the remaining keyword arguments of policy.sample. problems: the training
+        problems, each with its "prompt_ids".
         """
         self.o, self.model, self.tokenizer = options, model, tokenizer
         self.generation, self.problems = generation, problems
@@ -68,14 +68,14 @@ class Trainer:
         rollout, sampled = self.sample_and_reward()
         rollout_s = time.perf_counter() - started
 
-        # 3 Advantages. Old log-probabilities and entropies come from our own forward pass, not from
-        # generate: the ratio is 1 before the first update only if both of its sides come from the
-        # same code, rows and padding.
+        # 3 Compute the advantages. Old log-probabilities and entropies come from our own forward
+        # pass, not from generate: the ratio is 1 before the first update only if both of its sides
+        # come from the same code, rows and padding.
         mini_batches = torch.arange(o.rows).split(o.rows // o.updates)
         updater.measure(rollout, mini_batches)
         rollout.advantages = self.advantages(rollout)
 
-        # 4 Update: one optimizer step on each mini-batch.
+        # 4 Update the policy: one optimizer step on each mini-batch.
         updates = []
         for rows in mini_batches * o.epochs:
             on_policy = not any(update["moved"] for update in updates)
@@ -96,10 +96,11 @@ class Trainer:
         return line, rollout, bad_rows
 
     def sample_and_reward(self):
-        """(the step's Rollout with its rewards, the list of everything that was sampled for it).
+        """(the step's Rollout with its rewards, the list of all batches sampled for it).
 
-        With --dynamic-sampling, groups that are all right or all wrong make way for further prompts
-        (DAPO, Eq. 11: by correctness, however the reward is shaped). After the last try they stay.
+        With --dynamic-sampling, groups that are all right or all wrong are replaced by groups of
+        further prompts (DAPO, Eq. 11: by correctness, even if the reward is shaped). Those left
+        after the last try are kept.
         """
         o, kept, left_out, sampled = self.o, [], [], []
         for _ in range(1 + o.dynamic_sampling):
@@ -122,7 +123,7 @@ class Trainer:
         return problems
 
     def sample(self, prompts, n):
-        """n completions of each prompt by the policy as it is now."""
+        """n completions of each prompt, sampled from the current policy."""
 
         def work(rows_at_once):
             return sample(
@@ -137,7 +138,7 @@ class Trainer:
         return self.updater.with_smaller_batches("sample_batch", work)
 
     def grade(self, batch, problems):
-        """Fill in the problems, texts, right and rewards of a batch: G rows for each problem."""
+        """Fill in problems, texts, right and rewards of a batch, which has G rows per problem."""
         batch.problems = [problem for problem in problems for _ in range(self.o.group_size)]
         batch.texts = decode(self.tokenizer, batch)
         lengths, truncated = batch.mask.sum(1).tolist(), batch.truncated.tolist()
@@ -150,8 +151,10 @@ class Trainer:
         batch.rewards = torch.tensor(rewards, device=self.model.device)  # [B]
 
     def reward(self, text, problem, length, truncated):
-        """(is the completion right, the reward): `correct`, plus DAPO's overlong punishment if asked
-        for. length: tokens. Raises BadReward.
+        """(1.0 if the completion is right else 0.0, its reward).
+
+        The reward is `correct`, plus DAPO's overlong penalty if --overlong-cache is set. length: in
+        tokens. Raises BadReward if the reward is not in [-1, 1].
         """
         right = reward = correct(text, problem["answer"], truncated)
         if self.o.overlong_cache:
@@ -164,14 +167,14 @@ class Trainer:
 
     def advantages(self, rollout):
         """The algorithm's advantages of the rollout, [B] or [B, T]."""
-        # Everything that an algorithm's `advantages` may ask for, by the name of its parameter.
+        # An algorithm's `advantages` gets those of these inputs that it has a parameter for.
         inputs = {"entropy": rollout.entropy, "mask": rollout.mask, "right": rollout.right}
         wanted = named(self.algo.advantages, inputs)
         group_size = self.o.group_size
         return self.algo.advantages(rollout.rewards, group_size, **wanted, **self.advantage_options)
 
     def warn_of_ratios(self, step, largest):
-        """One line, once per run, if a ratio is not 1 although nothing has been trained yet."""
+        """Print a warning, once per run, if a ratio before the first update is not 1."""
         warning = ratio_warning(step, largest, self.o.dtype)
         if warning and not self.warned:
             self.warned = True
@@ -185,14 +188,14 @@ def loop(trainer, out, held_out, done):
     """
     o = trainer.o
     interrupted = session.on_interrupt()
-    # A checkpoint leaves out what is written only because its step is the last, and the step's
-    # evaluation, whose draws depend on that: --steps may be raised when the run is resumed.
+    # `sizes`, where a resumed run continues the files, is taken before the lines that depend on
+    # this step being the last: --steps may be raised on --resume.
     if session.evaluates(o, done):
         session.write_evaluation(trainer, out, held_out, done)
         draw(out)
     step, steps = done, range(done + 1, o.steps + 1)
     bar = tqdm(steps, initial=done, total=o.steps, desc=o.algo, unit="step")
-    with bar:  # closed, whatever happens, before anything else is printed
+    with bar:  # closes the bar before a later message is printed
         for step in bar:
             line, rollout, bad_rows = trainer.step(step)
             checkpoint.append_lines(out / "metrics.jsonl", [line])
@@ -207,8 +210,7 @@ def loop(trainer, out, held_out, done):
             session.write_last_group(trainer, out, step, rollout)
             if session.evaluates(o, step):
                 session.write_evaluation(trainer, out, held_out, step)
-                draw(out)
-            elif session.shows(o, step):
+            if session.evaluates(o, step) or session.shows(o, step):
                 draw(out)
             if session.saves(o, step, interrupted):
                 session.save(trainer, out, step, sizes)
@@ -222,6 +224,7 @@ def loop(trainer, out, held_out, done):
 
 
 def draw(out):
+    """Draw the run's curves.png."""
     try:
         plot_runs([out], out / "curves.png")
     except OSError as error:
@@ -229,8 +232,9 @@ def draw(out):
 
 
 def main(argv=None):
-    """Run the command line; returns the exit status. Errors that the user can fix print one line to
-    stderr and give status 2.
+    """Run the command line and return the exit status.
+
+    Errors that the user can fix print one line to stderr and exit with status 2.
     """
     argv, started = sys.argv[1:] if argv is None else argv, time.perf_counter()
     with contextlib.ExitStack() as stack:
@@ -252,7 +256,7 @@ def main(argv=None):
 
 
 def prepare(given, out, argv):
-    """(trainer, held-out problems, config, last step that is done); None after --eval-only."""
+    """(trainer, held-out problems, config, last finished step); None after --eval-only."""
     resume = "resume" in given
     o, config = start.resumed(given, out) if resume else start.begun(given, out, argv)
     model, tokenizer, generation, problems, held_out = start.set_up(o)
@@ -273,7 +277,7 @@ def prepare(given, out, argv):
 
 
 def train_and_save(out, trainer, held_out, config, done, started):
-    """The loop, and after its last step the model and the summary. Returns the exit status."""
+    """Run the loop, then save the model and print the summary. Returns the exit status."""
     try:
         status = loop(trainer, out, held_out, done)
         if status == 0:
@@ -281,11 +285,12 @@ def train_and_save(out, trainer, held_out, config, done, started):
             checkpoint.write_json(out / "config.json", {**config, "status": "done"})
             session.summary(out, time.perf_counter() - started)
         return status
-    except (OSError, MemoryError, BadReward) as error:  # anything else is a bug: let it be seen
+    except (OSError, MemoryError, BadReward) as error:  # others are bugs: show their traceback
         return refuse(f"{error}; when that is mended: {session.resume_command(out)}")
 
 
 def refuse(error):
+    """Print the error in one line. Returns the exit status."""
     print("train.py: error:", " ".join(str(error).split()), file=sys.stderr)
     return 2
 

@@ -16,7 +16,7 @@ from transformers import (
 from trainer import logprobs, policy
 from trainer.logprobs import Layout, token_logprobs
 from trainer.policy import Rollout, completion_mask, sample, special_tokens
-from trainer.update import micro_batches
+from trainer.update import split_micro_batches
 
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11], [3, 4, 5], [6]]
 COMPLETIONS = torch.tensor([[5, 6, 1, 0], [9, 8, 7, 6], [4, 0, 0, 0], [2, 1, 0, 0], [1, 0, 0, 0]])
@@ -294,7 +294,7 @@ def of_lengths(prompts, completions):
 
 def test_micro_batches_put_like_lengths_together_and_lose_no_row():
     rollout = of_lengths([[3]] * 6, [8, 1, 6, 2, 7, 0])
-    pieces = micro_batches(rollout, torch.tensor([1, 2, 3, 4, 5]), 2)
+    pieces = split_micro_batches(rollout, torch.tensor([1, 2, 3, 4, 5]), 2)
     assert [p.tolist() for p in pieces] == [[5, 1], [3, 2], [4]]
 
 
@@ -302,9 +302,11 @@ def test_micro_batches_put_like_lengths_together_and_lose_no_row():
 def test_micro_batches_share_prompts_where_that_runs_fewer_tokens(prompt, want):
     """Completions of 6, 2 | 7, 1: by group 2 prompts, 2 x 6 + 2 x 7 tokens; by length 4 prompts, 2 x 2 + 2 x 7."""
     rollout = of_lengths([[3] * prompt] * 2 + [[4] * prompt] * 2, [6, 2, 7, 1])
-    pieces = micro_batches(rollout, torch.arange(4), 2, share_prompts=True)
+    pieces = split_micro_batches(rollout, torch.arange(4), 2, share_prompts=True)
     assert sorted(sorted(p.tolist()) for p in pieces) == sorted(sorted(p) for p in want)
-    assert [p.tolist() for p in micro_batches(rollout, torch.arange(4), 4, True)] == [[3, 1, 0, 2]]
+    assert [p.tolist() for p in split_micro_batches(rollout, torch.arange(4), 4, True)] == [
+        [3, 1, 0, 2]
+    ]
 
 
 def test_a_pickle_is_not_loaded(tmp_path):

@@ -1,4 +1,4 @@
-"""What the trainer asks of an algorithm file: its two functions, their inputs and their options."""
+"""The interface to an algorithm file: its two functions, their inputs and their options."""
 
 import importlib
 import inspect
@@ -6,26 +6,29 @@ import math
 
 import torch
 
-MAY_BE_NEGATIVE = ("tau", "mu")  # every other number of an algorithm is at least 0
+MAY_BE_NEGATIVE = ("tau", "mu")  # every other numeric option is at least 0
 
 
 def parameters(function):
+    """{name: inspect.Parameter} of a function."""
     return inspect.signature(function).parameters
 
 
 def named(function, values):
-    """Those of values, {name: value}, that are parameters of the function."""
-    return {name: values[name] for name in values if name in parameters(function)}
+    """The part of values, {name: value}, that the function has a parameter for."""
+    known = parameters(function)
+    return {name: value for name, value in values.items() if name in known}
 
 
 def split_options(module, values):
-    """The options of module.advantages and those of module.loss."""
+    """(options of module.advantages, options of module.loss) out of values."""
     return named(module.advantages, values), named(module.loss, values)
 
 
 def option_defaults(module):
-    """{name: default} of what --option may set: each keyword whose default is a number, a bool or
-    a text. An input of the trainer, such as entropy, has the default None.
+    """{name: default} of what --option may set: the keyword-only parameters with a default.
+
+    A keyword that the trainer fills in, such as entropy, has the default None and is no option.
     """
     defaults = {}
     for function in (module.advantages, module.loss):
@@ -36,10 +39,10 @@ def option_defaults(module):
 
 
 def checked_options(algo, given):
-    """{name: value} of texts or values, each in the type of its default.
+    """{name: value} with each value converted to the type of its default.
 
-    Raises ValueError for an unknown option, a value of another type, or a value that the algorithm
-    refuses: each is tried once on a toy batch.
+    given: {name: text or value}. Raises ValueError for an unknown option, a value of another type,
+    or a value that the algorithm refuses when called on a toy batch.
     """
     module = importlib.import_module(algo)
     defaults = option_defaults(module)
@@ -54,18 +57,21 @@ def checked_options(algo, given):
 
 
 def converted(name, text, kind):
-    """The value of a text in a type: bool, float, int or str. Raises ValueError."""
+    """The text as a bool, float, int or str (kind). Raises ValueError."""
     if kind is bool:
         if str(text).lower() not in ("true", "false"):
-            raise ValueError(f"--option {name}={text}: true or false is wanted")
+            raise ValueError(f"--option {name}={text}: it must be true or false")
         return str(text).lower() == "true"
-    wanted = "a finite number, not negative" if kind is float else kind.__name__
+    wanted = {float: "a finite number", int: "a whole number", str: "a text"}[kind]
+    signed = name in MAY_BE_NEGATIVE
+    if kind is float and not signed:
+        wanted += ", not negative"
     try:
         value = kind(text)
     except ValueError:
-        raise ValueError(f"--option {name}={text}: {wanted} is wanted") from None
-    if kind is float and not (math.isfinite(value) and (value >= 0 or name in MAY_BE_NEGATIVE)):
-        raise ValueError(f"--option {name}={text}: {wanted} is wanted")
+        raise ValueError(f"--option {name}={text}: it must be {wanted}") from None
+    if kind is float and not (math.isfinite(value) and (signed or value >= 0)):
+        raise ValueError(f"--option {name}={text}: it must be {wanted}")
     return value
 
 
@@ -73,7 +79,8 @@ def try_out(module, values):
     """Call both functions once, on two completions of one token. Raises what they raise."""
     ones = torch.ones(2, 1)
     rewards = torch.tensor([1.0, 0.0])
-    of_advantages, of_loss = split_options(module, values)
-    advantages = module.advantages(rewards, 2, entropy=ones, mask=ones, **of_advantages)
+    advantage_options, loss_options = split_options(module, values)
+    advantages = module.advantages(rewards, 2, entropy=ones, mask=ones, **advantage_options)
     inputs = {"ref_logprobs": ones, "entropy": ones, "old_entropy": ones}
-    module.loss(-ones, -ones, advantages, ones, **of_loss, **named(module.loss, inputs))
+    loss_options.update(named(module.loss, inputs))
+    module.loss(-ones, -ones, advantages, ones, **loss_options)

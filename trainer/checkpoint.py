@@ -1,9 +1,9 @@
-"""What a run writes so that nothing is lost: checkpoints, and lines that are whole or not there.
+"""Checkpoints, and files that are written completely or not at all.
 
-A checkpoint is a folder checkpoints/step-000020: the policy and its tokenizer, as from_pretrained
-loads them, and state.pt, our own tensors and numbers, read back with weights_only=True. It is
-written under another name, then renamed: one that is there is complete, unless the disk itself
-failed, and then the one before it is used.
+A checkpoint is a folder checkpoints/step-000020. It holds the policy and its tokenizer, as
+from_pretrained loads them, and state.pt with our own tensors and numbers, which is read with
+weights_only=True. It is written under another name and then renamed, so a checkpoint that exists is
+complete, unless the disk itself failed; then the one before it is used.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-KEPT = 2
+KEPT = 2  # checkpoints
 RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "model")
-LINES = ("metrics.jsonl", "samples.jsonl")
+LINES = ("metrics.jsonl", "samples.jsonl")  # one JSON object per line, appended by each step
 
 
 def check_folder(out):
-    """Raises ValueError if the folder `out` is something else, or cannot be made or written to."""
+    """Raise ValueError if `out` is no folder, or cannot be created or written to."""
     nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise ValueError(f"--out {out}: {nearest} is a file; name a folder")
@@ -33,12 +33,15 @@ def check_folder(out):
 
 
 def holds_run(out):
+    """Whether the folder holds any file of a run."""
     return any((out / name).exists() for name in RUN_FILES)
 
 
 def clear(out, source):
-    """Make the folder, without a run in it; whatever else it holds stays. source: the model that a new run starts from;
-    a ValueError, and nothing is deleted, if it is part of the old run.
+    """Create the folder, or delete the run that it holds; its other files stay.
+
+    source: the model that the new run starts from. Raises ValueError, and deletes nothing, if it is
+    part of the old run.
     """
     source = Path(model_folder(source)).resolve()
     if any((out / name).resolve() in (source, *source.parents) for name in RUN_FILES):
@@ -51,13 +54,17 @@ def clear(out, source):
 
 
 def remove(path):
+    """Delete a file or a folder, if it exists."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def whole(path):
-    """Write the file or folder `path` under the name given, which takes its place at the end; if anything fails, what
-    was there before is still there and nothing else. Raises OSError, with the path, if it cannot be written.
+    """Write a file or folder completely or not at all.
+
+    Yields a temporary name to write to, which is renamed to `path` at the end. If anything fails,
+    the old content of `path` stays and the temporary one is deleted. Raises OSError, with the path,
+    if it cannot be written.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -69,11 +76,8 @@ def whole(path):
             shutil.rmtree(path)
         os.replace(part, path)
         sync(path.parent)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # a full disk is one of the three, by who meets it
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # A full disk raises any of the three: it depends on the library that is writing.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"cannot write {path}: {cause}") from None
     finally:
@@ -82,9 +86,9 @@ def whole(path):
 
 
 def sync(path):
-    """Have the disk itself hold the file, or the names in a folder: what a power cut does not undo."""
+    """fsync a file or a folder's list of names, so that it survives a power failure."""
     folder = path.is_dir()
-    if folder and os.name == "nt":  # Windows opens no folder
+    if folder and os.name == "nt":  # Windows cannot open a folder
         return
     descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:
@@ -94,18 +98,19 @@ def sync(path):
 
 
 def write_json(path, value):
-    """Replace the file at once, or leave it as it was."""
+    """Replace the file by the value as JSON, completely or not at all."""
     with whole(path) as part:
         part.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def append_lines(path, rows):
-    """Append each row as a line of JSON, all of them or none; what is not finite is written as null."""
-    data = "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows).encode()
+    """Append each row as a line of JSON, all rows or none; NaN and infinity are written as null."""
+    lines = [json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows]
+    data = "".join(lines).encode()
     with open(path, "ab", buffering=0) as file:
         size = file.tell()
         try:
-            while data:
+            while data:  # an unbuffered write may write a part
                 data = data[file.write(data) :]
         except OSError as error:
             file.truncate(size)
@@ -113,6 +118,7 @@ def append_lines(path, rows):
 
 
 def _finite(x):
+    """x with None in place of each float that is not finite, in dicts and lists too."""
     if isinstance(x, dict):
         return {key: _finite(value) for key, value in x.items()}
     if isinstance(x, list):
@@ -121,7 +127,7 @@ def _finite(x):
 
 
 def save_pretrained(folder, model, tokenizer):
-    """The trained model as from_pretrained reads it, with its tokenizer; all of it or nothing."""
+    """Write the model and its tokenizer as from_pretrained reads them, completely or not at all."""
     with whole(folder) as part:
         write_model(part, model, tokenizer)
 
@@ -131,9 +137,8 @@ def write_model(folder, model, tokenizer):
     config = model.generation_config
     try:
         config.validate(strict=True)
-    except (
-        ValueError
-    ):  # some models come with flags that save_pretrained refuses: only the ids stay
+    except ValueError:
+        # Some models come with settings that save_pretrained refuses: keep only the token ids.
         model.generation_config = GenerationConfig(
             bos_token_id=config.bos_token_id,
             eos_token_id=config.eos_token_id,
@@ -144,17 +149,17 @@ def write_model(folder, model, tokenizer):
 
 
 def read_weights(model, folder):
-    """Put the weights of such a folder into the model. Raises if the folder is not whole."""
+    """Load the weights of a folder by write_model. Raises if the folder is not complete."""
     saved, found = type(model).from_pretrained(
         folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
     )
-    if found["missing_keys"]:  # transformers makes them up, at random
+    if found["missing_keys"]:  # transformers fills them in at random
         raise ValueError(f"it lacks {min(found['missing_keys'])}")
     model.load_state_dict(saved.state_dict())
 
 
 def rng_state():
-    """The state of every generator that sampling draws from."""
+    """The state of every random generator that sampling uses."""
     return {
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -168,30 +173,32 @@ def set_rng_state(state):
 
 
 def steps_saved(run):
-    """{step: folder} of the checkpoints, by step."""
-    found = [
-        path
-        for path in (run / "checkpoints").glob("step-*")
-        if re.fullmatch(r"step-\d+", path.name)
-    ]
-    return {step: path for step, path in sorted((int(path.name[5:]), path) for path in found)}
+    """{step: folder} of the run's checkpoints, in order of their steps."""
+    found = {}
+    for path in (run / "checkpoints").glob("step-*"):
+        name = re.fullmatch(r"step-(\d+)", path.name)
+        if name:
+            found[int(name[1])] = path
+    return dict(sorted(found.items()))
 
 
 def line_sizes(run):
-    """{file: bytes} of the run's files of lines, for `load` to cut back what came after."""
+    """{file: bytes} of the run's LINES files; `load` cuts them back to these sizes."""
     return {name: (run / name).stat().st_size for name in LINES if (run / name).exists()}
 
 
 def model_folder(name):
-    """What --model means. The folder of a run stands for its trained model, or for its latest
-    checkpoint while the run is not done; anything else stands for itself. Raises ValueError.
+    """The folder or Hub name to load for --model.
+
+    A run's folder stands for its trained model, or for its latest checkpoint if the run is not
+    done. Every other name stands for itself. Raises ValueError if a run has no model yet.
     """
     run = Path(name)
     try:
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
         status = config["status"]
     except (OSError, ValueError, KeyError, TypeError):
-        return name  # a model's folder, or no folder at all
+        return name  # not the folder of a run
     choices = [*reversed(steps_saved(run).values()), run / "model"]
     if status == "done":
         choices.insert(0, run / "model")
@@ -202,7 +209,7 @@ def model_folder(name):
 
 
 def find_model(name):
-    """model_folder, and a line that says so where it is not the name itself."""
+    """model_folder; prints a line if that is not the name itself."""
     folder = model_folder(name)
     if folder != name:
         print(f"--model {name} is a run: taking {folder}")
@@ -210,17 +217,17 @@ def find_model(name):
 
 
 def save(run, step, model, tokenizer, optimizer, sizes, **counters):
-    """Write run/checkpoints/step-NNNNNN and drop all but the last KEPT.
+    """Write run/checkpoints/step-NNNNNN, and delete all but the last KEPT checkpoints.
 
-    sizes: `line_sizes` after the step's training lines. counters: plain numbers.
+    sizes: `line_sizes` after the step's training lines. counters: numbers that `load` returns.
     """
     run = Path(run)
     root = run / "checkpoints"
     root.mkdir(exist_ok=True)
-    for stale in root.glob("*.part"):  # of a process that was killed here
+    for stale in root.glob("*.part"):  # of a process that was killed
         remove(stale)
     for name in sizes:
-        sync(run / name)  # a checkpoint must not outlive the lines that it counts on
+        sync(run / name)  # a checkpoint must not survive a power failure without its lines
     with whole(root / f"step-{step:06}") as part:
         part.mkdir()
         write_model(part, model, tokenizer)
@@ -231,42 +238,34 @@ def save(run, step, model, tokenizer, optimizer, sizes, **counters):
             "sizes": sizes,
             **counters,
         }
-        with open(
-            part / "state.pt", "wb"
-        ) as file:  # given the path, torch.save would not say why it fails
+        # An open file: given a path, torch.save would hide the reason of a failure.
+        with open(part / "state.pt", "wb") as file:
             torch.save(state, file)
     saved = steps_saved(run)
-    kept = [known for known in saved if known <= step][
-        -KEPT:
-    ]  # a later one is what `load` could not read
+    # A checkpoint of a later step is one that `load` could not read: it goes too.
+    kept = [known for known in saved if known <= step][-KEPT:]
     for known in saved.keys() - kept:
         remove(saved[known])
 
 
 def load(run, model, optimizer, say):
-    """Put the latest readable checkpoint into model, optimizer and the generators, and cut the run's files back to it.
+    """Load the latest readable checkpoint, and cut the run's LINES files back to its step.
 
-    Returns its counters, those of step 0 if the run has not come to a checkpoint yet. say(line) tells of an unreadable
-    one. Raises ValueError if none can be read and there have been some.
+    Restores the model, the optimizer and the random generators. Returns the checkpoint's counters;
+    those of step 0 if the run has no checkpoint yet. say(line) reports an unreadable checkpoint.
+    Raises ValueError if there are checkpoints and none can be read.
     """
     run = Path(run)
     saved = steps_saved(run)
+    state = None
     for folder in reversed(saved.values()):
         try:
-            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            for name, size in state["sizes"].items():
-                if (run / name).stat().st_size < size:
-                    raise ValueError(f"{name} is shorter than it was")
-            read_weights(model, folder)
-            optimizer.load_state_dict(state.pop("optimizer"))
-            set_rng_state(state.pop("rng"))
+            state = restore(run, folder, model, optimizer)
             break
-        except (
-            Exception
-        ) as error:  # torn zip, torn header, missing file: each library has its own type
+        except Exception as error:  # truncated zip, broken header, missing file: many types
             why = (str(error).strip() or type(error).__name__).split("\n")[0][:120]
             say(f"checkpoint {folder.name} cannot be read ({why}); falling back to the one before")
-    else:
+    if state is None:
         if saved or (run / "model").exists():
             raise ValueError(
                 f"no checkpoint in {run / 'checkpoints'} can be read; start again with --overwrite"
@@ -276,4 +275,16 @@ def load(run, model, optimizer, say):
     for name in LINES:
         if (run / name).exists():
             os.truncate(run / name, sizes.get(name, 0))
+    return state
+
+
+def restore(run, folder, model, optimizer):
+    """Load one checkpoint. Returns its counters and sizes. Raises an exception of any type."""
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    for name, size in state["sizes"].items():
+        if (run / name).stat().st_size < size:
+            raise ValueError(f"{name} is shorter than it was")
+    read_weights(model, folder)
+    optimizer.load_state_dict(state.pop("optimizer"))
+    set_rng_state(state.pop("rng"))
     return state

@@ -1,7 +1,8 @@
 """Problems with answers that can be checked.
 
-A problem is {"question", "answer"}; the answer is GSM8K's field (a worked solution that ends in `#### n`) or a bare
-number. Everything that is wrong with a file is said in one line, with the line's number, before any model is loaded.
+A problem is {"question", "answer"}. The answer is a GSM8K answer (a worked solution that ends in
+`#### n`) or a bare number. Errors in a file are reported in one line, with the line number, before
+a model is loaded.
 """
 
 import json
@@ -19,55 +20,61 @@ import torch
 
 from rewards import true_answer
 
-# Problems that the embedded generator makes for training; many runs will not see them all.
+# Training problems of the embedded generator; short runs do not use all of them.
 TINY_TRAIN = 20_000
 FILE_TYPES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip")
 
 
 def load_problems(name, split):
-    """The train or test problems of `name`, a list of {"question", "answer"}, duplicates dropped.
+    """The problems of a split, "train" or "test": a list of {"question", "answer"}.
 
-    name: "tiny" (the embedded generator), "gsm8k", another Hub data set with those two fields ("owner/name" or
-    "owner/name:config"), a local folder with train.jsonl and test.jsonl, or one .jsonl, whose last tenth (at most 500)
-    is then the test split. Says so, and how many problems repeat a question. Raises ValueError, in one line, with the
-    line's number where there is one.
+    name: "tiny" (the embedded generator), "gsm8k", another Hub data set with those two fields
+    ("owner/name" or "owner/name:config"), a local folder with train.jsonl and test.jsonl, or one
+    .jsonl file, whose last tenth (at most 500) is then the test split. Of problems with the same
+    question only the first is kept; prints how many repeat one. Raises ValueError, in one line.
     """
     path = Path(name)
+    where, one_file = name, False
     if name == "tiny":
-        rows, where = tiny_rows(split), "tiny"
+        rows = tiny_rows(split)
     elif path.is_dir():
         where = path / f"{split}.jsonl"
         if not where.is_file():
             raise ValueError(
-                f"{path} holds no {split}.jsonl; pass --data a folder with train.jsonl and test.jsonl"
+                f"{path} holds no {split}.jsonl; pass --data a folder with train.jsonl and "
+                f"test.jsonl"
             )
         rows = read_jsonl(where)
     elif path.is_file():
-        rows, where = read_jsonl(path), path
+        where, one_file = path, True
+        rows = read_jsonl(path)
     elif is_path(name):
         raise ValueError(
             f"cannot read {name}: no such file or folder; --data takes a folder with train.jsonl "
             f"and test.jsonl, one .jsonl, or the name of a data set"
         )
     else:
-        rows, where = hub_rows(name, split), name
+        rows = hub_rows(name, split)
     problems = check(rows, where)
-    one_file = path.is_file()
     repeats = len(rows) - rows.count(None) - len(problems)
-    if repeats and not (
-        one_file and split == "test"
-    ):  # of one file it has been said with the train split
+    # One file serves both splits: print the line for the training split only.
+    if repeats and not (one_file and split == "test"):
         print(f"{where}: {repeats} problems repeat a question; the first of each is kept")
-    if one_file:
-        if len(problems) < 2:
-            raise ValueError(
-                f"{path} holds one problem; two are the least, one to train on and one to hold out"
-            )
-        held_out = min(500, max(1, len(problems) // 10))
-        if split == "test":
-            print(f"{path}: the last {held_out} of its {len(problems)} problems are held out")
-        return problems[:-held_out] if split == "train" else problems[-held_out:]
-    return problems
+    return split_file(path, problems, split) if one_file else problems
+
+
+def split_file(path, problems, split):
+    """The training or test split of one file's problems. Raises ValueError if there is only one."""
+    if len(problems) < 2:
+        raise ValueError(
+            f"{path} holds one problem; at least two are needed, one to train on and one to "
+            f"hold out"
+        )
+    held_out = min(500, max(1, len(problems) // 10))
+    if split == "train":
+        return problems[:-held_out]
+    print(f"{path}: the last {held_out} of its {len(problems)} problems are held out")
+    return problems[-held_out:]
 
 
 def is_path(name):
@@ -78,20 +85,25 @@ def is_path(name):
 
 
 def tiny_rows(split):
-    """The problems of the embedded generator. Raises ValueError if its folder was deleted."""
+    """The problems of the embedded generator; they do not depend on the run's seed.
+
+    Raises ValueError if its folder was deleted.
+    """
     try:
         from tiny.problems import problems  # here: nothing else needs the folder tiny/
     except ModuleNotFoundError:
         raise ValueError(
             "the embedded data set is missing: there is no tiny/problems.py; pass --data FILE.jsonl"
         ) from None
-    return problems(TINY_TRAIN if split == "train" else 500, 0, split)
+    count = TINY_TRAIN if split == "train" else 500
+    return problems(count, seed=0, split=split)
 
 
 def read_jsonl(path):
-    """One JSON object per line; blank lines are skipped but counted. Returns a list with None for them.
+    """A list of one JSON value per line; None for a blank line, so that the index counts lines.
 
-    Numbers with a point become Decimal, which keeps every digit that the file has.
+    Numbers with a decimal point become Decimal, which keeps every digit of the file. Raises
+    ValueError, with the line number.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -99,35 +111,38 @@ def read_jsonl(path):
         raise ValueError(f"cannot read {path}: {error}") from None
     rows = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            rows.append(None)
+            continue
         try:
-            rows.append(json.loads(line, parse_float=Decimal) if line.strip() else None)
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # ValueError: also a number of thousands of digits
+            rows.append(json.loads(line, parse_float=Decimal))
+        except (ValueError, RecursionError) as error:  # deep nesting; thousands of digits
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
     return rows
 
 
 def hub_rows(name, split):
-    """A data set of the Hub, or of its cache, through datasets.load_dataset."""
-    import datasets  # here, since it takes a second to import and the tiny preset needs none of it
+    """The rows of a data set from the Hub or its cache. Raises ValueError."""
+    import datasets  # here: it takes a second to import, and the preset tiny does not need it
 
-    repo, _, config = (
-        "openai/gsm8k:main" if name in ("gsm8k", "openai/gsm8k") else name
-    ).partition(":")
+    if name in ("gsm8k", "openai/gsm8k"):
+        name = "openai/gsm8k:main"
+    repo, _, config = name.partition(":")
     try:
         return list(datasets.load_dataset(repo, config or None, split=split))
-    except Exception as error:  # the Hub fails in a dozen types, none of them ours
+    except Exception as error:  # a dozen types, of datasets and the Hub
         why = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"cannot load the data set {name!r}: {why}. Pass --data FILE.jsonl, one object with question and answer a "
-            f"line, or --data tiny"
+            f"cannot load the data set {name!r}: {why}. Pass --data FILE.jsonl, one object with "
+            f"question and answer per line, or --data tiny"
         ) from None
 
 
 def check(rows, where):
-    """Rows that are problems, in their order, the first of each question; else ValueError with the row's number."""
+    """The rows as problems, in order, the first of each question only.
+
+    Raises ValueError, with the row's number, if a row is no problem or there is none.
+    """
     seen = {}
     for number, row in enumerate(rows, 1):
         if row is None:
@@ -143,10 +158,14 @@ def check(rows, where):
 
 
 def problem_of(row):
-    """{"question", "answer"}, both text, of one row; an answer may be a JSON number. Raises ValueError, in one line."""
+    """{"question", "answer"}, both text, from one row, whose answer may be a JSON number.
+
+    Raises ValueError, in one line.
+    """
     fields = row if isinstance(row, dict) else {}
     question, answer = fields.get("question"), fields.get("answer")
-    if isinstance(answer, int | float | Decimal) and not isinstance(answer, bool):
+    number = isinstance(answer, int | float | Decimal) and not isinstance(answer, bool)
+    if number:
         answer = str(answer)
     if not isinstance(question, str) or not isinstance(answer, str):
         raise ValueError(
@@ -154,18 +173,18 @@ def problem_of(row):
         )
     try:
         (question + answer).encode()
-    except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair
+    except UnicodeEncodeError as error:  # JSON may contain half a surrogate pair
         raise ValueError(f"{error.object[error.start]!r} is no character") from None
     if not question.strip():
         raise ValueError("the question is empty")
-    true_answer(answer)
+    true_answer(answer)  # raises ValueError if it contains no number
     return {"question": question, "answer": answer}
 
 
 def problems_at(problems, seed, cursor, count):
-    """The next `count` problems of an endless walk over `problems` that has come to `cursor`.
+    """The next `count` problems after the first `cursor` ones, in endless passes over `problems`.
 
-    Each pass has a new order, drawn from the seed and the number of the pass alone.
+    Each pass has a new random order, which depends only on the seed and the number of the pass.
     """
     chosen, total = [], len(problems)
     for at in range(cursor, cursor + count):
@@ -177,9 +196,10 @@ def problems_at(problems, seed, cursor, count):
 
 
 def split_overlap(train, test):
-    """(training problems whose question is not in the test split, how many were left out for that).
+    """(the training problems whose question is not in the test split, how many were dropped).
 
-    Questions are the same if they differ only in white space, in case, or in forms that NFKC makes equal.
+    Questions count as the same if they differ only in white space, in case, or in forms that
+    Unicode's NFKC makes equal.
     """
     held_out = {same_question(p["question"]) for p in test}
     kept = [p for p in train if same_question(p["question"]) not in held_out]
@@ -187,14 +207,14 @@ def split_overlap(train, test):
 
 
 def same_question(text):
-    """The text that is equal for questions that split_overlap takes for one."""
+    """A normal form, equal for questions that split_overlap counts as the same."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def checksum(problems, expected=None):
     """{"problems": checksum of questions and answers, "prompts": of the prompts' token ids}.
 
-    Raises ValueError, saying what differs, if it is not the one that a resumed run had.
+    Raises ValueError, with what differs, if it is not `expected`, that of the resumed run.
     """
     rows = [(p["question"], p["answer"]) for p in problems]
     ids = [p["prompt_ids"] for p in problems]
@@ -203,17 +223,18 @@ def checksum(problems, expected=None):
         return found
     if not isinstance(expected, dict):
         raise ValueError(
-            "the run is of an earlier version, which did not write down what its prompts were; "
-            "it cannot be resumed with this one"
+            "the run was made by an earlier version, which did not record its prompts; it cannot "
+            "be resumed with this one"
         )
     if found["problems"] != expected.get("problems"):
         raise ValueError(
-            "the data are not what they were when the run began; it cannot be resumed with other problems"
+            "the data are not what they were when the run began; it cannot be resumed with other "
+            "problems"
         )
     raise ValueError(
-        "the prompts have other token ids than when the run began, of the same problems: another "
+        "the prompts have other token ids than when the run began, for the same problems: another "
         "tokenizer, or a chat template that writes today's date (python train.py --show-prompt "
-        "shows it); it cannot be resumed with other prompts"
+        "shows it); the run cannot be resumed with other prompts"
     )
 
 
@@ -222,17 +243,18 @@ def crc32_of(rows):
 
 
 def offline_without_network(*names):
-    """If one of the names is not here and the Hub's host name cannot be looked up, tell the Hub's library, which would
-    try for a minute before it turned to its cache.
+    """Put the Hub's libraries in offline mode if a name is not local and the Hub cannot be reached.
+
+    Otherwise they would retry for a minute before they used their cache.
     """
     constants = huggingface_hub.constants
-    here = all(name == "tiny" or Path(name).exists() for name in names)
-    if (
-        here or constants.HF_HUB_OFFLINE or urllib.request.getproxies()
-    ):  # a proxy looks names up itself
+    local = all(name == "tiny" or Path(name).exists() for name in names)
+    if local or constants.HF_HUB_OFFLINE:
+        return
+    if urllib.request.getproxies():  # a proxy resolves host names itself
         return
     try:
         socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
     except OSError:
-        constants.HF_HUB_OFFLINE = True  # what HF_HUB_OFFLINE=1 sets when the library is imported
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries that are imported later
+        constants.HF_HUB_OFFLINE = True  # as the variable does at import
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries imported later

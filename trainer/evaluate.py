@@ -1,4 +1,4 @@
-"""How good is a policy on held-out problems, and how sure can one be of it."""
+"""Measure a policy on held-out problems: accuracy with its interval, avg@k and pass@k."""
 
 import json
 import math
@@ -10,22 +10,29 @@ from tqdm import tqdm
 from rewards import correct, extract_answer, true_answer
 from trainer import checkpoint
 from trainer.data import checksum
+from trainer.options import flag
 from trainer.origin import other_inputs, versions, weights_checksum
 from trainer.policy import sample, sampling_copy
 
 
 def wilson(successes, n, z=1.959964):
-    """The 95% interval of a share, Wilson's score interval: (low, high). At n = 200 it is about +-7 points wide."""
-    p, zz = successes / n, z * z
+    """Wilson's score interval of a proportion: (low, high), 95% with the default z.
+
+    At n = 200 it spans about +-7 percentage points.
+    """
+    p = successes / n
+    zz = z * z
     centre = (p + zz / (2 * n)) / (1 + zz / n)
     half = z / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def pass_at_k(n, c, k):
-    """The chance that one or more of k completions, drawn from n of which c are right, is right: 1 - C(n-c, k)/C(n, k).
+    """1 - C(n-c, k) / C(n, k): the probability that k completions, drawn without replacement from n
+    of which c are right, include a right one.
 
-    The unbiased estimator of Chen et al., arXiv 2107.03374, Eq. 1; 1 - (1 - c/n)^k would be biased down. Needs k <= n.
+    The unbiased estimator of Chen et al., arXiv 2107.03374, Eq. 1; 1 - (1 - c/n)^k is biased
+    downwards. Needs k <= n.
     """
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
@@ -33,10 +40,10 @@ def pass_at_k(n, c, k):
 def decode(tokenizer, rollout):
     """The text of each completion, without special tokens, up to its EOS.
 
-    EOS itself is cut too: a tokenizer need not count a template's end of turn as special.
+    EOS itself is cut here: a tokenizer may not list the template's end of turn as special.
     """
-    words = rollout.mask.sum(1) - (~rollout.truncated).long()
-    rows = zip(rollout.completions.tolist(), words.tolist(), strict=True)
+    lengths = rollout.mask.sum(1) - (~rollout.truncated).long()  # without EOS
+    rows = zip(rollout.completions.tolist(), lengths.tolist(), strict=True)
     return tokenizer.batch_decode([ids[:n] for ids, n in rows], skip_special_tokens=True)
 
 
@@ -51,118 +58,158 @@ def evaluate(
     seed,
     rows_at_once=128,
     quiet=True,
-    **limits,
+    **generation,
 ):
-    """Greedy accuracy, strict and lenient, and `samples` draws a problem for avg@k and pass@k.
+    """Greedy accuracy, strict and lenient; if k > 0, also avg@k and pass@k from random samples.
 
-    problems: with "prompt_ids" and "answer". limits: what policy.sample takes besides. Leaves torch's
-    random state as it was, so that how often one evaluates changes nothing of the training. Returns a dict:
-    accuracy, accuracy_lenient, ci95 (of accuracy), avg_at_k, pass_at_k, k, n (problems), length (tokens), truncated.
+    problems: with "prompt_ids" and "answer". samples: completions per problem for avg@k and pass@k.
+    generation: the remaining keyword arguments of policy.sample. Restores torch's random state, so
+    evaluation never changes training. Returns a dict: accuracy, accuracy_lenient, ci95 (of
+    accuracy), avg_at_k, pass_at_k (None if k is 0), k, n (problems), length (mean tokens of the
+    greedy completions), truncated (proportion of them).
     """
-    prompts, answers = [p["prompt_ids"] for p in problems], [p["answer"] for p in problems]
+    prompts = [problem["prompt_ids"] for problem in problems]
     devices = [model.device] if model.device.type == "cuda" else []
-    bar = tqdm(
-        total=len(problems) * (2 if k else 1),
-        desc="evaluate",
-        unit="problem",
-        leave=False,
-        disable=quiet,
-    )
+    total = len(problems) * (2 if k else 1)
+    bar = tqdm(total=total, desc="evaluate", unit="problem", leave=False, disable=quiet)
+    generation.update(rows_at_once=rows_at_once, progress=bar)
+    drawn = None
     with torch.random.fork_rng(devices), bar:
         torch.manual_seed(seed)
-        common = dict(rows_at_once=rows_at_once, progress=bar, **limits)
-        greedy = sample(model, prompts, 1, temperature=0, **common)
-        drawn = sample(model, prompts, samples, temperature=temperature, **common) if k else None
+        greedy = sample(model, prompts, 1, temperature=0, **generation)
+        if k:
+            drawn = sample(model, prompts, samples, temperature=temperature, **generation)
+    result = accuracy(tokenizer, greedy, problems, k)
+    if k:
+        result.update(at_k(tokenizer, drawn, problems, k, samples))
+    return result
+
+
+def accuracy(tokenizer, greedy, problems, k):
+    """The dict of `evaluate` from the greedy completions alone."""
+    answers = [problem["answer"] for problem in problems]
+    n = len(problems)
     strict = sum(grade(correct, tokenizer, greedy, answers))
     lenient = sum(grade(matches, tokenizer, greedy, answers))
-    n = len(problems)
-    low, high = wilson(strict, n)
-    result = {
+    return {
         "accuracy": strict / n,
         "accuracy_lenient": lenient / n,
-        "ci95": [low, high],
+        "ci95": list(wilson(strict, n)),
         "avg_at_k": None,
-    }
-    result |= {
         "pass_at_k": None,
         "k": k,
         "n": n,
         "length": greedy.mask.sum(1).float().mean().item(),
+        "truncated": greedy.truncated.float().mean().item(),
     }
-    result["truncated"] = greedy.truncated.float().mean().item()
-    if k:
-        repeated = [answer for answer in answers for _ in range(samples)]
-        right = grade(correct, tokenizer, drawn, repeated)
-        counts = [int(sum(right[i : i + samples])) for i in range(0, len(right), samples)]
-        result["avg_at_k"] = sum(counts) / len(right)
-        result["pass_at_k"] = sum(pass_at_k(samples, c, k) for c in counts) / n
-    return result
+
+
+def at_k(tokenizer, drawn, problems, k, samples):
+    """avg@k and pass@k from `samples` completions of each problem, as a dict."""
+    answers = [problem["answer"] for problem in problems for _ in range(samples)]
+    right = grade(correct, tokenizer, drawn, answers)
+    starts = range(0, len(right), samples)
+    counts = [int(sum(right[start : start + samples])) for start in starts]  # right per problem
+    return {
+        "avg_at_k": sum(counts) / len(right),
+        "pass_at_k": sum(pass_at_k(samples, c, k) for c in counts) / len(problems),
+    }
 
 
 def grade(measure, tokenizer, rollout, answers):
-    """measure(text, answer, truncated) of each completion: `correct` or `matches`. Returns a list."""
-    texts, truncated = decode(tokenizer, rollout), rollout.truncated.tolist()
-    return [measure(*row) for row in zip(texts, answers, truncated, strict=True)]
+    """measure(text, answer, truncated) for each completion, as a list.
+
+    measure: `correct` or `matches`.
+    """
+    texts = decode(tokenizer, rollout)
+    rows = zip(texts, answers, rollout.truncated.tolist(), strict=True)
+    return [measure(text, answer, cut) for text, answer, cut in rows]
 
 
 def matches(text, answer, truncated=False):
-    """Whether the lenient answer, the last number if there is no marker, is the right one."""
+    """Whether the lenient answer is right: the last number counts where there is no marker."""
     return extract_answer(text, lenient=True, truncated=truncated) == true_answer(answer)
 
 
-# The options, besides the model and the data, that an evaluation's figures depend on.
-FIGURES_OF = ("prompt", "temperature", "max_new_tokens", "dtype", "seed", "k", "eval_samples")
+# Besides the model and the data, the results of an evaluation depend on these options.
+RESULTS_DEPEND_ON = (
+    "prompt",
+    "temperature",
+    "max_new_tokens",
+    "dtype",
+    "seed",
+    "k",
+    "eval_samples",
+)
 
 
 def evaluate_only(o, out, model, tokenizer, generation, problems):
-    """--eval-only: print the figures and write them to out/eval.json.
+    """--eval-only: print the results and write them to out/eval.json.
 
-    Raises ValueError, before the work, if that file holds the figures of another model, or of other
-    data or options, unless --overwrite was given.
+    Raises ValueError, before evaluating, if that file holds the results of another model, or of
+    other data or options, unless --overwrite was given.
     """
     path = out / "eval.json"
     origin = {"checksum": checksum(problems), "weights": weights_checksum(model)}
     if path.exists() and not o.overwrite:
-        refuse_other_figures(path, o, origin)
+        refuse_other_results(path, o, origin)
     model = sampling_copy(model, o.dtype)
     rows = o.rows if o.sample_batch == "auto" else int(o.sample_batch)
     try:
         result = evaluate(
-            model, tokenizer, problems, k=o.k, samples=o.draws, temperature=o.temperature,
-            seed=o.seed + 10_000, rows_at_once=rows, quiet=False, **generation,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            problems,
+            k=o.k,
+            samples=o.draws,
+            temperature=o.temperature,
+            seed=o.seed + 10_000,
+            rows_at_once=rows,
+            quiet=False,
+            **generation,
+        )
     except torch.OutOfMemoryError:
         raise ValueError(
             f"out of GPU memory with {rows} rows at once: pass --sample-batch {max(1, rows // 2)}"
         ) from None
-    low, high = result["ci95"]
-    print(f"greedy accuracy on {result['n']} problems: {result['accuracy']:.3f} (95%: {low:.3f}-{high:.3f}), lenient "
-          f"{result['accuracy_lenient']:.3f}; truncated {result['truncated']:.3f}")  # fmt: skip
-    if o.k:
-        print(f"avg@{o.k} {result['avg_at_k']:.3f}, pass@{o.k} {result['pass_at_k']:.3f}, {o.draws} "
-              f"samples a problem at temperature {o.temperature}")  # fmt: skip
+    print_results(o, result)
     checkpoint.write_json(path, {"options": asdict(o), "versions": versions(), **origin, **result})
     print(f"written to {path}")
 
 
-def refuse_other_figures(path, o, origin):
-    """ValueError if the eval.json at path holds the figures of another evaluation than this one."""
+def print_results(o, result):
+    """Two lines: the greedy accuracy, then avg@k and pass@k if k > 0."""
+    low, high = result["ci95"]
+    print(
+        f"greedy accuracy on {result['n']} problems: {result['accuracy']:.3f} "
+        f"(95%: {low:.3f}-{high:.3f}), lenient {result['accuracy_lenient']:.3f}; "
+        f"truncated {result['truncated']:.3f}"
+    )
+    if o.k:
+        print(
+            f"avg@{o.k} {result['avg_at_k']:.3f}, pass@{o.k} {result['pass_at_k']:.3f}, "
+            f"{o.draws} samples per problem at temperature {o.temperature}"
+        )
+
+
+def refuse_other_results(path, o, origin):
+    """Raise ValueError if the eval.json at `path` is of another evaluation than this one."""
     what_to_do = "name another --out, or pass --overwrite"
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
         options = held["options"]
-        changed = [name for name in FIGURES_OF if options.get(name) != getattr(o, name)]
+        changed = [name for name in RESULTS_DEPEND_ON if options.get(name) != getattr(o, name)]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} cannot be read: {what_to_do}") from None
     inputs = other_inputs(held, origin)
     if inputs:
         raise ValueError(
-            f"{path} holds the figures of {options.get('model')} on {options.get('data')}, "
+            f"{path} holds the results of {options.get('model')} on {options.get('data')}, "
             f"{inputs}: {what_to_do}"
         )
     if changed:
         name = changed[0]
-        flag = "--" + name.replace("_", "-")
         raise ValueError(
-            f"{path} was made with {flag} {options.get(name)}, not {getattr(o, name)}: {what_to_do}"
+            f"{path} was made with {flag(name)} {options.get(name)}, not {getattr(o, name)}: "
+            f"{what_to_do}"
         )

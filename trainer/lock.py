@@ -1,8 +1,8 @@
-"""One run per folder: while a process writes into a run's folder, no other process may.
+"""A lock on a run's folder: only one process at a time may write into it.
 
-The lock is the kernel's (flock) on the file train.lock. The kernel ends it with its process,
-however that process dies, so a lock file that is left over never stops the next run. The file's
-text (process id and host) is only for the message. Without flock (Windows) nothing is locked.
+The lock is the kernel's flock on the file train.lock. The kernel releases it when the process ends,
+however it ends, so a leftover lock file never blocks the next run. The text in the file (process id
+and host) is only for the error message. Without flock (Windows) nothing is locked.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ NAME = "train.lock"
 
 @contextlib.contextmanager
 def locked(folder):
-    """Make the folder and hold its lock for the length of the with block.
+    """Create the folder and hold its lock during the with block.
 
-    A folder that was made and left empty is removed again. Raises ValueError, with the process id,
-    if another process holds it; OSError if it cannot be written.
+    A folder that was created here is deleted again if it is empty at the end. Raises ValueError,
+    with the process id, if another process holds the lock; OSError if it cannot be written.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -31,9 +31,8 @@ def locked(folder):
         yield
     finally:
         if descriptor is not None:
-            (folder / NAME).unlink(
-                missing_ok=True
-            )  # before the lock ends: later it may be another's
+            # Before the lock is released: after that, another process may own the file.
+            (folder / NAME).unlink(missing_ok=True)
             os.close(descriptor)
         with contextlib.suppress(OSError):
             for path in made:
@@ -41,7 +40,7 @@ def locked(folder):
 
 
 def _acquire(path):
-    """The descriptor of the locked file, which names this process."""
+    """Lock the file and write this process into it. Returns its descriptor."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -51,19 +50,20 @@ def _acquire(path):
             os.close(descriptor)
             raise ValueError(
                 f"{path.parent} is in use by {holder or 'another process'}: "
-                f"let it end or stop it, or name another --out"
+                f"wait for it or stop it, or name another --out"
             ) from None
         except OSError as error:  # some network file systems have no locks
             print(f"note: cannot lock {path.parent} ({error.strerror}); start no other run there")
         if _is_at(descriptor, path):
             break
-        os.close(descriptor)  # the process that held it removed it after we had opened it
+        os.close(descriptor)  # its holder deleted it after we opened it
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return descriptor
 
 
 def _is_at(descriptor, path):
+    """Whether the path still names the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:

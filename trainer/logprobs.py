@@ -1,9 +1,9 @@
-"""Log-probabilities of completion tokens, without ever holding the logits.
+"""Log-probabilities of completion tokens, without ever storing all logits.
 
-The logits are the largest tensor of all: 64 completions of 512 tokens over Qwen2.5's 151,936 words
-take 18.5 GiB in fp32. They are computed a few tokens at a time and never kept. A group's G
-completions share one prompt; causal attention gives it the same keys and values in every row, so
-the prompt is run once instead of G times.
+The logits would be the largest tensor of a run: 64 completions of 512 tokens with Qwen2.5's
+vocabulary of 151,936 take 18.5 GiB in fp32. They are computed in chunks of a few tokens, and only
+the log-probabilities are kept. The G completions of a group share one prompt. With causal attention
+its keys and values are the same in every row, so the prompt is run once instead of G times.
 """
 
 import functools
@@ -14,38 +14,46 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-LOGITS_AT_ONCE = 2**24  # entries of one chunk of logits: 64 MiB in fp32
+LOGITS_AT_ONCE = 2**24  # elements of one chunk of logits: 64 MiB in fp32
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of one model can be run; probes.probe finds it once. As it stands: the plain way."""
+    """How the rows of a model can be run; probes.probe determines it once per run.
 
-    through_head: bool = False  # logits are just the output head on the last hidden states
-    share_prompts: bool = False  # one run of a prompt serves all of its completions
-    equal_lengths: bool = False  # only prompts of one length can be sampled in one batch
+    The defaults are the plainest way, without any shortcut.
+    """
+
+    through_head: bool = False  # the logits are a linear head on the last hidden states
+    share_prompts: bool = False  # run a prompt once for all of its completions
+    equal_lengths: bool = False  # sample only prompts of equal length in one batch
 
 
 PLAIN = Layout()
 
 
 class HeadLogprobs(torch.autograd.Function):
-    """log softmax(h W^T / temperature) at one word a row, and the entropy, a chunk of rows at a time.
+    """log softmax(h W^T / temperature) at each row's target token, and the entropy, in chunks.
 
-    Forward keeps only the log-sum-exp of each row. Backward makes a chunk's logits again, once, and turns them in
-    place into d(logp)/d(logits) = (onehot - softmax) / temperature. Entropy carries no gradient.
+    hidden [N, D], weight [V, D], bias [V] or None, targets [N] -> log-probabilities [N] and entropy
+    [N] in nats, without gradient. Forward keeps only the log-sum-exp of each row. Backward computes
+    each chunk's logits again and turns them in place into the gradient
+
+        d(logp)/d(logits) = (onehot - softmax) / temperature.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, with_entropy):
         kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(kind):  # cast here: backward runs outside autocast
+            dtype = torch.get_autocast_dtype(kind)
         h, head = hidden.to(dtype), weight.to(dtype)
-        chunk = max(1, LOGITS_AT_ONCE // len(weight))
-        logprobs = torch.empty(
-            len(h), dtype=torch.promote_types(dtype, torch.float32), device=h.device
-        )
-        logsumexp, entropy = torch.empty_like(logprobs), torch.zeros_like(logprobs)
+        chunk = max(1, LOGITS_AT_ONCE // len(weight))  # rows
+        result_dtype = torch.promote_types(dtype, torch.float32)
+        logprobs = torch.empty(len(h), dtype=result_dtype, device=h.device)
+        logsumexp = torch.empty_like(logprobs)
+        entropy = torch.zeros_like(logprobs)
         for start in range(0, len(h), chunk):
             rows = slice(start, start + chunk)
             z = chunk_logits(h[rows], head, bias, temperature)  # [chunk, V]
@@ -54,18 +62,20 @@ class HeadLogprobs(torch.autograd.Function):
             if with_entropy:  # H = - sum p log p = lse - sum p z
                 entropy[rows] = lse - (z - lse[:, None]).exp_().mul_(z).sum(1)
         ctx.save_for_backward(h, head, bias, targets, logsumexp)
-        ctx.chunk, ctx.temperature, ctx.dtypes = chunk, temperature, (hidden.dtype, weight.dtype)
+        ctx.chunk, ctx.temperature = chunk, temperature
+        ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, push, _):
         h, head, bias, targets, logsumexp = ctx.saved_tensors
-        grad_h = torch.empty_like(h, dtype=ctx.dtypes[0])
-        grad_weight = (
-            torch.zeros_like(head, dtype=ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
-        )
-        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        grad_h = torch.empty_like(h, dtype=ctx.hidden_dtype)
+        grad_weight = grad_bias = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(head, dtype=ctx.weight_dtype)
+        if bias is not None and ctx.needs_input_grad[2]:
+            grad_bias = torch.zeros_like(bias)
         for start in range(0, len(h), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             z = chunk_logits(h[rows], head, bias, ctx.temperature)
@@ -77,14 +87,14 @@ class HeadLogprobs(torch.autograd.Function):
             z = z.to(head.dtype)
             grad_h[rows] = z @ head
             if grad_weight is not None and grad_weight.dtype == z.dtype:
-                grad_weight.addmm_(z.T, h[rows])  # in place: z^T h is as large as the head
+                grad_weight.addmm_(z.T, h[rows])  # without a temporary as large as the head
             elif grad_weight is not None:
                 grad_weight += z.T @ h[rows]
         return grad_h, grad_weight, grad_bias, None, None, None
 
 
 def chunk_logits(hidden, head, bias, temperature):
-    """[chunk, D] -> [chunk, V] logits / temperature, at least fp32."""
+    """hidden [chunk, D] -> logits / temperature [chunk, V], in fp32 or wider."""
     z = hidden @ head.T
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     if bias is not None:
@@ -103,15 +113,15 @@ def token_logprobs(
     through_head=True,
     share_prompts=False,
 ):
-    """Log-probability of each completion token, and the entropy of the distribution it was drawn from.
+    """The log-probability of each completion token, and the entropy of its distribution, in nats.
 
-    prompts: B lists of token ids; completions [B, T] ids; mask [B, T] bool, on for a row's first tokens. Returns
-    logprobs and entropy (nats; zeros without with_entropy), both [B, T], 0 where mask is off; entropy has no graph.
-
-    Only the hidden states that predict a completion token go through the output head, in chunks. share_prompts runs
-    equal prompts once. through_head=False takes the model's own logits: the plain way, and right for any architecture.
+    prompts: B lists of token ids. completions: [B, T] ids. mask: [B, T] bool, on for the first
+    tokens of a row. Returns (logprobs, entropy), both [B, T], 0 where mask is off. entropy has no
+    graph; with_entropy=False may leave it 0. through_head: put only the needed hidden states
+    through the output head, in chunks; share_prompts then runs equal prompts once. Without
+    through_head it uses the model's own logits, which is right for any architecture.
     """
-    targets = completions[mask]  # [N] the completion tokens, row after row
+    targets = completions[mask]  # [N], row after row
     if through_head:
         if share_prompts:
             hidden = shared_hidden(model, prompts, completions, mask)
@@ -124,49 +134,56 @@ def token_logprobs(
         )
     else:
         logits = by_row(model, "logits", prompts, completions, mask)
-        logp = (
-            logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-        ).log_softmax(1)  # [N, V]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logp = (logits / temperature).log_softmax(1)  # [N, V]
         logprobs = logp.gather(1, targets[:, None])[:, 0]
-        entropy = -(logp.detach().exp() * logp.detach()).sum(1)
+        logp = logp.detach()
+        entropy = -(logp.exp() * logp).sum(1)  # H = - sum p log p
     zeros = torch.zeros(mask.shape, dtype=logprobs.dtype, device=mask.device)
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
 
 
 def by_row(run, output, prompts, completions, mask):
-    """The output called `output` of the model `run` where it predicts a completion token, [N, D or V].
+    """The model's output of that name, at each token that predicts a completion token. [N, D or V]
 
-    A row is prompt, completion, padding. Causal attention never looks to the right, so the padding
-    changes nothing. The output at one token predicts the next.
+    run: the model. Each row is prompt, completion, padding. Causal attention never looks to the
+    right, so the padding changes nothing. The output at one token predicts the next token.
     """
-    rows = [torch.tensor(p, device=mask.device) for p in prompts]
-    rows = [torch.cat([p, c[on]]) for p, c, on in zip(rows, completions, mask, strict=True)]
-    ids = pad_sequence(rows, True, 0)  # [B, L]
-    width = torch.tensor([len(row) for row in rows], device=mask.device)
-    attention = torch.arange(ids.shape[1], device=mask.device) < width[:, None]
-    starts = torch.tensor([len(p) - 1 for p in prompts], device=mask.device)
-    row, t = mask.nonzero(as_tuple=True)
-    # By name: the first output may be another one, such as the auxiliary loss of Mixtral's router.
-    out = getattr(run(input_ids=ids, attention_mask=attention.long(), use_cache=False), output)
-    return out[row, starts[row] + t]
+    device = mask.device
+    rows = []
+    for prompt, completion, on in zip(prompts, completions, mask, strict=True):
+        rows.append(torch.cat([torch.tensor(prompt, device=device), completion[on]]))
+    ids = pad_sequence(rows, batch_first=True, padding_value=0)  # [B, L]
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    attention = torch.arange(ids.shape[1], device=device) < lengths[:, None]  # [B, L]
+    outputs = run(input_ids=ids, attention_mask=attention.long(), use_cache=False)
+    # By name: the first output may be another, such as the auxiliary loss of Mixtral's router.
+    states = getattr(outputs, output)  # [B, L, D or V]
+    last_of_prompt = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+    i, t = mask.nonzero(as_tuple=True)
+    return states[i, last_of_prompt[i] + t]
 
 
 def shared_hidden(model, prompts, completions, mask):
-    """The same hidden states, [N, D], from a model that runs each distinct prompt once.
+    """The last hidden states of `by_row`, [N, D], but each distinct prompt is run once.
 
-    Per row it then runs the prompt's last token and the completion without its last token; each of
-    these predicts the next token.
+    Each row then runs the prompt's last token, and the completion without its last token: every one
+    of these tokens predicts the next.
     """
-    unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    which = torch.tensor([unique[tuple(prompt)] for prompt in prompts], device=mask.device)  # [B]
-    ids, real = left_padded(list(unique), 0, mask.device)  # [P, L]
-    mask = mask[:, : int(mask.sum(1).max())]  # [B, T], T the longest's
-    after = torch.arange(mask.shape[1], device=mask.device)
+    device = mask.device
+    prompts = [tuple(prompt) for prompt in prompts]
+    distinct = list(dict.fromkeys(prompts))
+    number = {prompt: p for p, prompt in enumerate(distinct)}
+    which = torch.tensor([number[prompt] for prompt in prompts], device=device)  # [B]
+    ids, real = left_padded(distinct, 0, device)  # [P, L]
     cache = prefill(model, ids, real, which)
+    longest = int(mask.sum(1).max())
+    mask = mask[:, :longest]  # [B, T]
+    last = real.sum(1)[which, None] - 1  # [B, 1], the position of the prompt's last token
     hidden = model.base_model(
-        input_ids=torch.cat([ids[which, -1:], completions[:, : len(after) - 1]], 1),
+        input_ids=torch.cat([ids[which, -1:], completions[:, : longest - 1]], 1),
         attention_mask=torch.cat([real[which], mask[:, :-1].long()], 1),
-        position_ids=real.sum(1)[which, None] - 1 + after,
+        position_ids=last + torch.arange(longest, device=device),
         use_cache=True,
         **{cache_argument(model.base_model): cache},
     ).last_hidden_state
@@ -174,14 +191,15 @@ def shared_hidden(model, prompts, completions, mask):
 
 
 def prefill(model, ids, real, which):
-    """Run each left-padded prompt without its last token, and copy its keys and values to each row.
+    """Run each left-padded prompt without its last token, and copy its keys and values to its rows.
 
-    ids, real [P, L]: token ids, and 1 where they belong to the prompt; which [B]: the prompt of each
-    row. Returns the cache of B rows, differentiable, to be passed as `cache_argument(model)`.
+    ids [P, L]: token ids. real [P, L]: 1 for tokens of the prompt, 0 for padding. which [B]: the
+    prompt of each row. Returns the cache of B rows, differentiable; pass it to the model as its
+    argument `cache_argument(model)`.
     """
     cache = DynamicCache(config=model.config)
     if ids.shape[1] > 1:
-        positions = (real.cumsum(1) - 1).clamp(min=0)
+        positions = (real.cumsum(1) - 1).clamp(min=0)  # padding would get -1
         model.base_model(
             input_ids=ids[:, :-1],
             attention_mask=real[:, :-1],
@@ -194,22 +212,23 @@ def prefill(model, ids, real, which):
 
 
 def cache_argument(model):
-    """The name of the argument in which `model` takes a cache of keys and values.
+    """The name of the model's argument for the cache of keys and values.
 
-    transformers 5.24 renamed `past_key_values` to `cache`, and 5.40 will no longer know the former.
+    transformers 5.24 renamed `past_key_values` to `cache`; 5.40 will drop the old name.
     """
     return _cache_argument(type(model))
 
 
 @functools.cache
 def _cache_argument(kind):
-    known = inspect.signature(kind.forward).parameters
-    return "cache" if "cache" in known else "past_key_values"
+    parameters = inspect.signature(kind.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def left_padded(prompts, pad_id, device):
-    """(token ids, 1 where they belong to the prompt), both [P, L]."""
+    """Pad the prompts on the left: (token ids, 1 for tokens and 0 for padding), both [P, L]."""
     rows = [torch.tensor(prompt, device=device) for prompt in prompts]
     real = [torch.ones_like(row) for row in rows]
-    ids = pad_sequence(rows, True, pad_id, padding_side="left")
-    return ids, pad_sequence(real, True, 0, padding_side="left")
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+    real = pad_sequence(real, batch_first=True, padding_value=0, padding_side="left")
+    return ids, real

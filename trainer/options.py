@@ -1,6 +1,7 @@
-"""Every option of train.py: its default in each preset, its meaning, and what is refused.
+"""Every option of train.py: its default in each preset, its meaning, and its allowed values.
 
-torch is imported only where it is needed: --help and a wrong command line are answered without it.
+torch is imported only in the functions that need it, so --help and errors in the command line do
+not wait for it.
 """
 
 import argparse
@@ -12,14 +13,14 @@ import sys
 from dataclasses import dataclass, field, fields
 
 ALGORITHMS = ("tepo", "grpo", "dapo", "gspo", "gtpo", "grpo_s", "trgrpo")
-MOST = 10**9  # no run wants a larger whole number: it is a slip of the finger
+MOST = 10**9  # a larger whole number is a typing error
 MOST_ROWS = 65_536  # completions of one step: all of them are held in memory
 
 
 def setting(default, text, least=0, most=MOST):
     """A field of Options that defines the experiment: runs that differ in it are not averaged.
 
-    text: for --help. least, most: bounds, where it is a whole number.
+    text: for --help. least, most: bounds of a whole number.
     """
     about = {"text": text, "least": least, "most": most, "experiment": True}
     return field(default=default, metadata=about)
@@ -33,81 +34,96 @@ def detail(default, text, least=0, most=MOST):
 
 @dataclass
 class Options:
-    """The options of a run, with the defaults of the preset tiny. A - in the command line is a _."""
+    """The options of a run, with the defaults of the preset tiny. --eval-n is eval_n here."""
 
-    preset: str = detail("auto", "the defaults: tiny, gsm8k, or auto (gsm8k with CUDA, else tiny)")
+    preset: str = detail("auto", "set of defaults: tiny, gsm8k, or auto (gsm8k on a CUDA GPU)")
 
     # What is trained
-    algo: str = detail("tepo", f"one of {', '.join(ALGORITHMS)}")
-    model: str = setting("tiny", "tiny, the folder of a model or of a run, or a Hub name")
+    algo: str = detail("tepo", f"the method: {', '.join(ALGORITHMS)}")
+    model: str = setting(
+        "tiny", "tiny (embedded), the folder of a model or of a run, or a Hub name"
+    )
     data: str = setting(
         "tiny",
-        "tiny, gsm8k, a Hub name[:config], a folder with train.jsonl and test.jsonl, or one .jsonl, "
-        "whose last tenth (at most 500) is held out",
+        "tiny (generated), gsm8k, a Hub name[:config], a folder with train.jsonl and test.jsonl, "
+        "or one .jsonl file, whose last tenth (at most 500 problems) is held out",
     )
-    steps: int = detail(100, "training steps, each one rollout and its updates", least=1)
-    seed: int = detail(0, "of the data order and of sampling", most=math.inf)
+    steps: int = detail(100, "training steps; each is one rollout and its updates", least=1)
+    seed: int = detail(0, "seed of the data order and of sampling", most=math.inf)
 
     # Prompt
-    prompt: str = setting("{question}", "what the model is asked; {question} is filled in")
+    prompt: str = setting(
+        "{question}",
+        "text of the prompt; {question} is filled in (preset gsm8k adds an instruction)",
+    )
     chat_template: str = setting("auto", "auto: the tokenizer's, if it has one; none: plain text")
-    system: str | None = setting(None, "the chat template's system turn, before the question")
+    system: str | None = setting(None, "system turn of the chat template, before the question")
     template_option: dict = field(default_factory=dict, metadata={"experiment": True})
 
     # Rollout
     prompts: int = setting(16, "prompts per step", least=1, most=MOST_ROWS)
-    group_size: int = setting(8, "G, completions per prompt", least=2, most=MOST_ROWS)
-    temperature: float = setting(1.0, "divides the logits, in sampling and in training alike")
+    group_size: int = setting(8, "completions per prompt (G)", least=2, most=MOST_ROWS)
+    temperature: float = setting(1.0, "divides the logits, both in sampling and in training")
     max_new_tokens: int = setting(
         64,
-        "longest completion; a truncated one has an answer only in a complete line",
+        "most tokens per completion; a truncated one has an answer only in a complete line",
         least=1,
         most=2**20,
     )
     dynamic_sampling: int = setting(
-        0, "DAPO: how often to replace groups that are all right or all wrong", most=1000
+        0,
+        "DAPO: rounds of replacing groups that are all right or all wrong; 0: never",
+        most=1000,
     )
     overlong_cache: int = setting(
-        0, "DAPO: punish this many last tokens before --max-new-tokens; 0 is off"
+        0,
+        "DAPO: over this many last tokens before --max-new-tokens the reward falls by up to 1; "
+        "0: no penalty",
     )
 
     # Update
     updates: int = setting(
-        4, "optimizer steps per rollout, one mini-batch each; with 1 the methods hardly differ", 1
+        4,
+        "mini-batches per rollout, one optimizer step each; with 1 the methods hardly differ",
+        least=1,
     )
-    epochs: int = setting(1, "passes over the rollout", least=1, most=1000)
-    lr: float = setting(1e-4, "AdamW's learning rate after the warm-up, without weight decay")
-    warmup: int = setting(5, "steps over which the learning rate rises")
-    max_grad_norm: float = setting(1.0, "gradient clipping")
+    epochs: int = setting(1, "passes over each rollout", least=1, most=1000)
+    lr: float = setting(1e-4, "AdamW's learning rate after the warm-up (no weight decay)")
+    warmup: int = setting(5, "steps over which the learning rate rises linearly; 0: none")
+    max_grad_norm: float = setting(1.0, "a gradient of larger norm is scaled down to this norm")
     option: dict = field(default_factory=dict, metadata={"experiment": True})
 
     # Machine
-    device: str = detail("auto", "auto, cpu, cuda or cuda:N")
+    device: str = detail("auto", "cpu, cuda, cuda:N, or auto (cuda if there is a GPU)")
     dtype: str = setting(
-        "auto", "of the compute: fp32, bf16, or auto (bf16 on CUDA); weights are always fp32"
+        "auto", "dtype of the compute: fp32, bf16, or auto (bf16 on CUDA); weights are always fp32"
     )
     threads: str = detail(
-        "auto", "CPU threads, or auto: 1 for a model of under 10 M weights, else all cores"
+        "auto", "CPU threads; auto: OMP_NUM_THREADS, else 1 below 10 M weights, else torch's choice"
     )
-    micro_batch: str = detail("auto", "rows per forward pass, or auto; the gradient stays the same")
-    sample_batch: str = detail("auto", "rows per generate call, or auto")
-    gradient_checkpointing: bool = detail(False, "less memory for a slower update")
+    micro_batch: str = detail(
+        "auto", "rows per pass of an update; the gradient stays the same; auto: what fits"
+    )
+    sample_batch: str = detail("auto", "rows per generate call; auto: all that fit in GPU memory")
+    gradient_checkpointing: bool = detail(False, "use less memory; updates take longer")
 
     # Evaluation and output
-    eval_every: int = detail(25, "steps between evaluations; 0: only before and after")
-    eval_n: int = detail(500, "how many held-out problems", least=1)
-    k: int = detail(4, "of avg@k and pass@k, before and after training; 0: neither", most=10_000)
-    eval_samples: int = detail(0, "completions per problem for these two; 0: k", most=10_000)
-    samples_every: int = detail(
-        10, "steps between groups in samples.jsonl, besides the first and last; 0: none"
+    eval_every: int = detail(25, "steps between evaluations; 0: only before and after training")
+    eval_n: int = detail(500, "how many held-out problems to evaluate on, at most", least=1)
+    k: int = detail(
+        4, "the k of avg@k and pass@k, before and after training; 0: neither", most=10_000
     )
-    save_every: int = detail(20, "steps between checkpoints; 0: none, and no --resume")
+    eval_samples: int = detail(0, "completions per problem for avg@k and pass@k; 0: k", most=10_000)
+    samples_every: int = detail(
+        10, "steps between groups in samples.jsonl, besides the first and last step; 0: none"
+    )
+    save_every: int = detail(20, "steps between checkpoints; 0: none to resume from")
     out: str | None = detail(None, "the run's folder (default runs/<algo>-<preset>-s<seed>)")
     overwrite: bool = detail(
         False, "delete the run that --out holds (with --eval-only: replace its eval.json)"
     )
     eval_only: bool = detail(False, "evaluate the model and write eval.json; no training")
-    show_prompt: bool = detail(False, "print the first prompt and what ends a completion; stop")
+    show_prompt: bool = detail(False, "print the first prompt and what ends a completion, and exit")
 
     @property
     def rows(self):
@@ -116,7 +132,7 @@ class Options:
 
     @property
     def draws(self):
-        """Completions per problem that avg@k and pass@k are estimated from."""
+        """Completions per problem from which avg@k and pass@k are estimated."""
         return self.eval_samples or self.k
 
 
@@ -151,21 +167,21 @@ HELP_GROUPS = {  # the first option of each group
 }
 EPILOG = """examples:
   python train.py --algo tepo
-      with a GPU: Qwen2.5-0.5B on GSM8K; without: the embedded tiny model, in minutes
+      on a GPU: Qwen2.5-0.5B on GSM8K; else the embedded tiny model, in minutes
   python train.py --algo gspo --preset tiny --updates 16 --option eps_high=0.01
-      an option of the algorithm; an unknown one is answered with the list of those that exist
+      with an option of the algorithm; an unknown NAME prints the list of its options
   python train.py --preset gsm8k --model HuggingFaceTB/SmolLM2-360M-Instruct \\
           --gradient-checkpointing --micro-batch 2
-      for a card of 8 GiB, too small for Qwen2.5-0.5B's weights and AdamW's state
+      for a GPU of 8 GiB, too small for Qwen2.5-0.5B's weights and AdamW's state
   python train.py --model Qwen/Qwen3-0.6B --template-option enable_thinking=false --show-prompt
-      what the model would be asked, and the tokens that end its completion
+      print the first prompt, and the tokens that end a completion
   python train.py --model ./my-model --data problems.jsonl --max-new-tokens 256 --micro-batch 4
       your own model folder and problems, one {"question": ..., "answer": ...} per line
 """
 
 
 class Parser(argparse.ArgumentParser):
-    """Answers a misspelt option with the nearest one. A wrong command line is a ValueError."""
+    """A parser that suggests the nearest option, and raises ValueError instead of exiting."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)  # --seed is not short for --seeds
@@ -180,7 +196,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
     def refusal(self, word):
-        """What to say of a word that is no option, with the option that it may have meant."""
+        """The error message for a word that is no option, with the nearest option."""
         name = word.split("=")[0]
         if not name.startswith("-"):
             return f"{word!r} belongs to no option; --help lists the options"
@@ -205,9 +221,9 @@ def build_parser():
             group = parser.add_argument_group(HELP_GROUPS[about.name])
         add_option(group, about)
         if about.name == "max_grad_norm":
-            text = "short for --option beta=BETA: the KL to the start policy, where there is one"
+            text = "short for --option beta=...: weight of the KL to the start policy (grpo only)"
             group.add_argument("--beta", type=float, metavar="FLOAT", help=text)
-    text = "continue the run in this folder; it needs no other option"
+    text = "continue the run in this folder; no other option is needed"
     group.add_argument("--resume", metavar="RUN", help=text)
     return parser
 
@@ -215,7 +231,7 @@ def build_parser():
 def add_option(group, about):
     """Add one field of Options to a group of --help."""
     if about.name == "option":
-        text = "an option of the algorithm's advantages or loss, such as eps_high=0.3; repeatable"
+        text = "option of the algorithm's advantages or loss, such as eps_high=0.3; repeatable"
         group.add_argument("--option", action="append", metavar="NAME=VALUE", help=text)
         return
     if about.name == "template_option":
@@ -227,7 +243,7 @@ def add_option(group, about):
         return
     tiny, gsm8k = about.default, GSM8K.get(about.name, about.default)
     if tiny != gsm8k and about.name != "prompt":
-        text += f" (tiny {tiny}, gsm8k {gsm8k})"
+        text += f" (preset tiny: {tiny}, gsm8k: {gsm8k})"
     elif tiny == gsm8k and tiny is not None:
         text += f" (default {tiny})"
     kind = TYPES[about.name]
@@ -235,7 +251,7 @@ def add_option(group, about):
 
 
 def add_template_option(parser):
-    text = "a variable of the chat template, such as enable_thinking=false; repeatable"
+    text = "variable of the chat template, such as enable_thinking=false; repeatable"
     parser.add_argument("--template-option", action="append", metavar="NAME=VALUE", help=text)
 
 
@@ -257,7 +273,7 @@ def parse(argv):
 
 
 def check_command_line():
-    """Answer --help, or refuse a wrong command line of train.py. Raises SystemExit."""
+    """Print the help or the error of train.py's command line. Raises SystemExit for both."""
     try:
         parse(sys.argv[1:])
     except ValueError as error:
@@ -266,10 +282,10 @@ def check_command_line():
 
 
 def template_options(texts):
-    """{name: value} of ["name=value", ...]. A value is JSON where it can be, else text.
+    """{name: value} of ["name=value", ...]. A value is read as JSON if it is JSON, else as text.
 
-    True, False and None are read as JSON's true, false and null: as texts, a template would take
-    all three for true. Raises ValueError for what is no name=value.
+    True, False and None are read as JSON's true, false and null, because a template would treat
+    all three texts as true. Raises ValueError for a text that is not name=value.
     """
     options = {}
     for text in texts:
@@ -285,9 +301,10 @@ def template_options(texts):
 
 
 def fill(given):
-    """The Options of {name: value}, completed by the preset. Raises ValueError on nonsense.
+    """The Options with the given {name: value} and the preset's defaults, checked.
 
-    auto becomes what it stands for on this machine, so config.json says what a run was made with.
+    The preset, device and dtype "auto" are replaced by what they mean on this machine, so that
+    config.json records it. Raises ValueError, in one line.
     """
     import torch
 
@@ -296,8 +313,8 @@ def fill(given):
     cuda = torch.cuda.is_available()
     preset = given.get("preset", "auto")
     if preset == "auto":
-        # An evaluation goes by its data: without its prompt and its room for an answer, the
-        # accuracy on GSM8K would look far worse.
+        # GSM8K needs the prompt and the longer completions of its preset: with those of tiny, an
+        # evaluation without a GPU would show a much lower accuracy.
         of_gsm8k = given.get("eval_only") and given.get("data") in ("gsm8k", "openai/gsm8k")
         preset = "gsm8k" if cuda or of_gsm8k else "tiny"
     if preset not in PRESETS:
@@ -313,7 +330,7 @@ def fill(given):
 
 
 def check(o):
-    """Raise ValueError, in one line, for the first option that makes no sense."""
+    """Raise ValueError, in one line, for the first option with a value that is not allowed."""
     check_algorithm(o)
     check_bounds(o)
     check_rows(o)
@@ -360,7 +377,7 @@ def check_whole_number(name, value, least, most):
 
 
 def check_rows(o):
-    """Raise ValueError unless the rows of a step can be held and split into equal mini-batches."""
+    """Raise ValueError if a step has too many rows, or no equal mini-batches."""
     size = f"--prompts {o.prompts} x --group-size {o.group_size}"
     if o.rows > MOST_ROWS:
         raise ValueError(f"{size}: {o.rows} completions per step, the most is {MOST_ROWS}")

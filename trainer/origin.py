@@ -1,8 +1,8 @@
-"""What a run was made from: its data, its start weights, our own code, and the versions it runs on.
+"""What a run was made from: its data, start weights, our own code, and library versions.
 
-config.json records the four. A result is reused only where they agree: --resume refuses other data
-and other start weights, and compare.py takes a finished run as done only if a new run would have
-the same four.
+config.json records the four. A run is continued or reused only where they agree: --resume refuses
+other data and other start weights, and compare.py reuses a finished run only if a new run would
+have the same four.
 """
 
 import importlib
@@ -14,14 +14,15 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
-ONLY_DRAWS = "trainer/runs.py"  # as plot.py: it changes no number of a run
+ONLY_READS = "trainer/runs.py"  # reads finished runs, so it changes no number of a run
 
 
 def weights_checksum(model):
-    """A checksum of all weights and saved buffers, tied ones once. About 1 s per GB."""
-    crc, seen = 0, set()
+    """A checksum of all weights and saved buffers; tied ones count once. About 1 s per GB."""
+    crc = 0
+    seen = set()
     for name, tensor in sorted(model.state_dict().items()):
-        if tensor.data_ptr() in seen:
+        if tensor.data_ptr() in seen:  # tied
             continue
         seen.add(tensor.data_ptr())
         crc = zlib.crc32(f"{name} {list(tensor.shape)}".encode(), crc)
@@ -35,17 +36,21 @@ def code_checksums(algo):
     names = {"train.py", "rewards.py"}
     if (ROOT / "tiny" / "problems.py").is_file():  # a checkout may be without it
         names.add("tiny/problems.py")
-    names |= {f"trainer/{path.name}" for path in (ROOT / "trainer").glob("*.py")}
-    names.discard(ONLY_DRAWS)
-    module = importlib.import_module(algo)
-    parts = [getattr(value, "__module__", "") for value in vars(module).values()]
-    flat = {f"{name}.py" for name in [algo, *parts]}
-    names |= {name for name in flat if (ROOT / name).is_file()}
-    return {name: f"{zlib.crc32((ROOT / name).read_bytes()):08x}" for name in sorted(names)}
+    for path in (ROOT / "trainer").glob("*.py"):
+        names.add(f"trainer/{path.name}")
+    names.discard(ONLY_READS)
+    imported = vars(importlib.import_module(algo)).values()
+    for module in [algo, *(getattr(value, "__module__", "") for value in imported)]:
+        if (ROOT / f"{module}.py").is_file():  # the algorithm, or a file that it imports from
+            names.add(f"{module}.py")
+    checksums = {}
+    for name in sorted(names):
+        checksums[name] = f"{zlib.crc32((ROOT / name).read_bytes()):08x}"
+    return checksums
 
 
 def versions():
-    """{name: version} of what computes the numbers."""
+    """{name: version} of Python and of the libraries that compute the numbers."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -80,10 +85,10 @@ def other_code(held, now):
 
 
 def both(held, now):
-    """The code and versions of a run that began with `held` and goes on with `now`.
+    """The code and versions of a run that began with `held` and continues with `now`.
 
-    Where they differ, both are named. That equals no single version, so compare.py never takes such
-    a run for one that was made with one version.
+    Where they differ, both are recorded ("1, then 2"). This equals no single version, so compare.py
+    never reuses such a run.
     """
     joined = {}
     for kind in ("code", "versions"):

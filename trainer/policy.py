@@ -1,9 +1,7 @@
-"""The policy: load it, sample from it, and compute its log-probabilities without ever holding its logits.
+"""The policy: load a model, and sample completions from it.
 
-Three facts shape this file. Sampling and training must mean the same distribution: softmax(logits / temperature) over
-the whole vocabulary, nothing else. The logits are the largest tensor of all: 64 completions of 512 tokens of Qwen2.5's
-151,936 words are 18.5 GiB in fp32, so they are made a few tokens at a time and never kept. And a group's G completions
-have one prompt: causal attention gives it the same keys and values in every row, so it is run once, not G times.
+Sampling and training must use the same distribution: softmax(logits / temperature) over the whole
+vocabulary, without top-k, top-p or penalties. logprobs.py computes its log-probabilities.
 """
 
 import contextlib
@@ -23,14 +21,14 @@ from trainer.checkpoint import find_model
 from trainer.logprobs import PLAIN, cache_argument, left_padded, prefill
 from trainer.prompts import AUTO, Prompts
 
-SMALL_MODEL = 10_000_000  # weights; below this a second thread gains little or nothing
+SMALL_MODEL = 10_000_000  # weights; below this a second thread hardly helps
 
-hf_logging.disable_progress_bar()  # "Loading weights" and the like, in the middle of our own lines
+hf_logging.disable_progress_bar()  # "Loading weights" would break up our own lines
 
 
 @dataclass
 class Rollout:
-    """B completions and what is known of them; a prompt's group_size rows are contiguous."""
+    """B completions and their data. The group_size rows of one prompt are contiguous."""
 
     prompts: list  # B lists of token ids, without padding
     completions: torch.Tensor  # [B, T] token ids, right-padded
@@ -39,94 +37,102 @@ class Rollout:
     problems: list = None  # B problems
     texts: list = None  # B completions, decoded
     right: torch.Tensor = None  # [B] 1 where the answer is right
-    rewards: torch.Tensor = None  # [B] what is trained on
-    old_logprobs: torch.Tensor = None  # [B, T] of the policy that sampled
+    rewards: torch.Tensor = None  # [B] what the policy is trained on
+    old_logprobs: torch.Tensor = None  # [B, T] nats, under the policy that sampled
     entropy: torch.Tensor = None  # [B, T] nats, of the policy that sampled
-    ref_logprobs: torch.Tensor = None  # [B, T] of the start policy, only where a loss asks for it
+    ref_logprobs: torch.Tensor = None  # [B, T] under the start policy, if the loss needs it
     advantages: torch.Tensor = None  # [B] or [B, T]
-    logprobs: torch.Tensor = None  # [B, T] of the policy at its latest update on the row
+    logprobs: torch.Tensor = None  # [B, T] before the latest update on the row
 
     @property
     def lengths(self):
-        """Tokens of each row, prompt and completion together. [B], on the CPU"""
+        """Tokens of each row, prompt and completion together. [B], on the CPU."""
         return self.mask.sum(1).cpu() + torch.tensor([len(p) for p in self.prompts])
 
     def groups(self, group_size):
-        """A Rollout for each group, with what sampling and rewarding filled in."""
+        """One Rollout per group, with the fields named in SAMPLED."""
         starts = range(0, len(self.prompts), group_size)
         return [self.rows(start, start + group_size) for start in starts]
 
     def rows(self, start, stop):
-        """The rows start..stop of what sampling and rewarding filled in."""
+        """The rows start to stop - 1, with the fields named in SAMPLED."""
         return Rollout(*(getattr(self, name)[start:stop] for name in SAMPLED))
 
     @staticmethod
     def join(pieces):
-        """One Rollout of several, completions padded to the longest."""
+        """Concatenate Rollouts; shorter completions are padded to the longest. Fields: SAMPLED."""
         width = max(piece.mask.shape[1] for piece in pieces)
-        columns = {name: [getattr(piece, name) for piece in pieces] for name in SAMPLED}
-        for name in ("completions", "mask"):
-            columns[name] = [pad(x, (0, width - x.shape[1])) for x in columns[name]]
-        return Rollout(
-            *(sum(c, []) if isinstance(c[0], list) else torch.cat(c) for c in columns.values())
-        )
+        joined = Rollout(None, None, None, None)
+        for name in SAMPLED:
+            column = [getattr(piece, name) for piece in pieces]
+            if name in ("completions", "mask"):
+                column = [pad(x, (0, width - x.shape[1])) for x in column]
+            is_list = isinstance(column[0], list)
+            setattr(joined, name, sum(column, []) if is_list else torch.cat(column))
+        return joined
 
 
+# The fields that are filled in before the advantages: by sampling and by the reward.
 SAMPLED = ("prompts", "completions", "mask", "truncated", "problems", "texts", "right", "rewards")
 
 
 def load_policy(name, device="cpu", chat=AUTO):
     """(model, tokenizer, EOS ids, pad id): a causal language model with fp32 weights in eval mode.
 
-    name: "tiny" (the embedded one), a local folder, a run's folder (see checkpoint.model_folder) or
-    a Hub name. Weights are read from safetensors alone and no code of the repository is run. Raises
-    ValueError with one line if there is no such model, no tokenizer or no EOS, or if a weight is
-    missing or not finite.
+    name: "tiny" (the embedded model), a local folder, a run's folder (see checkpoint.model_folder)
+    or a Hub name. Raises ValueError, in one line, if there is no such model, no tokenizer or no
+    EOS, or if a weight is missing or not finite.
     """
-    safe = {"trust_remote_code": False}
-    if name == "tiny":  # the embedded one, wherever one stands
+    if name == "tiny":
         name = str(Path(__file__).resolve().parents[1] / "tiny")
         if not Path(name).is_dir():
             raise ValueError(f"the embedded model is missing: no folder {name}; pass --model")
     name = find_model(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **safe)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **safe
-        )
-        if not tokenizer(
-            "1", add_special_tokens=False
-        ).input_ids:  # transformers makes up an empty one
-            raise ValueError("its tokenizer has no vocabulary; is tokenizer.json missing?")
-        if missing := found["missing_keys"]:  # transformers makes them up, at random
-            raise ValueError(f"its files lack {len(missing)} weights, {min(missing)} among them.")
-        if not all(weight.isfinite().all() for weight in model.parameters()):
-            raise ValueError("some of its weights are not finite.")
+        model, tokenizer = read_model(name)
     except Exception as error:  # a dozen types, of transformers, safetensors and the Hub
+        where = "a local folder"
+        if not Path(name).is_dir():
+            where = "no local folder, and not found in the cache or on the Hub"
         why = str(error).strip().split("\n")[0]
-        where = (
-            "a local folder"
-            if Path(name).is_dir()
-            else "no local folder, nor found in the cache or on the Hub"
-        )
-        line = (
+        raise ValueError(
             f"cannot load the model {name!r} ({where}): {why} Pass --model FOLDER, or --preset tiny"
-        )
-        raise ValueError(line) from None
+        ) from None
     switch_off_randomness(model)
     name_outputs(model)
     end_of_turn = Prompts(tokenizer, chat=chat).end_of_turn()
     eos_ids, pad_id = special_tokens(model, tokenizer, end_of_turn)
-    model.generation_config.eos_token_id = eos_ids  # so that generate stops a saved model there too
+    model.generation_config.eos_token_id = eos_ids  # a saved model then stops at them too
     return model.to(device).eval(), tokenizer, eos_ids, pad_id
 
 
-def use_threads(threads, model):
-    """Set the number of CPU threads: `threads`, or a choice by the size of the model for "auto".
+def read_model(name):
+    """(model, tokenizer) from a folder or the Hub; ValueError if they are not complete.
 
-    Threads wait for each other at the end of every operation. A small model has so little to do in
-    between that a second thread hardly helps; on a busy machine it makes a step many times slower.
-    OMP_NUM_THREADS, where it is set, is the user's choice.
+    Reads weights from safetensors only, and runs no code of the repository.
+    """
+    safe = {"trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(name, **safe)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **safe
+    )
+    # transformers fills in a missing vocabulary as empty, and missing weights with random ones.
+    if not tokenizer("1", add_special_tokens=False).input_ids:
+        raise ValueError("its tokenizer has no vocabulary; is tokenizer.json missing?")
+    missing = found["missing_keys"]
+    if missing:
+        raise ValueError(f"its files lack {len(missing)} weights, {min(missing)} among them.")
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise ValueError("some of its weights are not finite.")
+    return model, tokenizer
+
+
+def use_threads(threads, model):
+    """Set the number of CPU threads: `threads`, or for "auto" a choice by the size of the model.
+
+    Threads wait for each other at the end of every operation. For a small model the operations are
+    so short that a second thread hardly helps; on a busy machine it makes a step many times slower.
+    If OMP_NUM_THREADS is set, "auto" keeps it.
     """
     weights = sum(weight.numel() for weight in model.parameters())
     if threads != "auto":
@@ -143,7 +149,7 @@ def use_threads(threads, model):
 
 
 def all_configs(model):
-    """The configs of the model and its modules, and the configs in them (text_config, attn_config)."""
+    """All configs of the model and its modules, nested ones (such as text_config) included."""
     waiting = [getattr(module, "config", None) for module in model.modules()]
     found = {}
     while waiting:
@@ -155,10 +161,10 @@ def all_configs(model):
 
 
 def switch_off_randomness(model):
-    """Set every rate of dropout or jitter to 0: a policy is one function of its input.
+    """Set every dropout and jitter rate to 0, so that the policy is a function of its input alone.
 
-    In train mode, which gradient checkpointing needs, modules read these rates from an attribute of
-    their own or from a config. A rate is a number whose name contains "drop" or "jitter".
+    In train mode, which gradient checkpointing needs, modules read these rates from their own
+    attributes or from a config. A rate is a number whose name contains "drop" or "jitter".
     """
     for holder in [*model.modules(), *all_configs(model)]:
         for name, value in list(vars(holder).items()):
@@ -170,9 +176,9 @@ def switch_off_randomness(model):
 
 
 def name_outputs(model):
-    """Have the model return outputs by name, without the auxiliary loss of a router.
+    """Have the model return its outputs by name, without a router's auxiliary loss.
 
-    No loss here uses that one, and generate fails on it: a cache holds no router logits.
+    No loss here uses the auxiliary loss, and generate fails on it: a cache holds no router logits.
     """
     for config in all_configs(model):
         config.return_dict = True
@@ -181,43 +187,45 @@ def name_outputs(model):
 
 
 def special_tokens(model, tokenizer, end_of_turn=None):
-    """(sorted EOS ids, pad id). An EOS is what the generation config, the config or the tokenizer
-    names as one, and the token with which the chat template closes a turn (prompts.end_of_turn).
+    """(sorted EOS ids, pad id).
+
+    The EOS ids are those of the generation config, the config and the tokenizer, and end_of_turn,
+    the token that closes a turn in the chat template. Raises ValueError if there is none.
     """
-    eos = {end_of_turn} - {None}
-    for named in (
-        model.generation_config.eos_token_id,
-        model.config.eos_token_id,
-        tokenizer.eos_token_id,
-    ):
-        eos |= set(named if isinstance(named, list) else [named]) - {None}
-    # A tokenizer may name a word that its model has no row for: transformers adds a missing EOS or pad at the end.
-    known = range(model.get_input_embeddings().weight.shape[0])
-    eos &= set(known)
+    eos = {end_of_turn}
+    for source in (model.generation_config, model.config, tokenizer):
+        ids = source.eos_token_id
+        eos.update(ids if isinstance(ids, list) else [ids])
+    # transformers adds a missing EOS or pad token to a tokenizer; the model has no row for it.
+    known = range(len(model.get_input_embeddings().weight))
+    eos = sorted(token for token in eos if token is not None and token in known)
     if not eos:
         raise ValueError(
-            "the model names no EOS token (generation_config.eos_token_id): it could never learn to stop"
+            "the model names no EOS token (generation_config.eos_token_id): it could never learn "
+            "to stop"
         )
     pad = tokenizer.pad_token_id
-    return sorted(eos), pad if pad in known else min(
-        eos
-    )  # the mask goes by position, so pad may be an EOS
+    # An EOS may serve as padding, because completion_mask goes by position.
+    return eos, pad if pad in known else eos[0]
 
 
 def sampling_copy(model, dtype):
-    """What generate runs: the model itself for fp32, a bf16 copy for bf16.
+    """The model to sample from: the model itself for fp32, a bf16 copy for bf16.
 
-    generate reads every weight once per token, and bf16 has half the bytes. The copy is made anew
-    for each rollout, so no update has to hold it. What is trained stays fp32: at a learning rate of
-    1e-6 an update is below half a bf16 ulp.
+    generate reads every weight once per token, and bf16 halves the bytes. Each rollout makes a new
+    copy, so no update has to keep it in memory. The trained weights stay fp32: at a learning rate
+    of 1e-6 an update is smaller than half a bf16 ulp, and would be rounded away.
     """
     return copy.deepcopy(model).bfloat16() if dtype == "bf16" else model
 
 
 def completion_mask(completions, eos_ids):
-    """On through the first EOS inclusive, by position: the policy must learn to stop. [B, T] ids -> [B, T] bool"""
+    """Token ids [B, T] -> [B, T] bool, on up to and including the first EOS.
+
+    EOS is included because the policy must learn to stop.
+    """
     is_eos = torch.isin(completions, torch.tensor(eos_ids, device=completions.device)).long()
-    return is_eos.cumsum(1) - is_eos == 0
+    return is_eos.cumsum(1) - is_eos == 0  # no EOS before this token
 
 
 @torch.no_grad()
@@ -235,16 +243,16 @@ def sample(
     rows_at_once=None,
     progress=None,
 ):
-    """n completions of each prompt by Hugging Face generate; temperature 0 is greedy.
+    """Sample n completions of each prompt with Hugging Face generate; temperature 0 is greedy.
 
-    prompts: P lists of token ids. Returns a Rollout of P * n rows, on the model's device. Prompts of
-    similar length go together. layout: what the model allows (probes.probe); the completions do not
-    depend on it. rows_at_once bounds the rows of one generate call, None puts all in one.
+    prompts: P lists of token ids. Returns a Rollout of P * n rows, on the model's device. Prompts
+    of similar length are sampled together. layout: what the model allows (see probes.probe); the
+    completions do not depend on it. rows_at_once: the most rows per generate call; None: all.
     """
     settings = sampling_settings(temperature, max_new_tokens, eos_ids, pad_id)
     settings.cache_implementation = cache  # of generate; None: its default
     size = len(prompts) if rows_at_once is None else max(1, rows_at_once // n)
-    pieces = [None] * len(prompts)
+    pieces = [None] * len(prompts)  # each prompt's n completions
     for chosen in batches(prompts, size, layout.equal_lengths):
         batch = [prompts[i] for i in chosen]
         out = generate(model, batch, n, settings, share_prompts=layout.share_prompts)
@@ -252,14 +260,15 @@ def sample(
             pieces[i] = rows
         if progress is not None:
             progress.update(len(chosen))
-    completions = pad_sequence([row for rows in pieces for row in rows], True, pad_id)  # [P * n, T]
+    rows = list(itertools.chain(*pieces))
+    completions = pad_sequence(rows, batch_first=True, padding_value=pad_id)  # [P * n, T]
     ended = torch.isin(completions, torch.tensor(eos_ids, device=completions.device)).any(1)
     repeated = [prompt for prompt in prompts for _ in range(n)]
     return Rollout(repeated, completions, completion_mask(completions, eos_ids), ~ended)
 
 
 def sampling_settings(temperature, max_new_tokens, eos_ids, pad_id):
-    """The whole of what generate is told: softmax(logits / temperature), and nothing else."""
+    """The complete settings of generate: softmax(logits / temperature), and nothing else."""
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=eos_ids,
@@ -274,20 +283,28 @@ def sampling_settings(temperature, max_new_tokens, eos_ids, pad_id):
 
 
 def batches(prompts, size, equal_lengths):
-    """Indices of prompts in batches of at most `size`, sorted by length; see Layout.equal_lengths."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    groups = [order]
+    """Indices of prompts, sorted by length, in batches of at most `size`.
+
+    equal_lengths: each batch has prompts of one length only.
+    """
+
+    def length(i):
+        return len(prompts[i])
+
+    order = sorted(range(len(prompts)), key=length)
+    parts = [order]
     if equal_lengths:
-        by_length = itertools.groupby(order, key=lambda i: len(prompts[i]))
-        groups = [list(group) for _, group in by_length]
-    starts = [(group, start) for group in groups for start in range(0, len(group), size)]
-    return [group[start : start + size] for group, start in starts]
+        parts = [list(part) for _, part in itertools.groupby(order, key=length)]
+    result = []
+    for part in parts:
+        result += [part[start : start + size] for start in range(0, len(part), size)]
+    return result
 
 
 def generate(model, prompts, n, settings, share_prompts=False):
-    """n completions of each prompt in one generate call, a prompt's rows contiguous. [P * n, T] ids
+    """n completions of each prompt in one generate call, its rows contiguous: [P * n, T] ids.
 
-    With settings.return_dict_in_generate, the ModelOutput of generate instead.
+    If settings.return_dict_in_generate is on, returns the ModelOutput of generate instead.
     """
     ids, real = left_padded(prompts, settings.pad_token_id, model.device)  # [P, L]
     which = torch.arange(len(prompts), device=model.device).repeat_interleave(n)  # [P * n]
@@ -303,7 +320,10 @@ def generate(model, prompts, n, settings, share_prompts=False):
 
 @contextlib.contextmanager
 def generation_config(model, config):
-    """generate fills what a config leaves unset from the model's own: for the time of a call, that is ours too."""
+    """Replace the model's generation config during the with block.
+
+    generate takes settings that its argument leaves unset from the model's own generation config.
+    """
     before, model.generation_config = model.generation_config, config
     try:
         yield
@@ -315,23 +335,25 @@ CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx
 
 
 def context_length(model):
-    """The most tokens, prompt and completion together, that the model was built for.
+    """The most tokens per row, prompt and completion together, that the model supports.
 
-    A rotary embedding of type longrope changes all angles once a row is longer than its original
-    context: a later token would change earlier log-probabilities, so rows stay within that context.
-    (Type dynamic changes them beyond max_position_embeddings.) 2**31 if the config names no limit.
+    2**31 if the config names no limit. Rotary embeddings of type longrope change all their angles
+    once a row is longer than the original context: a later token would then change earlier
+    log-probabilities, so rows stay within that context. (Type dynamic changes its angles only
+    beyond max_position_embeddings.)
     """
     config = model.config.get_text_config()
     stated = [getattr(config, name, None) for name in CONTEXT_NAMES]
     limit = min((n for n in stated if isinstance(n, int) and n > 0), default=2**31)
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [kind for kind in rope.values() if isinstance(kind, dict)]  # one per type of layer
-    for kind in kinds or [rope]:
+    per_layer_type = [kind for kind in rope.values() if isinstance(kind, dict)]
+    for kind in per_layer_type or [rope]:
+        longrope = kind.get("rope_type") == "longrope"
         original = kind.get("original_max_position_embeddings")
-        if kind.get("rope_type") == "longrope" and original and original < limit:
+        if longrope and original and original < limit:
             print(
                 f"rotary embeddings of type longrope change beyond {original} tokens: "
-                f"rows are kept within that, not within {limit}"
+                f"rows are limited to that, not to {limit}"
             )
             limit = original
     return limit

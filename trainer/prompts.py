@@ -1,8 +1,8 @@
-"""Prompts: a question becomes the token ids that the model reads; the token that ends its answer.
+"""From a question to the token ids of its prompt, and the token that ends an answer.
 
-A tokenizer with a chat template gets the question as a user's turn. The model then closes its own
-turn with a token of that template, which need not be an EOS of its config: Qwen2.5-0.5B names only
-<|endoftext|>, and its template closes a turn with <|im_end|>. So that token is an EOS here too.
+If the tokenizer has a chat template, the question is a user's turn. The model then ends its own
+turn with a token of that template, which may not be an EOS of its config: Qwen2.5-0.5B lists only
+<|endoftext|>, and its template closes a turn with <|im_end|>. That token is made an EOS too.
 """
 
 import re
@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 import jinja2
 import jinja2.meta
 
-# Stand for a question and an answer where only the template around them is of interest.
+# Placeholders for a question and an answer, to look at the template around them.
 QUESTION, ANSWER = "f3a1question", "f3a1answer"
 
 
 @dataclass(frozen=True)
 class Chat:
-    """What the command line says about the chat template."""
+    """The options of the chat template."""
 
-    template: str = "auto"  # --chat-template; "none": plain text, whatever the tokenizer has
-    system: str | None = None  # --system: the text of a system turn before the question
+    template: str = "auto"  # --chat-template; "none": plain text
+    system: str | None = None  # --system: a system turn before the question
     variables: dict = field(default_factory=dict)  # --template-option: passed to the template
 
 
@@ -32,8 +32,10 @@ class Prompts:
     """Turns questions into prompts, for one tokenizer and one set of options."""
 
     def __init__(self, tokenizer, prompt="{question}", chat=AUTO):
-        """prompt: the user's words, {question} is filled in. Raises ValueError, in one line, if an
-        option in `chat` cannot act: there is no template, or it does not know the variable.
+        """prompt: the user's words, in which {question} is filled in.
+
+        Raises ValueError, in one line, if an option of `chat` has no effect, because there is no
+        template or the template does not read the variable.
         """
         self.tokenizer, self.prompt, self.chat = tokenizer, prompt, chat
         self.template = None
@@ -43,10 +45,10 @@ class Prompts:
 
     def _check_options(self):
         chat = self.chat
-        if self.template is None:
-            unused = "--system" if chat.system is not None else "--template-option"
-            if chat.system is not None or chat.variables:
-                raise ValueError(f"{unused} needs a chat template, and this tokenizer has none")
+        if self.template is None and chat.system is not None:
+            raise ValueError("--system needs a chat template, and this tokenizer has none")
+        if self.template is None and chat.variables:
+            raise ValueError("--template-option needs a chat template, and this tokenizer has none")
         if not chat.variables:
             return
         known = template_variables(self.template)
@@ -59,14 +61,14 @@ class Prompts:
                 )
 
     def text(self, question):
-        """The prompt before it is encoded. Raises ValueError if the template cannot make one."""
+        """The prompt as text, before encoding. Raises ValueError if the template fails."""
         words = self.prompt.replace("{question}", question)
         if self.template is None:
             return words + "\n"
         return self._render([("user", words)], generation_prompt=True)
 
     def _render(self, turns, generation_prompt):
-        """The template's text for turns, [(role, words), ...], after the system turn if any.
+        """The template's text for the turns [(role, words), ...], after --system if given.
 
         Some templates read `content` as text, others as a list of parts: both are tried. Raises
         ValueError if the template fails, or if its text lacks the words of a turn.
@@ -82,7 +84,7 @@ class Prompts:
                     add_generation_prompt=generation_prompt,
                     **self.chat.variables,
                 )
-            except Exception as error:  # whatever a template raises, jinja's own errors among them
+            except Exception as error:  # a template can raise any type
                 reasons.append(f"fails: {error}")
                 continue
             lost = [role for role, words in turns if not contains(text, words)]
@@ -94,11 +96,11 @@ class Prompts:
         )
 
     def encoder(self):
-        """The function that gives a question's prompt as token ids.
+        """A function from a question to the token ids of its prompt.
 
-        What a question says is text: "<|im_end|>" in it is no control token. BOS is added as the
-        tokenizer does (in plain text) or the template; what a tokenizer appends, such as EOS, is
-        left out, for the answer comes next.
+        A question is text only: "<|im_end|>" in it does not become a control token. BOS is added as
+        the template does, or in plain text as the tokenizer does. What the tokenizer appends, such
+        as EOS, is left out, because the answer comes next.
         """
         tokenizer = self.tokenizer
         start = added_before(tokenizer) if self.template is None else []
@@ -110,7 +112,7 @@ class Prompts:
                 return start + ids_of(tokenizer, self.text(question))
             ids = list(start)
             for i, piece in enumerate(at_control.split(self.text(QUESTION))):
-                if i % 2:  # a control token of the template's or of --prompt's
+                if i % 2:  # a control token of the template or of --prompt
                     ids.append(tokenizer.convert_tokens_to_ids(piece))
                 else:
                     piece = piece.replace(QUESTION, question)
@@ -120,11 +122,11 @@ class Prompts:
         return encode
 
     def end_of_turn(self):
-        """The id of the token with which the chat template closes an assistant's turn, or None.
+        """The id of the token that closes an assistant's turn in the chat template, or None.
 
-        Read from the template itself: render a turn, and take the first token after its words,
-        white space aside, if it is an added token of the tokenizer. A token that stands right
-        before the words too is a header and closes nothing.
+        Found by rendering a turn: it is the first token after the turn's words, white space
+        ignored, if that is an added token of the tokenizer. If the same token stands right before
+        the words, it is part of a header and closes nothing.
         """
         if self.template is None:
             return None
@@ -132,7 +134,7 @@ class Prompts:
             turns = [("user", QUESTION), ("assistant", ANSWER)]
             before, _, after = self._render(turns, generation_prompt=False).rpartition(ANSWER)
         except ValueError as error:
-            print(f"the end of an assistant's turn is unknown: {error}")
+            print(f"cannot find the token that ends an assistant's turn: {error}")
             return None
         first = ids_of(self.tokenizer, after.lstrip())[:1]
         opens = ids_of(self.tokenizer, before.rstrip())[-1:]
@@ -142,13 +144,14 @@ class Prompts:
 
 
 def message(role, words, as_parts):
-    """A turn as chat templates read it, its content a text or a list of one part."""
-    return {"role": role, "content": [{"type": "text", "text": words}] if as_parts else words}
+    """A turn for a chat template; its content is a text, or a list of one part."""
+    content = [{"type": "text", "text": words}] if as_parts else words
+    return {"role": role, "content": content}
 
 
 def template_variables(source):
-    """The names that a chat template reads from its caller, but for the turns themselves."""
-    # Transformers' own tag {% generation %} changes no variable, and plain jinja2 lacks it.
+    """The names of the variables that a chat template reads, apart from the turns."""
+    # The tag {% generation %} is transformers' own: plain jinja2 would fail on it.
     source = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", source)
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
@@ -159,23 +162,24 @@ def template_variables(source):
 
 
 def control_texts(tokenizer):
-    """How the tokenizer's control tokens are written, the longest first."""
+    """The texts of the tokenizer's control tokens, the longest first."""
     added = tokenizer.added_tokens_decoder.values()
     return sorted((token.content for token in added if token.special), key=len, reverse=True)
 
 
 def added_before(tokenizer):
-    """The ids that the tokenizer puts before a text by itself: BOS, or nothing."""
+    """The ids that the tokenizer puts before every text: BOS, or nothing."""
     with_added = tokenizer("1").input_ids
     return with_added[: with_added.index(ids_of(tokenizer, "1")[0])]
 
 
 def ids_of(tokenizer, text, **how):
+    """The token ids of the text alone, without BOS or EOS."""
     return tokenizer(text, add_special_tokens=False, **how).input_ids
 
 
 def contains(text, words):
-    """Whether the words stand in the text, white space, case and Unicode's normal forms aside."""
+    """Whether the text contains the words; ignores white space, case and Unicode's normal forms."""
     return _bare(words) in _bare(text)
 
 
@@ -184,10 +188,12 @@ def _bare(text):
 
 
 def encode_problems(tokenizer, problems, prompt, longest, vocabulary=2**31, chat=AUTO, eos_ids=()):
-    """(problems, each with "prompt_ids"; how many were dropped): those over `longest` prompt tokens
-    are dropped whole, for a cut question is another question. So are, with a line, those that the
-    tokenizer cannot write. Raises ValueError if none is left, or there was none, if a prompt ends
-    in an EOS, or has a token that a model with so large a vocabulary does not know.
+    """(problems, each with its "prompt_ids", how many were dropped for their length).
+
+    Prompts over `longest` tokens are dropped, not cut: a cut question is another question. Problems
+    that the tokenizer cannot represent are dropped too, with a printed line. vocabulary: number of
+    tokens that the model knows. Raises ValueError if no problem is left, if a prompt ends in an
+    EOS, or if it contains a token that the model does not know.
     """
     if not problems:
         raise ValueError("no problem is left to train on: all of them are held out too")
@@ -201,7 +207,7 @@ def encode_problems(tokenizer, problems, prompt, longest, vocabulary=2**31, chat
     if not kept:
         raise ValueError(
             f"every prompt is over {longest} tokens, the model's context less --max-new-tokens: "
-            "lower the latter"
+            "lower --max-new-tokens"
         )
     for p in kept:
         check_ids(tokenizer, p, vocabulary, eos_ids)
@@ -209,8 +215,9 @@ def encode_problems(tokenizer, problems, prompt, longest, vocabulary=2**31, chat
 
 
 def check_ids(tokenizer, problem, vocabulary, eos_ids):
-    """Raises ValueError if a prompt has a token that the model does not know, or ends in an EOS."""
-    ids, question = problem["prompt_ids"], problem["question"][:80]
+    """Raise ValueError if the prompt contains an unknown token, or ends in an EOS."""
+    ids = problem["prompt_ids"]
+    question = problem["question"][:80]
     if max(ids) >= vocabulary:
         raise ValueError(
             f"the tokenizer makes token {max(ids)} of {question!r}, and the model knows "
@@ -224,12 +231,14 @@ def check_ids(tokenizer, problem, vocabulary, eos_ids):
 
 
 def without_lost(tokenizer, problems):
-    """The problems whose question can be read back from their prompt; says how many cannot."""
+    """The problems whose question can be decoded from their prompt; prints how many cannot."""
     texts = tokenizer.batch_decode([p["prompt_ids"] for p in problems])
     kept, lost = [], []
     for problem, text in zip(problems, texts, strict=True):
-        found = contains(text, problem["question"])
-        (kept if found else lost).append(problem)
+        if contains(text, problem["question"]):
+            kept.append(problem)
+        else:
+            lost.append(problem)
     if not lost:
         return kept
     example = f"{lost[0]['question'][:80]!r}"
@@ -240,14 +249,14 @@ def without_lost(tokenizer, problems):
 
 
 def start_line(tokenizer, chat, eos_ids):
-    """One line on the kind of prompt that a run uses, and the tokens that end a completion."""
+    """One line: the kind of prompt of a run, and the tokens that end a completion."""
     kind = "plain text" if Prompts(tokenizer, chat=chat).template is None else "chat template"
     ends = ", ".join(token_name(tokenizer, i) for i in eos_ids)
     return f"prompt: {kind}; a completion ends at {ends} (--show-prompt prints the first prompt)"
 
 
 def show(tokenizer, problem, eos_ids):
-    """The prompt of a problem just as the model gets it, control tokens and all, for people."""
+    """The prompt of a problem as the model gets it, with control tokens, as readable text."""
     ids = problem["prompt_ids"]
     ends = ", ".join(f"{token_name(tokenizer, i)} (id {i})" for i in eos_ids)
     return (
@@ -257,5 +266,5 @@ def show(tokenizer, problem, eos_ids):
 
 
 def token_name(tokenizer, token):
-    """How a token is written; a config may name one that the tokenizer does not know."""
+    """The text of a token; "token N" if the config names one that the tokenizer does not know."""
     return tokenizer.convert_ids_to_tokens(token) or f"token {token}"

@@ -1,4 +1,4 @@
-"""What a step writes down: its line of metrics.jsonl and, now and then, a group of completions for samples.jsonl."""
+"""What a step records: a line of metrics.jsonl and, every few steps, a group for samples.jsonl."""
 
 import sys
 
@@ -12,109 +12,127 @@ try:
 except ImportError:  # Windows
     resource = None
 
-# The largest |pi_theta / pi_old - 1| before a rollout's first update that rounding explains.
+# Rounding explains |pi_theta / pi_old - 1| up to this, before the first update on a rollout.
 RATIO_LIMITS = {"fp32": 1e-3, "bf16": 2e-2}
 
 
 def metrics_line(rollout, sampled, updates, group_size):
-    """The step's numbers but for its times; the README's table says what each means.
+    """The metrics of a step, without its times. The README's table defines each of them.
 
-    rollout: the rows trained on; sampled: list of everything sampled for it; updates: what
-    Updater.update returned. A metric covers one of these sets of rows only.
+    rollout: the rows trained on. sampled: list of all batches sampled for it. updates: list of what
+    Updater.update returned. Each metric is taken over one of these three only.
     """
-    r, every = rollout, Rollout.join(sampled)
+    every = Rollout.join(sampled)
     groups = every.rewards.view(-1, group_size)
-    A = per_token(r.advantages, r.mask)
-    against = torch.where(r.right[:, None] > 0.5, A < 0, A > 0)  # [B, T]
-    signal = max(1, sum(u["signal"] for u in updates))
-    ratios = [ratio for u in updates for ratio in u["ratio"]]
-    norms = [u["grad_norm"] for u in updates if u["grad_norm"] is not None]
+    mask, right = rollout.mask, rollout.right
+    advantages = per_token(rollout.advantages, mask)  # [B, T]
+    # A right completion's token with A < 0, or a wrong one's with A > 0.
+    sign_flip = torch.where(right[:, None] > 0.5, advantages < 0, advantages > 0)
+    signal = max(1, sum(update["signal"] for update in updates))  # tokens
+    ratios = []
+    for update in updates:
+        ratios += update["ratio"]
+    norms = [update["grad_norm"] for update in updates if update["grad_norm"] is not None]
     return {
         "reward": every.rewards.mean().item(),
         "accuracy": every.right.mean().item(),
-        "accuracy_trained": r.right.mean().item(),
-        "entropy": r.entropy[r.mask].mean().item(),
-        "kl": sum(u["kl"] for u in updates) / signal,
-        "clip_frac": sum(u["clipped"] for u in updates) / signal,
+        "accuracy_trained": right.mean().item(),
+        "entropy": rollout.entropy[mask].mean().item(),
+        "kl": sum(update["kl"] for update in updates) / signal,
+        "clip_frac": sum(update["clipped"] for update in updates) / signal,
         "ratio_first": sum(ratios) / len(ratios) if ratios else None,
         "ratio_first_max": furthest_from_1(ratios) if ratios else None,
         "grad_norm": sum(norms) / len(norms) if norms else None,
         "length": every.mask.sum(1).float().mean().item(),
         "truncated": every.truncated.float().mean().item(),
         "zero_std": constant(groups).float().mean().item(),
-        "sign_flip": against[r.mask].float().mean().item(),
-        "skipped": sum(bool(u["bad_rows"]) for u in updates),
+        "sign_flip": sign_flip[mask].float().mean().item(),
+        "skipped": sum(bool(update["bad_rows"]) for update in updates),
         "prompts": len(groups),
     }
 
 
 def furthest_from_1(ratios):
-    """The largest |w - 1| of a list; NaN if one is NaN."""
+    """The largest |w - 1| of a list of ratios; NaN if one of them is NaN."""
     return (torch.tensor(ratios, dtype=torch.float64) - 1).abs().max().item()
 
 
 def ratio_warning(step, largest, dtype):
-    """A warning if a ratio is not 1 although nothing has been trained yet, else None.
+    """A warning if a ratio before the first update is not 1 up to rounding, else None.
 
     largest: ratio_first_max, None if nothing was run.
     """
     limit = RATIO_LIMITS[dtype]
-    if largest is None or largest <= limit:  # NaN is told
+    if largest is None or largest <= limit:  # NaN fails this test, and is reported
         return None
     return (
-        f"warning: step {step}: before its first update pi_theta / pi_old is off 1 by up to "
-        f"{largest:.2g} (rounding in {dtype} explains {limit:g}): two passes of the same weights "
-        f"differ, so every ratio is off by as much. Is something random, such as dropout, left in the model? "
-        f"Said once; see ratio_first_max in metrics.jsonl"
+        f"warning: step {step}: before the first update, pi_theta / pi_old differs from 1 by up to "
+        f"{largest:.2g} (rounding in {dtype} explains {limit:g}). Two passes of the same weights "
+        f"differ, so every ratio of this run has an error of this size. Does the model contain "
+        f"something random, such as dropout? Printed once; see ratio_first_max in metrics.jsonl"
     )
 
 
 def per_token(advantages, mask):
-    """[B] or [B, T] -> [B, T]"""
-    return (advantages[:, None] if advantages.ndim == 1 else advantages).expand(mask.shape)
+    """Advantages [B] or [B, T] -> [B, T], the shape of mask."""
+    if advantages.ndim == 1:
+        advantages = advantages[:, None]
+    return advantages.expand(mask.shape)
 
 
 def sample_lines(step, rollout, rows, tokenizer, **more):
-    """One object for each of the rows: the completion, and what training made of its tokens."""
-    r, lines = rollout, []
-    per = {
-        "advantages": per_token(r.advantages, r.mask),
-        "logprobs": r.logprobs,
-        "old_logprobs": r.old_logprobs,
-        "entropy": r.entropy,
+    """One dict for each of the rows: the completion, and the training numbers of its tokens.
+
+    more: further entries of each dict.
+    """
+    columns = {
+        "advantages": per_token(rollout.advantages, rollout.mask),
+        "logprobs": rollout.logprobs,
+        "old_logprobs": rollout.old_logprobs,
+        "entropy": rollout.entropy,
     }
+    lines = []
     for i in rows:
-        n = int(r.mask[i].sum())
-        line = {"step": step, "prompt": r.problems[i]["question"], "completion": r.texts[i]}
-        line["answer"] = r.problems[i]["answer"]
-        line["right"] = r.right[i].item() > 0.5
-        line["reward"] = r.rewards[i].item()
-        line["tokens"] = [tokenizer.decode([token]) for token in r.completions[i, :n].tolist()]
-        for name, values in per.items():
-            line[name] = [round(x, 6) for x in values[i, :n].tolist()]
+        problem = rollout.problems[i]
+        n = int(rollout.mask[i].sum())  # tokens
+        ids = rollout.completions[i, :n].tolist()
+        line = {
+            "step": step,
+            "prompt": problem["question"],
+            "completion": rollout.texts[i],
+            "answer": problem["answer"],
+            "right": rollout.right[i].item() > 0.5,
+            "reward": rollout.rewards[i].item(),
+            "tokens": [tokenizer.decode([token]) for token in ids],
+        }
+        for name, values in columns.items():
+            line[name] = [round(value, 6) for value in values[i, :n].tolist()]
         line.update(more)
         lines.append(line)
     return lines
 
 
 def group_to_show(rollout, group_size):
-    """Rows of the last group with right and wrong completions, else of the last group.
+    """The rows (a range) of the last group with both right and wrong completions, else of the last.
 
-    In the last one the policy has moved most.
+    The last, because the policy has moved most by the time of its update.
     """
-    groups = [range(i, i + group_size) for i in range(0, len(rollout.prompts), group_size)]
-    mixed = [g for g in groups if 0 < rollout.right[g.start : g.stop].sum() < group_size]
+    starts = range(0, len(rollout.prompts), group_size)
+    groups = [range(start, start + group_size) for start in starts]
+    one_sided = constant(rollout.right.view(-1, group_size)).flatten().tolist()  # [P]
+    mixed = [group for group, same in zip(groups, one_sided, strict=True) if not same]
     return (mixed or groups)[-1]
 
 
 def peak_mib(device):
-    """The most memory held so far, in MiB: by the GPU's allocator, or by the whole process on a CPU.
+    """Peak memory so far, in MiB: of the GPU's allocator, or of the whole process on a CPU.
 
-    None where the system does not tell (Windows).
+    None where the system does not report it (Windows).
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if resource is None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    units_per_mib = 2**20 if sys.platform == "darwin" else 2**10  # macOS: bytes; Linux: KiB
+    return peak / units_per_mib

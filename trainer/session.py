@@ -1,4 +1,4 @@
-"""What a run does between its training steps: evaluate, record, save, and stop."""
+"""What a run does between its training steps: evaluate, record, save and stop."""
 
 import json
 import os
@@ -15,14 +15,17 @@ BAD_STEPS = 3  # this many skipped updates in a row stop the run
 
 
 def on_interrupt():
-    """Have Ctrl-C finish the step. Returns a list that then is no longer empty."""
+    """Have Ctrl-C finish the current step. Returns a list that is empty until then.
+
+    A second Ctrl-C ends the process at once.
+    """
     interrupted = []
 
     def interrupt(*_):
         if interrupted:
             os._exit(130)
         interrupted.append(True)
-        # Not print: it may be what was interrupted, and cannot be entered twice.
+        # os.write, because print is not reentrant: the signal may have interrupted a print.
         os.write(2, b"\ninterrupted: finishing this step, then saving; once more to stop at once\n")
 
     signal.signal(signal.SIGINT, interrupt)
@@ -35,20 +38,24 @@ def evaluates(o, step):
 
 
 def shows(o, step):
-    """Whether samples.jsonl gets a group of this step, be it the last or not."""
+    """Whether samples.jsonl gets a group of this step, whether or not it is the last step."""
     return o.samples_every > 0 and (step == 1 or step % o.samples_every == 0)
 
 
 def saves(o, step, interrupted):
     """Whether the run writes a checkpoint after this step."""
-    due = interrupted or step == o.steps or step % max(1, o.save_every) == 0
-    return o.save_every > 0 and due
+    if o.save_every == 0:
+        return False
+    return bool(interrupted) or step == o.steps or step % o.save_every == 0
 
 
 def write_evaluation(trainer, out, held_out, step):
-    """Append the evaluation's line to metrics.jsonl."""
+    """Evaluate, and append the result to metrics.jsonl.
+
+    avg@k and pass@k only before and after training: they take as long as several training steps.
+    """
     o = trainer.o
-    k = o.k if step in (0, o.steps) else 0  # so many draws take as long as several training steps
+    k = o.k if step in (0, o.steps) else 0
 
     def work(rows_at_once):
         return evaluate(
@@ -70,15 +77,17 @@ def write_evaluation(trainer, out, held_out, step):
 
 
 def write_samples(trainer, out, step, rollout, bad_rows):
-    """A group of the step where one is due, and the rows that caused a skipped update."""
-    rows = group_to_show(rollout, trainer.o.group_size) if shows(trainer.o, step) else []
+    """Append to samples.jsonl: a group if one is due, and rows that caused a skipped update."""
+    rows = []
+    if shows(trainer.o, step):
+        rows = group_to_show(rollout, trainer.o.group_size)
     lines = sample_lines(step, rollout, rows, trainer.tokenizer)
     lines += sample_lines(step, rollout, bad_rows, trainer.tokenizer, skipped=True)
     checkpoint.append_lines(out / "samples.jsonl", lines)
 
 
 def write_last_group(trainer, out, step, rollout):
-    """A group of the last step too, where none was due."""
+    """Append a group of the last step to samples.jsonl, if none was due."""
     o = trainer.o
     if step == o.steps and o.samples_every > 0 and not shows(o, step):
         rows = group_to_show(rollout, o.group_size)
@@ -87,14 +96,14 @@ def write_last_group(trainer, out, step, rollout):
 
 
 def save(trainer, out, step, sizes):
-    """Write a checkpoint. sizes: of the files of lines, before this step's evaluation."""
+    """Write a checkpoint. sizes: checkpoint.line_sizes before this step's evaluation."""
     counters = {"cursor": trainer.cursor, "bad_steps": trainer.updater.bad_steps}
     optimizer = trainer.updater.optimizer
     checkpoint.save(out, step, trainer.model, trainer.tokenizer, optimizer, sizes, **counters)
 
 
 def stopped_by_bad_steps(out, step):
-    """Say so. Returns the exit status."""
+    """Print why the run stopped. Returns the exit status."""
     print(
         f"train.py: stopped at step {step}: {BAD_STEPS} updates in a row had a loss or gradient "
         f"that is not finite; the last lines of {out / 'samples.jsonl'} show where. The last good "
@@ -105,9 +114,9 @@ def stopped_by_bad_steps(out, step):
 
 
 def stopped_by_user(out, step, saved):
-    """Say so, and how to continue. Returns the exit status."""
-    go_on = f"Go on with: {resume_command(out)}" if saved else "Nothing was saved."
-    print(f"stopped after step {step}. {go_on}")
+    """Print how to continue. Returns the exit status."""
+    hint = f"Go on with: {resume_command(out)}" if saved else "Nothing was saved."
+    print(f"stopped after step {step}. {hint}")
     return 130
 
 
@@ -116,7 +125,7 @@ def resume_command(out):
 
 
 def summary(out, seconds):
-    """Print the accuracy before and after, and where the files are."""
+    """Print the accuracy before and after training, and where the files are."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     evaluations = [row for row in rows if row["phase"] == "eval"]
     words = []

@@ -1,4 +1,4 @@
-"""Begin a run or resume one: its folder, its config.json, its model and its problems."""
+"""Start or resume a run: its folder, its config.json, its model and its problems."""
 
 import json
 import platform
@@ -34,13 +34,13 @@ def run_folder(given):
 
 
 def path_name(path):
-    """A path as part of a folder's name: A/model and B/model stay apart."""
+    """A path as part of a folder's name; A/model and B/model get different names."""
     name = re.sub(r"[^\w.]+", "-", path.removesuffix(".jsonl"))
     return name.strip("-.")[-100:]
 
 
 def begun(given, out, argv):
-    """(options, config) of a new run. Prints which preset it is, why, and how to get the other."""
+    """(options, config) of a new run. Prints its preset, why, and how to get the other preset."""
     o = fill(given)
     cuda = torch.cuda.is_available()
     why = "as asked"
@@ -60,7 +60,7 @@ def begun(given, out, argv):
 
 
 def resumed(given, out):
-    """(options, config) of the run in --resume. Raises ValueError for what would change its past."""
+    """(options, config) of the run to resume. Raises ValueError if an option differs from it."""
     try:
         config = json.loads((out / "config.json").read_text())
         saved, steps = config["options"], config["options"]["steps"]
@@ -82,18 +82,14 @@ def resumed(given, out):
 
 
 def set_up(o):
-    """Load what the options name.
+    """Load what the options name: the data, the model, and how its rows can be run.
 
     Returns (model, tokenizer, generation, training problems, held-out problems). generation: the
     remaining keyword arguments of policy.sample. Each problem has its "prompt_ids".
     """
     torch.manual_seed(o.seed)
     offline_without_network(o.model, o.data)
-    held_out = load_problems(o.data, "test")
-    train, overlap = [], 0
-    if not o.eval_only:  # a question of the test split is never trained on, evaluated or not
-        train, overlap = split_overlap(load_problems(o.data, "train"), held_out)
-    held_out = held_out[: o.eval_n]
+    train, held_out, overlap = load_data(o)
 
     chat = Chat(o.chat_template, o.system, o.template_option)
     model, tokenizer, eos_ids, pad_id = load_policy(o.model, o.device, chat)
@@ -115,20 +111,29 @@ def set_up(o):
 
     prompts = [problem["prompt_ids"] for problem in train + held_out]
     layout = probe(model, prompts, o.max_new_tokens, pad_id)
-    generation = {
-        "max_new_tokens": o.max_new_tokens,
-        "eos_ids": eos_ids,
-        "pad_id": pad_id,
-        "layout": layout,
-    }
+    generation = {"max_new_tokens": o.max_new_tokens, "eos_ids": eos_ids, "pad_id": pad_id}
+    generation["layout"] = layout
     return model, tokenizer, generation, train, held_out
 
 
-def made_from(o, model, problems, config):
-    """What a run was made from, for config.json: start weights, code, versions, data, machine.
+def load_data(o):
+    """(training problems, held-out problems, how many training problems were held out too).
 
-    config: that of the run so far. Raises ValueError if the data or the start weights of a resumed
-    run have changed; other code or versions are a printed note.
+    No question of the test split is trained on, even if --eval-n leaves it out of the evaluation.
+    With --eval-only there are no training problems.
+    """
+    held_out = load_problems(o.data, "test")
+    train, overlap = [], 0
+    if not o.eval_only:
+        train, overlap = split_overlap(load_problems(o.data, "train"), held_out)
+    return train, held_out[: o.eval_n], overlap
+
+
+def made_from(o, model, problems, config):
+    """The origin of a run, for config.json: start weights, code, versions, data and machine.
+
+    config: the run's config so far. Raises ValueError if the data or start weights of a resumed run
+    have changed; prints a note if the code or the versions have.
     """
     now = {
         "checksum": checksum(problems, config.get("checksum")),
@@ -144,7 +149,7 @@ def made_from(o, model, problems, config):
         return {**now, "machine": machine}
     if config["weights"] != now["weights"]:
         raise ValueError(
-            f"the start model {o.model} is not what it was when the run began; it cannot be "
+            f"the start model {o.model} is not what it was when the run began; the run cannot be "
             f"resumed with other start weights"
         )
     changed = origin.other_code(config, now)
@@ -154,7 +159,7 @@ def made_from(o, model, problems, config):
 
 
 def show_prompt(given):
-    """Print the first prompt as the model gets it."""
+    """--show-prompt: print the first prompt as the model gets it."""
     if "resume" in given:
         o, _ = resumed(given, Path(given["resume"]))
     else:

@@ -1,167 +1,289 @@
-"""Step 4 of the loop: an optimizer step on a mini-batch of any size in the memory of one micro-batch.
+"""Step 4 of the loop: one optimizer step on a mini-batch, in the memory of one micro-batch.
 
-The gradient comes in two halves. A loss here is a function of logprobs [B, T] alone, so
+A loss here depends on the model only through logprobs [B, T], so the chain rule has two halves:
 
     dL/dtheta = sum_{i,t} dL/dlogp_{i,t} dlogp_{i,t}/dtheta.
 
-First half: the mini-batch's log-probabilities, and one call of `loss` on all of them, which gives dL/dlogp [B, T], how
-hard each token is pushed. Second half: the model runs again, micro-batch by micro-batch, and each slice of the push
-goes back through it. The loss sees the whole mini-batch, whatever its averages; micro-batches change only the memory.
+First half: compute the log-probabilities of the mini-batch, and call `loss` once on all of them.
+This gives dL/dlogp [B, T]: how strongly the loss pushes each token.
+Second half: run the model again, micro-batch by micro-batch, and backpropagate dL/dlogp through it.
+
+The loss sees the whole mini-batch, however it averages. The size of the micro-batches changes only
+the memory. `Updater._update` is this method, step by step.
 """
 
-import contextlib
 import copy
+import math
 
 import torch
 from tqdm import tqdm
 
+from grpo import constant
 from trainer.logprobs import token_logprobs
+from trainer.options import flag
 from trainer.probes import train_mode_agrees
 
 KL_COEFFICIENTS = "beta", "kl_coef"  # the options of a loss that switch on a KL term
 
 
 class Updater:
-    """The policy that is trained, its optimizer, and how many rows of it fit at once."""
+    """The trained policy, its optimizer, and how many rows fit into memory at once."""
 
     def __init__(self, model, algo, loss_options, options, longest, layout):
-        """algo: the algorithm's module; options: train.py's; layout: what probes.probe found.
+        """algo: the algorithm's module. options: those of train.py. layout: from probes.probe.
 
-        longest: tokens of the longest row there can be. Raises ValueError if gradient checkpointing
-        is asked for and would change the log-probabilities.
+        longest: tokens of the longest possible row. Raises ValueError if gradient checkpointing is
+        requested and would change the log-probabilities.
         """
         self.model, self.algo, self.loss_options, self.o = model, algo, loss_options, options
-        # fused: its foreach form would need another copy of the weights for a moment
+        # fused: AdamW's default on a GPU (foreach) needs temporary copies of the weights.
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=options.lr, weight_decay=0.0, fused=True
         )
-        self.reference = (
-            copy.deepcopy(model) if loss_options.get("beta", 0) > 0 else None
-        )  # the frozen start policy
+        self.reference = None  # the frozen start policy
+        if loss_options.get("beta", 0) > 0:
+            self.reference = copy.deepcopy(model)
         self.needs_entropy = loss_options.get("kl_coef", 0) > 0
         self.through_head = layout.through_head
-        # Checkpointing runs a layer again, without its cache: there each row runs its own prompt.
+        # Checkpointing runs each layer again without the cache that a shared prompt needs.
         self.share_prompts = layout.share_prompts and not options.gradient_checkpointing
         if options.gradient_checkpointing:
             enable_checkpointing(model)
-        fits = rows_that_fit(model, longest, checkpointing=options.gradient_checkpointing)
-        batch = options.rows
-        auto = {"micro_batch": min(fits, batch // options.updates), "sample_batch": batch}
-        self.at_once = {
-            name: rows if getattr(options, name) == "auto" else int(getattr(options, name))
-            for name, rows in auto.items()
-        }
-        self.bad_steps = (
-            0  # optimizer steps skipped in a row, for a loss or gradient that is not finite
-        )
+        self.at_once = {"micro_batch": options.micro_batch, "sample_batch": options.sample_batch}
+        if options.micro_batch == "auto":
+            fit = rows_that_fit(model, longest, checkpointing=options.gradient_checkpointing)
+            self.at_once["micro_batch"] = min(fit, options.rows // options.updates)
+        if options.sample_batch == "auto":
+            self.at_once["sample_batch"] = options.rows
+        self.at_once = {name: int(size) for name, size in self.at_once.items()}
+        self.bad_steps = 0  # optimizer steps skipped in a row (loss or gradient not finite)
 
     def with_smaller_batches(self, name, work):
-        """work(rows at once), again with half of them for as long as GPU memory runs out: nothing is lost by it."""
+        """work(size), with size = at_once[name]; retries with half the size when out of GPU memory.
+
+        Raises MemoryError if the user set the size, or if a single row does not fit.
+        """
+        option = flag(name)
         while True:
-            rows = self.at_once[name]
+            size = self.at_once[name]
             try:
-                return work(rows)
+                return work(size)
             except torch.OutOfMemoryError:
-                flag = "--" + name.replace("_", "-")
-                if getattr(self.o, name) != "auto" or rows == 1:
+                if getattr(self.o, name) != "auto" or size == 1:
                     raise MemoryError(
-                        f"out of GPU memory with {flag} {rows}: try {flag} auto, "
+                        f"out of GPU memory with {option} {size}: try {option} auto, "
                         f"--gradient-checkpointing, or a smaller --max-new-tokens"
                     ) from None
-            self.at_once[name] = rows // 2
-            tqdm.write(f"out of GPU memory: {flag} goes from {rows} to {rows // 2}")
+            self.at_once[name] = size // 2
+            tqdm.write(f"out of GPU memory: {option} goes from {size} to {size // 2}")
             self.model.eval()
             self.optimizer.zero_grad()
             torch.cuda.empty_cache()
 
     def forward(self, rollout, rows, model, with_entropy=True):
-        """token_logprobs of these rows, under autocast where the compute is bf16."""
-        device = model.device.type
-        with (
-            torch.autocast(device, torch.bfloat16)
-            if self.o.dtype == "bf16"
-            else contextlib.nullcontext()
-        ):
+        """token_logprobs of these rows; under autocast if --dtype is bf16."""
+        prompts = [rollout.prompts[i] for i in rows]
+        bf16 = self.o.dtype == "bf16"
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             return token_logprobs(
-                model, [rollout.prompts[i] for i in rows], rollout.completions[rows], rollout.mask[rows],
-                temperature=self.o.temperature, with_entropy=with_entropy, through_head=self.through_head,
+                model,
+                prompts,
+                rollout.completions[rows],
+                rollout.mask[rows],
+                temperature=self.o.temperature,
+                with_entropy=with_entropy,
+                through_head=self.through_head,
                 share_prompts=self.share_prompts,
-            )  # fmt: skip
+            )
 
-    def pieces(self, rollout, rows, size):
-        """The indices `rows` in micro-batches; groups that an update may leave out stand apart.
+    def micro_batches(self, rollout, rows, size):
+        """The indices `rows` in micro-batches; groups that an update may leave out are kept apart.
 
-        An update leaves out the groups whose advantages are all 0. With most algorithms these are
-        the groups of equal rewards, with GTPO and GRPO-S those that are all right or all wrong; the
-        two differ where the reward is shaped. In one micro-batch with others, their absence would
-        change the padding of the rows that remain, in bf16 also their rounding, and so the ratio.
+        An update leaves out groups whose advantages are all 0. For most algorithms these are the
+        groups with equal rewards. For GTPO and GRPO-S they are the groups that are all right or all
+        wrong, which differs if the reward is shaped. If such groups shared a micro-batch with
+        others, leaving them out would change the padding of the remaining rows. In bf16 that
+        changes their rounding, and so the ratio.
         """
-        differ = self.groups_differ(rollout.rewards) + 2 * self.groups_differ(rollout.right)  # [B]
-        pieces = []
-        for kind in (3, 1, 2, 0):  # rewards and correctness differ, one of the two, neither
-            part = rows[differ[rows] == kind]
+        rewards_differ = self.differs_in_group(rollout.rewards)  # [B]
+        right_differs = self.differs_in_group(rollout.right)  # [B]
+        result = []
+        for in_rewards, in_right in ((True, True), (True, False), (False, True), (False, False)):
+            kind = (rewards_differ == in_rewards) & (right_differs == in_right)
+            part = rows[kind[rows]]
             if len(part):
-                pieces += micro_batches(rollout, part, size, self.share_prompts)
-        return pieces
+                result += split_micro_batches(rollout, part, size, self.share_prompts)
+        return result
 
-    def groups_differ(self, values):
-        """[B] -> [B] int on the CPU: 1 for the rows of groups whose values are not all equal."""
+    def differs_in_group(self, values):
+        """Whether a row's group has unequal values: [B] -> [B] bool, on the CPU."""
         groups = values.view(-1, self.o.group_size)
-        differ = (groups != groups[:, :1]).any(1)
-        return differ.repeat_interleave(groups.shape[1]).int().cpu()
+        return ~constant(groups).expand_as(groups).flatten().cpu()
 
     def measure(self, rollout, mini_batches):
-        """Fill in old_logprobs, entropy and, if wanted, ref_logprobs, [B, T], in the micro-batches of the updates."""
+        """Fill in the rollout's old_logprobs, entropy and, if needed, ref_logprobs, all [B, T].
 
-        @torch.no_grad()
-        def work(size, model=None):
-            dtype = torch.promote_types(self.model.dtype, torch.float32)
-            logprobs, entropy = torch.zeros(
-                2, *rollout.mask.shape, dtype=dtype, device=rollout.mask.device
-            )
-            for rows in mini_batches:
-                for piece in self.pieces(rollout, rows, size):
-                    logprobs[piece], entropy[piece] = self.forward(
-                        rollout, piece, model or self.model
-                    )
-            return logprobs, entropy
+        Runs the micro-batches of the updates, so the first ratio compares equal computations.
+        """
 
-        rollout.old_logprobs, rollout.entropy = self.with_smaller_batches("micro_batch", work)
+        def measured(model):
+            def work(size):
+                return self.logprobs_by(model, rollout, mini_batches, size)
+
+            return self.with_smaller_batches("micro_batch", work)
+
+        rollout.old_logprobs, rollout.entropy = measured(self.model)
         rollout.logprobs = rollout.old_logprobs.clone()
         if self.reference is not None:
-            rollout.ref_logprobs, _ = self.with_smaller_batches(
-                "micro_batch", lambda size: work(size, self.reference)
-            )
+            rollout.ref_logprobs, _ = measured(self.reference)
+
+    @torch.no_grad()
+    def logprobs_by(self, model, rollout, mini_batches, size):
+        """(log-probabilities, entropy in nats) under `model`, [B, T] each, without a graph."""
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        logprobs = torch.zeros(rollout.mask.shape, dtype=dtype, device=rollout.mask.device)
+        entropy = torch.zeros_like(logprobs)
+        for mini_batch in mini_batches:
+            for rows in self.micro_batches(rollout, mini_batch, size):
+                logprobs[rows], entropy[rows] = self.forward(rollout, rows, model)
+        return logprobs, entropy
 
     def update(self, rollout, rows, on_policy):
-        """One optimizer step on the mini-batch `rows` (indices); on_policy: nothing has moved since the rollout.
+        """One optimizer step on the mini-batch `rows` (indices).
 
-        A loss or gradient that is not finite leaves the weights alone. Returns a dict:
-        signal: tokens whose advantage is not 0;
-        clipped: those of them for which the clip leaves the policy's term no gradient;
-        kl: the sum over them of kl_estimate, nats, before this step;
-        ratio: if on_policy, pi_theta / pi_old of each token of the rows that were run;
-        grad_norm: of the whole gradient before clipping, None if the step was skipped;
-        bad_rows: rows that caused a skip; moved: whether the weights moved.
+        on_policy: the weights have not changed since the rollout. If the loss or the gradient is
+        not finite, the step is skipped and the weights stay as they are. Returns a dict:
+        signal: number of tokens with a nonzero advantage;
+        clipped: number of those tokens whose policy term has no gradient because of the clip;
+        kl: sum of kl_estimate over the signal tokens, in nats, before this step;
+        ratio: pi_theta / pi_old of each token that was run if on_policy, else [];
+        grad_norm: norm of the gradient before clipping; None if loss or dL/dlogp is not finite;
+        bad_rows: rows that caused the step to be skipped;
+        moved: whether the weights changed.
         """
         return self.with_smaller_batches(
             "micro_batch", lambda size: self._update(rollout, rows, on_policy, size)
         )
 
-    def _update(self, r, rows, on_policy, size):
-        signal = r.mask & (r.advantages.view(len(r.prompts), -1) != 0)  # [B, T]
-        # A row whose advantages are all 0 has no push, unless the KL to the reference pushes it.
-        live = signal.any(1).cpu() | (self.reference is not None)
-        pieces = [piece for piece in self.pieces(r, rows, size) if live[piece].any()]
+    def _update(self, rollout, rows, on_policy, size):
+        """`update` in micro-batches of at most `size` rows."""
         self.optimizer.zero_grad()
-        # transformers checkpoints only in train mode; dropout is off
+        # transformers checkpoints in train mode only; load_policy has switched off dropout.
         self.model.train(self.o.gradient_checkpointing)
-        graph, entropy = self.current_logprobs(r, pieces, on_policy)
-        loss, push, policy_push = self.first_half(r, rows, entropy)
+        micro_batches = self.with_signal(rollout, rows, size)
 
+        # First half: dL/dlogp.
+        graph, entropy = self.current_logprobs(rollout, micro_batches, on_policy)
+        loss_inputs = self.loss_inputs(rollout, rows, entropy)
+        loss, push = self.loss_gradient(rollout, rows, loss_inputs)
+        result = self.statistics(rollout, rows, push, loss_inputs)
+
+        # Second half: dlogp/dtheta.
+        if loss.isfinite() and push.isfinite().all():
+            if graph is not None:
+                graph.backward(gradient=push[micro_batches[0]])
+            else:
+                result["ratio"] = self.backward(rollout, micro_batches, push, on_policy)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.o.max_grad_norm)
+            result["grad_norm"] = norm.item()
+
+        self.model.eval()
+        self.apply_or_skip(rollout, rows, push, result)
+        return result
+
+    def with_signal(self, rollout, rows, size):
+        """The micro-batches of `rows` that have a gradient.
+
+        They contain a nonzero advantage. A KL to the reference pushes every row: it needs them all.
+        """
+        micro_batches = self.micro_batches(rollout, rows, size)
+        if self.reference is not None:
+            return micro_batches
+        signal = nonzero_advantages(rollout).any(1).cpu()  # [B]
+        return [rows for rows in micro_batches if signal[rows].any()]
+
+    def current_logprobs(self, rollout, micro_batches, on_policy):
+        """Fill in rollout.logprobs. Returns (their graph or None, the current entropy [B, T]).
+
+        On policy they equal old_logprobs, and nothing is run. If there is only one micro-batch, the
+        graph of this pass is kept, and the second half does not run the model again.
+        """
+        entropy = rollout.entropy.clone()
+        if on_policy:
+            return None, entropy
+        keep_graph = len(micro_batches) == 1
+        with torch.set_grad_enabled(keep_graph):
+            for rows in micro_batches:
+                logprobs, H = self.forward(rollout, rows, self.model, self.needs_entropy)
+                rollout.logprobs[rows] = logprobs.detach()
+                entropy[rows] = H
+        return (logprobs if keep_graph else None), entropy
+
+    def loss_inputs(self, rollout, rows, entropy):
+        """The keyword arguments of the algorithm's loss: its options, and the tensors they need."""
+        inputs = dict(self.loss_options)
+        if self.needs_entropy:
+            inputs["entropy"] = entropy[rows]
+            inputs["old_entropy"] = rollout.entropy[rows]
+        if self.reference is not None:
+            inputs["ref_logprobs"] = rollout.ref_logprobs[rows]
+        return inputs
+
+    def loss_gradient(self, rollout, rows, loss_inputs):
+        """(the loss of the mini-batch, dL/dlogp [B, T], which is 0 in all other rows)."""
+        logprobs = rollout.logprobs[rows].requires_grad_()
+        old_logprobs = rollout.old_logprobs[rows]
+        advantages, mask = rollout.advantages[rows], rollout.mask[rows]
+        loss = self.algo.loss(logprobs, old_logprobs, advantages, mask, **loss_inputs)
+        push = torch.zeros_like(rollout.logprobs)
+        push[rows] = torch.autograd.grad(loss, logprobs)[0]
+        return loss, push
+
+    def backward(self, rollout, micro_batches, push, on_policy):
+        """Run the model with a graph and backpropagate push = dL/dlogp [B, T] into its weights.
+
+        Returns pi_theta / pi_old of each token that was run if on_policy, else [].
+        """
+        ratios = []
+        pushed = push.any(1).cpu()  # [B]
+        for rows in micro_batches:
+            pushed_rows = rows[pushed[rows]]
+            if len(pushed_rows) == 0:
+                continue
+            # On policy the ratio is logged: it is 1 only if the same rows run as in `measure`.
+            rows = rows if on_policy else pushed_rows
+            logprobs, _ = self.forward(rollout, rows, self.model, with_entropy=False)
+            if on_policy:
+                log_ratio = logprobs.detach() - rollout.old_logprobs[rows]
+                ratios += log_ratio[rollout.mask[rows]].exp().tolist()
+            logprobs.backward(gradient=push[rows])
+        return ratios
+
+    def apply_or_skip(self, rollout, rows, push, result):
+        """Take the optimizer step, or skip it if the loss or gradient is not finite.
+
+        Fills in bad_rows and moved of the result.
+        """
+        grad_norm = result["grad_norm"]
+        if grad_norm is None or not math.isfinite(grad_norm):
+            self.bad_steps += 1
+            result["bad_rows"] = rows_not_finite(rollout, rows, push)
+            return
+        self.bad_steps = 0
+        if push.any():  # with a gradient of 0, AdamW's momentum would still move the weights
+            self.optimizer.step()
+            result["moved"] = True
+
+    def statistics(self, rollout, rows, push, loss_inputs):
+        """The result of `update` before its second half. Nothing here changes the gradient."""
+        policy_push = push
+        without_kl = {name: 0.0 for name in KL_COEFFICIENTS if loss_inputs.get(name)}
+        if without_kl:  # whether the clip acts is a question about the policy term alone
+            _, policy_push = self.loss_gradient(rollout, rows, {**loss_inputs, **without_kl})
+        signal = nonzero_advantages(rollout)
         clipped = signal & (policy_push == 0)
-        kl = kl_estimate(r.logprobs, r.old_logprobs)
-        said = {
+        kl = kl_estimate(rollout.logprobs, rollout.old_logprobs)
+        return {
             "signal": signal[rows].sum().item(),
             "clipped": clipped[rows].sum().item(),
             "kl": kl[rows][signal[rows]].sum().item(),
@@ -170,103 +292,37 @@ class Updater:
             "bad_rows": [],
             "moved": False,
         }
-        if loss.isfinite() and push.isfinite().all():
-            said["ratio"] = self.second_half(r, pieces, push, graph, on_policy)
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.o.max_grad_norm)
-            said["grad_norm"] = norm.item()
-        self.model.eval()
-        if said["grad_norm"] is None or not norm.isfinite():
-            self.bad_steps += 1
-            said["bad_rows"] = rows_to_blame(r, rows, push)
-            return said
-        self.bad_steps = 0
-        said["moved"] = bool(push.any())
-        if said["moved"]:  # without any push, AdamW would move on its momentum alone
-            self.optimizer.step()
-        return said
 
-    def current_logprobs(self, r, pieces, on_policy):
-        """Fills in r.logprobs. Returns (the graph behind them or None, the entropy now [B, T]).
 
-        Before the first update they are the old ones, and nothing is run. If the mini-batch fits in
-        one micro-batch, this pass keeps its graph, and the second half needs no other.
-        """
-        graph, entropy = None, r.entropy.clone()
-        if on_policy:
-            return graph, entropy
-        with torch.set_grad_enabled(len(pieces) == 1):
-            for piece in pieces:
-                logprobs, H = self.forward(r, piece, self.model, self.needs_entropy)
-                r.logprobs[piece], entropy[piece] = logprobs.detach(), H
-        if len(pieces) == 1:
-            graph = logprobs
-        return graph, entropy
-
-    def first_half(self, r, rows, entropy):
-        """(loss, dL/dlogp [B, T], the same [B, T] of the loss without its KL terms)."""
-        options = dict(self.loss_options)
-        if self.needs_entropy:
-            options["entropy"], options["old_entropy"] = entropy[rows], r.entropy[rows]
-        if self.reference is not None:
-            options["ref_logprobs"] = r.ref_logprobs[rows]
-        loss, push = self.loss_and_push(r, rows, options)
-        without_kl = {name: 0.0 for name in KL_COEFFICIENTS if options.get(name)}
-        if not without_kl:
-            return loss, push, push
-        _, policy_push = self.loss_and_push(r, rows, options | without_kl)
-        return loss, push, policy_push
-
-    def loss_and_push(self, r, rows, options):
-        """(loss of the mini-batch, dL/dlogp [B, T], 0 in other rows)."""
-        logp = r.logprobs[rows].requires_grad_()
-        old, A, mask = r.old_logprobs[rows], r.advantages[rows], r.mask[rows]
-        loss = self.algo.loss(logp, old, A, mask, **options)
-        push = torch.zeros_like(r.logprobs)
-        push[rows] = torch.autograd.grad(loss, logp)[0]
-        return loss, push
-
-    def second_half(self, r, pieces, push, graph, on_policy):
-        """Carries the push back to the weights. Returns the ratios if on_policy, else []."""
-        ratios = []
-        pushed = push.any(1).cpu()  # [B]
-        for piece in pieces:
-            if graph is None and not pushed[piece].any():
-                continue
-            logprobs = graph
-            if graph is None:
-                if (
-                    not on_policy
-                ):  # the first time, the same rows as in measure: the ratio is logged
-                    piece = piece[pushed[piece]]
-                logprobs, _ = self.forward(r, piece, self.model, False)
-            if on_policy:
-                log_ratio = (logprobs.detach() - r.old_logprobs[piece])[r.mask[piece]]
-                ratios += log_ratio.exp().tolist()
-            logprobs.backward(gradient=push[piece])
-        return ratios
+def nonzero_advantages(rollout):
+    """Which tokens have an advantage other than 0. [B, T] bool"""
+    advantages = rollout.advantages.view(len(rollout.prompts), -1)  # [B, 1] or [B, T]
+    return rollout.mask & (advantages != 0)
 
 
 def kl_estimate(logprobs, old_logprobs):
-    """(w - 1) - log w, w = pi_theta / pi_old, in nats, at the tokens that pi_old drew. [B, T]
+    """(w - 1) - log w with w = pi_theta / pi_old, in nats, at tokens sampled from pi_old. [B, T]
 
-    Its mean over samples of pi_old estimates KL(pi_old || pi_theta) without bias, since E[w] = 1,
-    and no term is below 0. log w is clamped to at most 20 in w, as in the losses.
+    Its mean over samples of pi_old is an unbiased estimate of KL(pi_old || pi_theta), because
+    E[w] = 1, and no term is negative.
     """
     log_ratio = logprobs - old_logprobs
+    # clamp: w must not overflow (the losses clamp at 20 too).
+    # expm1: for w near 1, w - 1 would lose its digits to rounding.
     return log_ratio.clamp(max=20).expm1() - log_ratio
 
 
-def rows_to_blame(r, rows, push):
-    """Those of `rows` in which a number is not finite; all of them if there is none."""
-    finite = push.isfinite() & r.logprobs.isfinite() & r.old_logprobs.isfinite()  # [B, T]
-    bad = ~finite.all(1).cpu()
-    return [i for i in rows.tolist() if bad[i]] or rows.tolist()
+def rows_not_finite(rollout, rows, push):
+    """Those of `rows` that contain a number that is not finite; all of `rows` if none does."""
+    finite = push.isfinite() & rollout.logprobs.isfinite() & rollout.old_logprobs.isfinite()
+    bad = ~finite.all(1).cpu()  # [B]
+    return rows[bad[rows]].tolist() or rows.tolist()
 
 
 def enable_checkpointing(model):
-    """Have a backward pass compute each layer's activations again, in train mode.
+    """Have the backward pass recompute each layer's activations, which needs train mode.
 
-    Raises ValueError if the architecture cannot do that, or computes something else in train mode.
+    Raises ValueError if the model's log-probabilities differ in train mode.
     """
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable()
@@ -274,59 +330,69 @@ def enable_checkpointing(model):
         model.gradient_checkpointing_enable()
     if not train_mode_agrees(model):
         raise ValueError(
-            "--gradient-checkpointing needs train mode, and there this model computes other "
-            "log-probabilities than in eval mode (randomness or a clamp of its own): leave it out"
+            "--gradient-checkpointing needs train mode, in which this model computes other "
+            "log-probabilities than in eval mode (randomness or a clamp): leave it out"
         )
 
 
 def rows_that_fit(model, tokens, budget=7 * 2**28, checkpointing=False):
-    """How many rows of so many tokens fit into one forward and backward pass.
+    """How many rows of `tokens` tokens fit into one forward and backward pass.
 
-    budget: bytes of activations. A guess from the shapes, on the safe side, for any architecture; on
-    CUDA an out-of-memory error corrects it by halving.
+    budget: bytes of activations. A conservative estimate from the model's shapes, for any
+    architecture (our choice). On CUDA, with_smaller_batches corrects it when memory runs out.
     """
     config = model.config.get_text_config()
-    hidden = stated_size(config, "hidden_size", model.get_input_embeddings().weight.shape[-1])
+    embedding_size = model.get_input_embeddings().weight.shape[-1]
+    hidden = stated_size(config, "hidden_size", embedding_size)
     inner = stated_size(config, "intermediate_size", 4 * hidden)
     layers = stated_size(config, "num_hidden_layers", 32)
-    layer = 4 * (16 * hidden + 6 * inner)  # bytes per token: norms, q, k, v, attention, MLP in fp32
-    per_token = layer + layers * (4 * hidden if checkpointing else layer)
+    # Bytes per token in fp32: norms, q, k, v and attention take 16 hidden, the MLP 6 inner.
+    layer = 4 * (16 * hidden + 6 * inner)
+    kept = 4 * hidden if checkpointing else layer  # per layer, until the backward pass
+    per_token = layer + layers * kept
     return max(1, int(budget // (per_token * max(1, tokens))))
 
 
-def stated_size(config, name, otherwise):
-    """config.name, the largest if it is a list with one entry per layer; `otherwise` if not stated."""
+def stated_size(config, name, default):
+    """config.name; the largest if it is a list with one entry per layer; else the default."""
     value = getattr(config, name, None)
     if isinstance(value, (list, tuple)):
         value = max(value, default=None)
-    return value if isinstance(value, int) and value > 0 else otherwise
+    return value if isinstance(value, int) and value > 0 else default
 
 
-def micro_batches(rollout, rows, size, share_prompts=False):
-    """The indices `rows` in pieces of at most `size`, so that as few tokens as can be are run, padding included.
+def split_micro_batches(rollout, rows, size, share_prompts=False):
+    """Split the indices `rows` into micro-batches of at most `size`, with little padding.
 
-    Rows of like length go together, or else, where prompts are shared, the rows of one group: whichever runs fewer.
+    Rows of similar length go together. If prompts are shared, rows with the same prompt go together
+    instead where that runs fewer tokens.
     """
     by_length = rows[rollout.lengths[rows].argsort(stable=True)].split(size)
     if not share_prompts:
         return list(by_length)
-    prompts, completion = (
-        [tuple(prompt) for prompt in rollout.prompts],
-        rollout.mask.sum(1).tolist(),
-    )
+    prompts = [tuple(prompt) for prompt in rollout.prompts]
+    lengths = rollout.mask.sum(1).tolist()  # of the completions
     longest = {}  # completion of each prompt
     for i in rows.tolist():
-        longest[prompts[i]] = max(longest.get(prompts[i], 0), completion[i])
-    grouped = sorted(rows.tolist(), key=lambda i: (longest[prompts[i]], prompts[i], completion[i]))
+        longest[prompts[i]] = max(longest.get(prompts[i], 0), lengths[i])
 
-    def tokens(pieces):
-        """What running them costs: each distinct prompt once, and each completion, all padded to the longest."""
-        cost = 0
-        for piece in map(torch.Tensor.tolist, pieces):
-            distinct = {prompts[i] for i in piece}
-            cost += len(distinct) * max(map(len, distinct)) + len(piece) * max(
-                completion[i] for i in piece
-            )
-        return cost
+    def prompt_first(i):
+        return longest[prompts[i]], prompts[i], lengths[i]
 
-    return list(min(by_length, torch.tensor(grouped).split(size), key=tokens))
+    by_prompt = torch.tensor(sorted(rows.tolist(), key=prompt_first)).split(size)
+
+    def tokens(micro_batches):
+        return sum(tokens_run(rows.tolist(), prompts, lengths) for rows in micro_batches)
+
+    return list(min(by_length, by_prompt, key=tokens))
+
+
+def tokens_run(rows, prompts, lengths):
+    """Tokens run for one micro-batch with shared prompts, padding included.
+
+    Each distinct prompt runs once. prompts: tuples of token ids. lengths: of the completions.
+    """
+    distinct = {prompts[i] for i in rows}
+    prompt_tokens = len(distinct) * max(len(prompt) for prompt in distinct)
+    completion_tokens = len(rows) * max(lengths[i] for i in rows)
+    return prompt_tokens + completion_tokens
