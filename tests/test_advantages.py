@@ -51,7 +51,7 @@ def per_row(a, mask):
     ]
 
 
-# ---- GRPO ----------------------------------------------------------------------------------------------------
+# ---- GRPO ----------------------------------------------------------------------------------------
 
 
 def test_grpo_by_hand():
@@ -105,7 +105,7 @@ def test_shared_advantages_are_those_of_grpo(name):
     assert MODULES[name].advantages is grpo.advantages
 
 
-# ---- GTPO and GRPO-S by hand ---------------------------------------------------------------------------------
+# ---- GTPO and GRPO-S by hand ---------------------------------------------------------------------
 
 # O+: rows 0 and 1, of 2 tokens and 1; O-: rows 2 and 3, of 1 and 2
 REWARDS = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
@@ -174,7 +174,7 @@ def test_docstring_numbers():
         close(a, [0.7070, -0.7070], rtol=0, atol=5e-5)
 
 
-# ---- GTPO and GRPO-S against the equations -------------------------------------------------------------------
+# ---- GTPO and GRPO-S against the equations -------------------------------------------------------
 
 
 @every_shaped
@@ -285,7 +285,7 @@ def test_gtpo_without_entropy_bonus_has_one_advantage_a_sequence(normalize):
         ).any()
 
 
-# ---- groups of one kind, empty rows, the mask ----------------------------------------------------------------
+# ---- groups of one kind, empty rows, the mask ----------------------------------------------------
 
 
 @every_shaped
@@ -406,7 +406,7 @@ def test_advantages_carry_no_gradient_and_keep_the_device(name):
     assert a.device.type == "meta"
 
 
-# ---- success is correctness, the reward may be shaped --------------------------------------------------------
+# ---- success is correctness, the reward may be shaped --------------------------------------------
 
 
 @every_shaped
@@ -492,7 +492,7 @@ def test_right_misshapen(name, shape):
         )
 
 
-# ---- signatures and errors -----------------------------------------------------------------------------------
+# ---- signatures and errors -----------------------------------------------------------------------
 
 
 @every_algorithm

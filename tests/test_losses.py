@@ -152,7 +152,7 @@ def close(actual, expected, rtol=1e-9, atol=1e-12):
     )
 
 
-# ---- against the equations -----------------------------------------------------------------------------------
+# ---- against the equations -----------------------------------------------------------------------
 
 
 @every_case
@@ -184,7 +184,7 @@ def test_the_batches_of_the_slow_loop_reach_every_branch_of_the_clip(name, optio
     assert len(reference.branches) == 6
 
 
-# ---- by hand -------------------------------------------------------------------------------------------------
+# ---- by hand -------------------------------------------------------------------------------------
 
 W = torch.tensor([[1.5, 0.9], [0.5, 7.0]], dtype=torch.float64)  # the 7 is padding
 A = torch.tensor([1.0, -1.0], dtype=torch.float64)
@@ -328,7 +328,7 @@ def test_docstring_numbers(name, options, value):
     assert f"{a * value:.4f}".rstrip("0") in inspect.getdoc(MODULE[name])
 
 
-# ---- the clip ------------------------------------------------------------------------------------------------
+# ---- the clip ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", ["below", "in", "above"])
@@ -402,7 +402,7 @@ def test_trgrpo_weight_inside_the_clip_silences_confident_right_tokens_on_the_fi
     close(inside, [[1.4 / 2, 1 / 2]])
 
 
-# ---- identities ----------------------------------------------------------------------------------------------
+# ---- identities ----------------------------------------------------------------------------------
 
 EQUAL_EPS = {"eps_low": 0.15, "eps_high": 0.25}
 
@@ -488,7 +488,7 @@ def test_gtpo_loss_is_dapo_loss():
     same(run("gtpo", make_batch(8), "[B, T]"), run("dapo", make_batch(8), "[B, T]"))
 
 
-# ---- what stands where the mask is off, and what carries no gradient -----------------------------------------
+# ---- what stands where the mask is off, and what carries no gradient -----------------------------
 
 
 @every_case
@@ -572,7 +572,7 @@ def test_old_logprobs_may_be_the_very_same_tensor(name):
     assert (grad <= -1 / 40 + 1e-9).all()
 
 
-# ---- numerics ------------------------------------------------------------------------------------------------
+# ---- numerics ------------------------------------------------------------------------------------
 
 
 @every_case
@@ -643,7 +643,7 @@ def test_nothing_moves_devices(name, options, form):
     assert value.device.type == grad.device.type == "meta"
 
 
-# ---- signatures and errors -----------------------------------------------------------------------------------
+# ---- signatures and errors -----------------------------------------------------------------------
 
 
 @every_algorithm

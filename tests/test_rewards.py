@@ -331,7 +331,7 @@ def test_what_is_unambiguous_is_read(numeral, number):
     assert extract_answer(f"so \\boxed{{{numeral}}}") == Fraction(number)
 
 
-# --- truncated -------------------------------------------------------------------------------------------------------
+# --- truncated ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def test_lenient_reads_a_window_and_never_a_numeral_that_it_cuts(monkeypatch):
     assert extract_answer("1234567 eggs, ", lenient=True) is None
 
 
-# --- the parts of the grammar ----------------------------------------------------------------------------------------
+# --- the parts of the grammar ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -637,7 +637,7 @@ def test_every_decimal_digit_and_currency_of_unicode_counts():
             assert extract_answer(f"#### -{char}5") == -5
 
 
-# --- attacks ---------------------------------------------------------------------------------------------------------
+# --- attacks --------------------------------------------------------------------------------------
 
 # Units that one or another part of the code would be quadratic on, were it written with less care; the first ones at
 # two megabytes, the others at 300 kB.
