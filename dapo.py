@@ -1,15 +1,18 @@
 """DAPO: Decoupled Clip and Dynamic sAmpling Policy Optimization. arXiv 2503.14476, section 3.
 
-    A_i as in GRPO                                                                          [B]
-    w_{i,t} = pi_theta(o_{i,t}) / pi_old(o_{i,t})                                           [B, T]
-    loss = - 1/sum_i |o_i| sum_i sum_t min(w A, clamp(w, 1 - eps_low, 1 + eps_high) A)      scalar
+    A_i as in GRPO                                                                      [B]
+    w_{i,t} = pi_theta(o_{i,t}) / pi_old(o_{i,t})                                       [B, T]
+    loss = - 1/sum_i |o_i| sum_i sum_t min(w A, clamp(w, 1 - eps_low, 1 + eps_high) A)  scalar
 
-Against GRPO: the average runs over all tokens of the batch, so a long completion weighs more than a short one
-("token-level loss"); the upper clip is wider, 0.28 against 0.2, so that rare tokens can grow ("clip-higher"); no KL.
-DAPO's two other parts are not in the loss: dynamic sampling is `train.py --dynamic-sampling`, the soft overlong
-punishment is `rewards.overlong_penalty`.
+GRPO, but
+- averaged over all tokens of the batch, so that a long completion has more weight than a short
+  one ("token-level loss");
+- with a wider upper clip, 0.28 instead of 0.2, so that rare tokens can grow ("clip-higher");
+- without a KL term.
+DAPO's two other parts are not in the loss: dynamic sampling is `train.py --dynamic-sampling`, the
+soft overlong punishment is `rewards.overlong_penalty`.
 
-Worked example: grpo.py's batch. w = 1.5 is clipped to 1.28, and 3 tokens share the average.
+Worked example: grpo.py's batch. w = 1.5 is clipped to 1.28, and the mean is over 3 tokens.
 
     >>> import torch
     >>> A = advantages(torch.tensor([1.0, 0.0]), group_size=2)
@@ -26,7 +29,7 @@ __all__ = ["advantages", "loss"]
 
 
 def loss(logprobs, old_logprobs, advantages, mask, *, eps_low=0.2, eps_high=0.28):
-    """All [B, T], advantages [B] or [B, T] -> scalar to be minimised. Raises ValueError on shapes that do not fit."""
+    """All [B, T], advantages [B] or [B, T] -> scalar to minimise, or a ValueError."""
     logp, old, A, mask = prepare(logprobs, old_logprobs, advantages, mask)
     ratio = exp_ratio(logp - old)  # w_{i,t}  [B, T]
     # - 1/sum_i |o_i| sum_i sum_t min(w A, clamp(w, 1 - eps_low, 1 + eps_high) A)

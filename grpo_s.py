@@ -1,22 +1,24 @@
 """GRPO-S: sequence-level GRPO with entropy-shaped rewards. arXiv 2508.04349, equations of v6.
 
-GTPO's twin (see gtpo.py for O+, O-, right and normalize): one shaped reward per sequence, from its
-mean entropy over tokens H_i = 1/|o_i| sum_t H_{i,t}; n and m are the sizes of O+ and O-.
+n and m are the sizes of O+ and O-; H_i = 1/|o_i| sum_t H_{i,t}, the mean entropy over tokens.
 
-    r+_i =  beta1 r_i + beta2 H_i / sum_{O+} H_k n,      0 on O-                    Eq. 8   [B]
-    r-_j = -beta1 - beta2 (1/H_j) / sum_{O-} (1/H_k) m,  0 on O+                    Eq. 9   [B]
-    A+- = (r+- - mean R+-) / std R+- over the G sequences, A+ on O+, A- on O-       Eq. 10  [B]
-    w_i = 1/|o_i| sum_t pi_theta(o_{i,t}) / pi_old(o_{i,t})                                 [B]
-    loss = - 1/B sum_i min(w A, clamp(w, 1 - eps_low, 1 + eps_high) A)              Eq. 11  scalar
+    r+_i =  beta1 * r_i + beta2 * n * H_i / sum_{k in O+} H_k                         Eq. 8   [B]
+    r-_j = -beta1 - beta2 * m * (1/H_j) / sum_{k in O-} (1/H_k)                       Eq. 9   [B]
+    A+_i = (r+_i - mean R+) / std R+      for i in O+                                 Eq. 10  [B]
+    A-_j = (r-_j - mean R-) / std R-      for j in O-                                 Eq. 10  [B]
+    w_i = 1/|o_i| sum_t pi_theta(o_{i,t}) / pi_old(o_{i,t})                                   [B]
+    loss = - 1/B sum_i min(w A, clamp(w, 1 - eps_low, 1 + eps_high) A)                Eq. 11  scalar
 
-Against GSPO: w_i is the ARITHMETIC mean of the token ratios, where GSPO's s_i is their geometric
-mean. Until the clip binds it is GRPO, in value and gradient. Our choices: as in gtpo.py; a
+GTPO, but with one shaped reward and one ratio per sequence. See gtpo.py for O+, O-, R+, R- (here
+over the G sequences of a group), `right`, `normalize` and our choices. One more choice: a
 completion without tokens is in neither set.
+
+GSPO, but w_i is the ARITHMETIC mean of the token ratios, where GSPO's s_i is their geometric mean.
+Until the clip binds, this loss equals GRPO's in value and gradient.
 
 Worked example: grpo.py's batch, mean entropies 1 and 0.5. r+ = 1.1 and r- = -1.1, so R+ = {1.1, 0}
 and R- = {0, -1.1}, and A = +-(1.1 - 0.55) / (0.77782 + 1e-4); w_0 = (1.5 + 0.9) / 2 = 1.2, w_1 = 1.
 
-    >>> import torch
     >>> mask, H = torch.tensor([[1, 1], [1, 0]]), torch.tensor([[1.5, 0.5], [0.5, 0.0]])
     >>> A = advantages(torch.tensor([1.0, 0.0]), 2, entropy=H, mask=mask)
     >>> A
@@ -37,45 +39,41 @@ def advantages(
     rewards,
     group_size,
     *,
-    entropy=None,
-    mask=None,
-    right=None,
+    entropy=None,  # [B, T], nats, of pi_old
+    mask=None,  # [B, T]
+    right=None,  # [B], above 0.5 where a completion succeeded; None: where its reward is
     beta1=1.0,
     beta2=0.1,
     normalize="zeros",
 ):
-    """rewards [B], entropy (nats, of pi_old) and mask [B, T] -> [B].
-
-    right [B]: above 0.5 where a completion succeeded; None: where its reward is above 0.5. Raises
-    ValueError on shapes, group_size or normalize that do not fit, and without entropy or mask.
-    """
+    """rewards [B] -> [B]. Raises ValueError if an argument does not fit."""
     right = rewards if right is None else right
     check_inputs("GRPO-S", rewards, right, entropy, mask)
     dtype = torch.promote_types(rewards.dtype, entropy.dtype)
     r = split_groups(rewards.to(dtype), group_size)  # [P, G]
     on = mask != 0  # [B, T]
-    H = entropy.detach().to(r.dtype).masked_fill(~on, 0)
-    H = row_mean(H, on).clamp(min=1e-6).view_as(r)  # H_i  [P, G]
-    on = on.any(1).view_as(r)  # [P, G]
-    successful = (right > 0.5).view_as(r)
-    plus, minus = successful & on, ~successful & on  # [P, G]
-    # r+ = beta1 r + beta2 H / sum_{O+} H n
+    # H_i = 1/|o_i| sum_t H_{i,t}
+    H = entropy.detach().to(r.dtype).masked_fill(~on, 0)  # [B, T]
+    H = row_mean(H, on).clamp(min=1e-6).view_as(r)  # [P, G]
+    not_empty = on.any(1).view_as(r)  # [P, G]
+    successful = (right > 0.5).view_as(r)  # [P, G]
+    plus, minus = successful & not_empty, ~successful & not_empty  # [P, G]
+    # r+ = beta1 * r + beta2 * n * H / sum_{k in O+} H_k
     r_plus = plus * (beta1 * r + beta2 * share(H, plus))
-    # r- = -beta1 - beta2 (1/H) / sum_{O-} (1/H) m
+    # r- = -beta1 - beta2 * m * (1/H) / sum_{k in O-} (1/H_k)
     r_minus = minus * (-beta1 - beta2 * share(1 / H, minus))
-    # A+- = (r+- - mean R+-) / std R+-
+    # A+ = (r+ - mean R+) / std R+,  A- = (r- - mean R-) / std R-
     return normalize_sets(r_plus, r_minus, plus, minus, normalize).flatten()  # [B]
 
 
 def loss(logprobs, old_logprobs, advantages, mask, *, eps_low=0.2, eps_high=0.28):
     """logprobs, old_logprobs and mask [B, T], advantages [B] -> scalar to minimise.
 
-    Raises ValueError on shapes that do not fit, advantages [B, T] among them.
+    Raises ValueError if the shapes do not fit, also on advantages [B, T].
     """
     if advantages.ndim != 1:
-        raise ValueError(
-            f"GRPO-S takes one advantage a sequence, [B]; got {list(advantages.shape)}"
-        )
+        shape = list(advantages.shape)
+        raise ValueError(f"GRPO-S takes one advantage per sequence, [B]; got {shape}")
     logp, old, A, mask = prepare(logprobs, old_logprobs, advantages, mask)
     ratio = row_mean(exp_ratio(logp - old), mask)[:, None]  # w_i  [B, 1]
     # - 1/B sum_i min(w A, clamp(w, 1 - eps_low, 1 + eps_high) A), constant along the row

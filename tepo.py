@@ -1,26 +1,32 @@
-"""TEPO: Token-Level Policy Optimization. arXiv 2510.09369v1 (abstract); the KL mask: arXiv 2604.12736 (abstract).
+"""TEPO: Token-Level Policy Optimization. arXiv 2510.09369v1; KL mask: arXiv 2604.12736 (abstracts).
 
-    A_i as in GRPO                                                                          [B]      our choice
-    s_i = exp(1/|o_i| sum_t log(pi_theta(o_{i,t}) / pi_old(o_{i,t})))                       [B]
-    loss = - 1/sum_i |o_i| sum_i sum_t min(s A, clamp(s, 1 - eps_low, 1 + eps_high) A)      scalar
+    A_i as in GRPO                                                                      [B]
+    s_i = exp(1/|o_i| sum_t log(pi_theta(o_{i,t}) / pi_old(o_{i,t})))                   [B]
+    loss = - 1/sum_i |o_i| sum_i sum_t min(s A, clamp(s, 1 - eps_low, 1 + eps_high) A)  scalar
 
-The sequence likelihood factorises over tokens ("Markov likelihood"); its geometric-mean ratio s_i, the same as GSPO's,
-links the reward of a completion to its tokens, and the loss averages over tokens. With one advantage a sequence that is
-the whole difference: TEPO weighs sequence i by |o_i| / sum_j |o_j| where GSPO weighs each by 1/B.
+GSPO, but averaged over tokens: sequence i has the weight |o_i| / sum_j |o_j| instead of 1/B. With
+one advantage per sequence that is the whole difference. The paper derives s_i from the "Markov
+likelihood", which factorises over tokens and so links a completion's reward to its tokens.
 
-Our choices, where the source is silent: 1/sum |o_i| as DAPO has it; with advantages [B, T] the ratio is GSPO-token's,
-stopgrad(s_i) pi_theta / stopgrad(pi_theta): the same value, but each token's gradient carries its own advantage; eps
-0.2 / 0.28, of the DAPO setting the paper trains in (its own values are not known to us). s_i moves on a 1e-3 scale, so
-these rarely bind: watch clip_frac, and try GSPO's with --option eps_low=3e-4 --option eps_high=4e-4.
+Our choices, where the source is silent:
+- advantages: GRPO's;
+- average: 1/sum_i |o_i|, as in DAPO;
+- advantages [B, T]: the ratio is GSPO-token's, stopgrad(s_i) pi_theta / stopgrad(pi_theta). Its
+  value is s_i, but the gradient of each token carries that token's own advantage;
+- eps: 0.2 / 0.28, from the DAPO setting in which the paper trains; its own values are not known to
+  us. s_i moves on a 1e-3 scale, so these rarely bind: watch clip_frac, and try GSPO's values with
+  --option eps_low=3e-4 --option eps_high=4e-4.
 
-2604.12736 adds a KL penalty "masked to tokens with positive advantages and decreasing entropy"; off by default:
+2604.12736 adds a KL penalty "masked to tokens with positive advantages and decreasing entropy":
 
-    + kl_coef 1/sum_i |o_i| sum_{i,t} M k3,    M_{i,t} = 1[A_{i,t} > 0] 1[H_{i,t} < H_old,{i,t} - 1e-4]
+    loss = ... + kl_coef 1/sum_i |o_i| sum_{i,t} M_{i,t} k3_{i,t}
+    M_{i,t} = 1 if A_{i,t} > 0 and H_{i,t} < H_old,{i,t} - 1e-4, else 0                 [B, T]
 
-H is the measured entropy of pi_theta, H_old that of pi_old; k3 is taken against pi_old unless ref_logprobs is given; M
-carries no gradient and the denominator counts all tokens [ours].
+H and H_old are the measured entropies of pi_theta and pi_old. Our choices: kl_coef is 0 by default;
+k3 is taken against pi_old unless ref_logprobs is given; "decreasing" means by more than 1e-4 nats;
+M carries no gradient; the average counts all tokens, not only those where M is 1.
 
-Worked example: grpo.py's batch. s_0 = sqrt(1.5 x 0.9) = 1.1619 stands for both tokens of row 0, s_1 = 1.
+Worked example: grpo.py's batch. s_0 = sqrt(1.5 * 0.9) = 1.1619 for both tokens of row 0, s_1 = 1.
 
     >>> import torch
     >>> A = advantages(torch.tensor([1.0, 0.0]), group_size=2)
@@ -37,37 +43,39 @@ __all__ = ["advantages", "loss"]
 
 
 def loss(
-    logprobs, old_logprobs, advantages, mask, *,
-    eps_low=0.2, eps_high=0.28, kl_coef=0.0, entropy=None, old_entropy=None, ref_logprobs=None,
-):  # fmt: skip
-    """All [B, T], advantages [B] or [B, T] -> scalar to be minimised. kl_coef > 0 needs entropy and old_entropy, in
-    nats. Raises ValueError on shapes that do not fit and on missing entropies.
+    logprobs,
+    old_logprobs,
+    advantages,
+    mask,
+    *,
+    eps_low=0.2,
+    eps_high=0.28,
+    kl_coef=0.0,
+    entropy=None,  # [B, T], nats, of pi_theta; kl_coef > 0 needs both entropies
+    old_entropy=None,  # [B, T], nats, of pi_old
+    ref_logprobs=None,  # [B, T]; None: the penalty is taken against old_logprobs
+):
+    """All [B, T], advantages [B] or [B, T] -> scalar to minimise.
+
+    Raises ValueError if the shapes do not fit, and if kl_coef > 0 lacks an entropy.
     """
     if kl_coef and (entropy is None or old_entropy is None):
-        raise ValueError(
-            f"kl_coef {kl_coef} needs entropy and old_entropy, the policy's and the sampling policy's"
-        )
+        need = "entropy and old_entropy, the policy's and the sampling policy's"
+        raise ValueError(f"kl_coef {kl_coef} needs {need}")
+    others = {"ref_logprobs": ref_logprobs, "entropy": entropy, "old_entropy": old_entropy}
     per_token = advantages.ndim == 2
-    logp, old, A, mask, ref, H, H_old = prepare(
-        logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        ref_logprobs=ref_logprobs,
-        entropy=entropy,
-        old_entropy=old_entropy,
-    )
-    ratio = exp_ratio(row_mean(logp - old, mask))[
-        :, None
-    ]  # s_i  [B, 1]: a mean of log-ratios, never their sum
+    tensors = prepare(logprobs, old_logprobs, advantages, mask, **others)
+    logp, old, A, mask, ref, H, H_old = tensors
+    # s_i = exp(1/|o_i| sum_t log w_{i,t}): a mean of the log-ratios, not their sum
+    ratio = exp_ratio(row_mean(logp - old, mask))[:, None]  # [B, 1]
     if per_token:
+        # s_{i,t} = stopgrad(s_i) pi_theta / stopgrad(pi_theta)
         ratio = ratio.detach() * (logp - logp.detach()).exp()  # [B, T]
     # - 1/sum_i |o_i| sum_i sum_t min(s A, clamp(s, 1 - eps_low, 1 + eps_high) A)
     policy_loss = -token_mean(clip_term(ratio, A, eps_low, eps_high), mask)
     if not kl_coef:
         return policy_loss
-    # M = 1[A > 0] 1[H < H_old - 1e-4];  + kl_coef 1/sum_i |o_i| sum_{i,t} M k3
-    decreasing = (A > 0) & (H < H_old - 1e-4)  # [B, T]
-    return policy_loss + kl_coef * token_mean(
-        decreasing * k3(old if ref is None else ref, logp), mask
-    )
+    # + kl_coef 1/sum_i |o_i| sum_{i,t} M k3,  M = 1 where A > 0 and H < H_old - 1e-4
+    M = (A > 0) & (H < H_old - 1e-4)  # [B, T]
+    kl = k3(old if ref is None else ref, logp)  # [B, T]
+    return policy_loss + kl_coef * token_mean(M * kl, mask)

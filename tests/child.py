@@ -1,6 +1,11 @@
-"""train.main in processes of their own, forked from one that has imported everything: a start costs no five seconds.
+"""Runs train.main in child processes, with a planned fault in them.
 
-What goes wrong in them is planned: a `fault` is the name of a function below, and its arguments.
+A fork server imports torch and transformers once (child_preload.py), and every child is forked from
+it: a child starts at once instead of after five seconds. Each child is a real process, so SIGKILL,
+SIGINT and limits on files do to it what they do to `python train.py`.
+
+A `fault` is the name of a function below, followed by its arguments. It is called in the child
+before train.main.
 """
 
 import io
@@ -19,13 +24,11 @@ CONTEXT.set_forkserver_preload(["child", "child_preload"])
 
 
 def start(argv, log, *fault):
-    """A process that runs `train.py argv` on one thread, its stdout and stderr in the file `log`."""
-    here = {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-    }  # for the server, which starts once
-    before = {name: os.environ.get(name) for name in here}
-    os.environ.update(here)
+    """Starts `train.py argv` on one thread, its output in the file `log`; returns the process."""
+    # The fork server starts with the first child and takes its environment from here.
+    of_server = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    before = {name: os.environ.get(name) for name in of_server}
+    os.environ.update(of_server)
     try:
         process = CONTEXT.Process(target=_run, args=([str(word) for word in argv], str(log), fault))
         process.start()
@@ -36,7 +39,7 @@ def start(argv, log, *fault):
 
 
 def run(argv, log, *fault):
-    """(exit status, negative for a signal; what it printed)."""
+    """Runs `train.py argv` to its end: (exit status, or -N if signal N ended it; its output)."""
     process = start(argv, log, *fault)
     process.join(120)
     if process.exitcode is None:
@@ -49,27 +52,30 @@ def _run(argv, log, fault):
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = (
-        io.TextIOWrapper(io.FileIO(fd, "w"), line_buffering=True) for fd in (1, 2)
-    )
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w"), line_buffering=True)
+    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w"), line_buffering=True)
     import torch
     from tqdm import tqdm
 
     import train
 
-    tqdm.set_lock(
-        threading.RLock()
-    )  # its own is shared with the other forks: one killed while it draws would keep it
+    # tqdm's own lock is shared by all forks: a child that is killed while it draws its bar would
+    # keep it, and the others would wait forever.
+    tqdm.set_lock(threading.RLock())
     torch.set_num_threads(1)
     train.correct = parity
-    train.plot_runs = lambda *_: None  # half of the time, and tested elsewhere
+    train.plot_runs = lambda *_: None  # takes half of the time, and is tested elsewhere
     if fault:
         globals()[fault[0]](*fault[1:])
     sys.exit(train.main(argv))
 
 
 def parity(text, answer, truncated):
-    """A reward that is 1 about every other time: of 8 tokens, few completions are right."""
+    """A reward that is 1 for about every other completion, and always the same for the same text.
+
+    The tiny model's completions of 8 tokens are hardly ever right. With the real reward nearly all
+    groups would be constant, no update would move a weight, and a lost update would not show.
+    """
     return float(zlib.crc32(text.encode()) % 2)
 
 
@@ -78,36 +84,35 @@ def kill(*_):
 
 
 def kill_at_line(n):
-    """SIGKILL before the n-th line of train.py, update.py and checkpoint.py that runs."""
+    """SIGKILL before the n-th executed line of the files in `count_lines`.
+
+    A process can be killed between any two of its lines. A random n tries such a point, and no
+    handler, `finally` or `with` of the program can react to SIGKILL.
+    """
     count_lines(lambda count, code: count == n and kill())
 
 
 def write_line_counts(path):
-    """Into a file: how many such lines run before `loop` begins, and how many in all so far."""
+    """Writes to a file how many such lines run before `loop` begins, and how many in total.
+
+    With these counts a test knows from which n `kill_at_line` hits the start, a step or the end.
+    """
     before_loop = []
 
-    def tell(count, code):
+    def count_and_write(count, code):
         if code.co_name == "loop" and not before_loop:
             before_loop.append(count)
         if code.co_name == "summary":
             Path(path).write_text(f"{before_loop[0]} {count}")
 
-    count_lines(tell)
+    count_lines(count_and_write)
 
 
 def count_lines(tell):
-    files, count = (
-        {
-            str(ROOT / name)
-            for name in (
-                "train.py",
-                "trainer/session.py",
-                "trainer/update.py",
-                "trainer/checkpoint.py",
-            )
-        },
-        0,
-    )
+    """Calls tell(count, code object) before each line of these files that is executed."""
+    names = "train.py trainer/session.py trainer/update.py trainer/checkpoint.py".split()
+    files = {str(ROOT / name) for name in names}
+    count = 0
 
     def in_ours(frame, event, _):
         nonlocal count
@@ -120,7 +125,12 @@ def count_lines(tell):
 
 
 def kill_in_write(what):
-    """SIGKILL with a checkpoint's model or state half written, or just before or after it gets its name."""
+    """SIGKILL in the middle of a checkpoint, at one of its four critical points.
+
+    "model", "state": with that file half written, as it is when a write is interrupted;
+    "written": with all files written, before the folder is renamed to its final name;
+    "renamed": just after that.
+    """
     from trainer import checkpoint
 
     def half(path):
@@ -153,7 +163,7 @@ def kill_in_write(what):
 
 
 def interrupt_in_step(step, times):
-    """SIGINT, so many times, in the middle of a step."""
+    """SIGINT, `times` times, in the middle of a step: between its rollout and its first update."""
     import train
 
     measure = train.Updater.measure
@@ -170,13 +180,17 @@ def interrupt_in_step(step, times):
 
 
 def file_size_limit(size):
-    """A write that would make a file longer than `size` bytes fails, as on a full disk."""
+    """A write that would make a file longer than `size` bytes fails, as on a full disk.
+
+    To the program it looks the same: write() raises OSError with part of the data written. SIGXFSZ,
+    which would end the process, is ignored.
+    """
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def true_reward():
-    """Undo `parity`."""
+    """The real reward instead of `parity`."""
     import rewards
     import train
 

@@ -14,20 +14,30 @@ sys.path.insert(0, str(ROOT))
 
 
 def tiny_model(vocab=24, seed=0):
-    """A Llama of two small layers with random weights, peaked enough that its entropies differ from uniform.
+    """A Llama of two small layers. Random weights, large enough that its entropies vary.
 
-    Its norms are torch's, the same but for this: transformers' work in fp32 even where the model is fp64, and then the
-    gradient of a prompt, summed over its rows before or after its norms, agrees to 1e-6 only.
+    Its norms are replaced by torch's RMSNorm. transformers' norms compute in fp32 even in an fp64
+    model; then two gradients that are equal in exact arithmetic, of a prompt shared by its rows and
+    of a prompt repeated per row, would agree to 1e-6 only.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.5,
-        bos_token_id=None, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.5,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     model = LlamaForCausalLM(config).eval()
     norm = torch.nn.RMSNorm(16, eps=config.rms_norm_eps)
     for name, module in list(model.named_modules()):

@@ -1,7 +1,10 @@
-"""The seven algorithms once more, as slow loops over tokens, written from the papers' equations, not from our files.
+"""The seven algorithms again, as slow loops over tokens: the tests compare our files with these.
 
-Losses: `logprobs` is a [B, T] float64 leaf, everything else nested lists of floats; one 0-d tensor a token, so that
-autograd differentiates exactly what is written. The clip stands as its cases, not as min and clamp. Advantages: floats.
+Written from the papers' equations, not from our files, so that the same mistake is not made twice.
+- Losses: `logprobs` is a [B, T] float64 leaf, everything else is nested lists of floats. Each token
+  is one 0-d tensor, so autograd differentiates exactly what is written.
+- The clip is written as its cases, not as min and clamp.
+- Advantages: plain floats.
 """
 
 import math
@@ -18,14 +21,14 @@ def at(advantages, i, t):
     return advantages[i][t] if isinstance(advantages[i], list) else advantages[i]
 
 
-branches = (
-    set()
-)  # (sign of A, side of the clip) seen by clip_term: a test asks that its batches reach all six
+# (sign of A, side of the clip) that clip_term has seen: a test checks that all six are reached
+branches = set()
 
 
 def clip_term(ratio, a, eps_low, eps_high):
-    """min(ratio A, clamp(ratio, 1-eps_low, 1+eps_high) A) by its cases; a clipped token is a constant."""
-    above, below = ratio.item() > 1 + eps_high, ratio.item() < 1 - eps_low
+    """min(ratio A, clamp(ratio, 1-eps_low, 1+eps_high) A) by cases; a clipped token is constant."""
+    above = ratio.item() > 1 + eps_high
+    below = ratio.item() < 1 - eps_low
     branches.add(("+" if a > 0 else "-", "above" if above else "below" if below else "in"))
     if a > 0 and above:
         return (1 + eps_high) * a
@@ -65,14 +68,13 @@ def sequence_ratio(logprobs, old, mask, i):
 
 
 def token_carrier(logprobs, old, mask, i, t):
-    """stopgrad(s_i) pi / stopgrad(pi): worth s_i, moved by this token alone."""
-    return (
-        sequence_ratio(logprobs, old, mask, i).detach()
-        * (logprobs[i, t] - logprobs[i, t].detach()).exp()
-    )
+    """stopgrad(s_i) pi / stopgrad(pi): its value is s_i, its gradient that of this token alone."""
+    s = sequence_ratio(logprobs, old, mask, i)
+    logp = logprobs[i, t]
+    return s.detach() * (logp - logp.detach()).exp()
 
 
-# ---- losses --------------------------------------------------------------------------------------------------
+# ---- losses --------------------------------------------------------------------------------------
 
 
 def grpo_loss(
@@ -88,9 +90,8 @@ def grpo_loss(
 
 def dapo_loss(logprobs, old, advantages, mask, *, eps_low=0.2, eps_high=0.28):
     def x(i, t):
-        return -clip_term(
-            (logprobs[i, t] - old[i][t]).exp(), at(advantages, i, t), eps_low, eps_high
-        )
+        ratio = (logprobs[i, t] - old[i][t]).exp()
+        return -clip_term(ratio, at(advantages, i, t), eps_low, eps_high)
 
     return token_mean(x, mask)
 
@@ -102,17 +103,15 @@ def gspo_loss(logprobs, old, advantages, mask, *, eps_low=3e-4, eps_high=4e-4):
     if isinstance(advantages[0], list):  # GSPO-token
 
         def x(i, t):
-            return -clip_term(
-                token_carrier(logprobs, old, mask, i, t), advantages[i][t], eps_low, eps_high
-            )
+            ratio = token_carrier(logprobs, old, mask, i, t)
+            return -clip_term(ratio, advantages[i][t], eps_low, eps_high)
 
         return sequence_mean(x, mask)
     total = 0.0
     for i, row in enumerate(mask):
         if any(row):
-            total = total - clip_term(
-                sequence_ratio(logprobs, old, mask, i), advantages[i], eps_low, eps_high
-            )
+            ratio = sequence_ratio(logprobs, old, mask, i)
+            total = total - clip_term(ratio, advantages[i], eps_low, eps_high)
     return total / len(mask)
 
 
@@ -179,7 +178,7 @@ def trgrpo_loss(
     return sequence_mean(x, mask)
 
 
-# ---- advantages ----------------------------------------------------------------------------------------------
+# ---- advantages ----------------------------------------------------------------------------------
 
 
 def groups(n, group_size):
@@ -187,7 +186,7 @@ def groups(n, group_size):
 
 
 def standardise(values, pool):
-    """(values - mean pool) / (std pool + 1e-4), std with Bessel's correction; a constant pool gives zeros."""
+    """(values - mean pool) / (std pool + 1e-4), Bessel's correction; 0 if the pool is constant."""
     if not pool or max(pool) == min(pool):
         return [0.0 for _ in values]
     mean, std = fmean(pool), stdev(pool)
@@ -236,7 +235,7 @@ def grpo_s_shaped(rewards, success, group, entropy, mask, beta1, beta2):
 
 
 def normalised(r_plus, r_minus, normalize):
-    """Eq. 6: A+ on O+ and A- on O-, each standardised over the collection that `normalize` names."""
+    """Eq. 6: A+ on O+ and A- on O-, each standardised over the pool that `normalize` names."""
     plus, minus = list(r_plus.values()), list(r_minus.values())
     if not plus or not minus:  # one set only: entropy noise, no outcome
         return {key: 0.0 for key in (*r_plus, *r_minus)}

@@ -1,4 +1,4 @@
-"""The advantages: GRPO's, which five files share, and the entropy-shaped ones of GTPO and GRPO-S."""
+"""The advantages: GRPO's, which five files share, and GTPO's and GRPO-S's, shaped by entropy."""
 
 import inspect
 import math
@@ -28,7 +28,10 @@ every_algorithm = pytest.mark.parametrize("name", MODULES)
 
 
 def make_groups(seed=0, B=12, T=6, rewards=(0.0, 1.0)):
-    """Ragged groups with gaps: rewards [B], entropy [B, T] in nats, mask [B, T]; float64, every row has a token."""
+    """Ragged groups with gaps, in float64: rewards [B], entropy [B, T] in nats, mask [B, T].
+
+    Every row has at least one token.
+    """
     g = torch.Generator().manual_seed(seed)
     r = torch.tensor(rewards, dtype=torch.float64)[torch.randint(len(rewards), (B,), generator=g)]
     entropy = torch.rand(B, T, generator=g, dtype=torch.float64) ** 3 * 4
@@ -44,14 +47,14 @@ def close(actual, expected, rtol=1e-9, atol=1e-12):
 
 
 def per_row(a, mask):
-    """Advantages [B] or [B, T] -> one list of token advantages a row."""
+    """Advantages [B] or [B, T] -> per row, the list of its tokens' advantages."""
     return [
         [row[t].item() for t in reference.tokens(m)] if row.ndim else [row.item()]
         for row, m in zip(a, mask, strict=True)
     ]
 
 
-# ---- GRPO ----------------------------------------------------------------------------------------------------
+# ---- GRPO ----------------------------------------------------------------------------------------
 
 
 def test_grpo_by_hand():
@@ -80,12 +83,10 @@ def test_a_group_of_equal_rewards_gets_exactly_0(dtype):
             assert not grpo.advantages(r, group_size).any()
             a = grpo.advantages(torch.cat([r, torch.arange(group_size).to(dtype), r]), group_size)
             assert not a[:group_size].any() and not a[-group_size:].any()
-            assert (
-                a[group_size : 2 * group_size].all() or group_size % 2
-            )  # the group between them is not touched
-    assert (
-        mean_is_off and std_is_off
-    )  # the trap is there: in floats neither r - mean nor std is exactly 0
+            # The group between them keeps its advantages (with an odd size, the middle one is 0).
+            assert a[group_size : 2 * group_size].all() or group_size % 2
+    # The cases do hold the trap: in floats, neither r - mean nor std is always exactly 0.
+    assert mean_is_off and std_is_off
 
 
 @every_algorithm
@@ -105,13 +106,12 @@ def test_shared_advantages_are_those_of_grpo(name):
     assert MODULES[name].advantages is grpo.advantages
 
 
-# ---- GTPO and GRPO-S by hand ---------------------------------------------------------------------------------
+# ---- GTPO and GRPO-S by hand ---------------------------------------------------------------------
 
 # O+: rows 0 and 1, of 2 tokens and 1; O-: rows 2 and 3, of 1 and 2
 REWARDS = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
-H = torch.tensor(
-    [[3.0, 2.0], [1.0, 9.0], [0.5, 9.0], [1.5, 0.2]], dtype=torch.float64
-)  # the nines are padding
+H = [[3.0, 2.0], [1.0, 9.0], [0.5, 9.0], [1.5, 0.2]]  # the nines are padding
+H = torch.tensor(H, dtype=torch.float64)
 MASK = torch.tensor([[1, 1], [1, 0], [1, 0], [1, 1]])
 
 
@@ -131,7 +131,8 @@ def pools(plus, minus, normalize):
 
 @every_normalize
 def test_gtpo_by_hand(normalize):
-    # t = 0: H 3 : 1 shares 2 x 0.1, and 1/H of 0.5 : 1.5, that is 3 : 1, shares 2 x 0.1; t = 1: one of each runs
+    # t = 0: two of O+ share 2 * 0.1 as H, 3 : 1; two of O- share it as 1/H, 1/0.5 : 1/1.5 = 3 : 1.
+    # t = 1: one of each set is still running and gets 0.1.
     plus, minus = [1.15, 1.1, 1.05], [-1.15, -1.05, -1.1]
     p, m = pools(plus, minus, normalize)
     want = [
@@ -145,7 +146,7 @@ def test_gtpo_by_hand(normalize):
 
 @every_normalize
 def test_grpo_s_by_hand(normalize):
-    # mean entropies 2.5 and 1 share 2 x 0.1 by 5 : 2; 0.5 and 0.85 by 1/0.5 : 1/0.85, that is 17 : 10
+    # O+ shares 2 * 0.1 as the mean entropies, 2.5 : 1 = 5 : 2; O- as 1/0.5 : 1/0.85 = 17 : 10.
     plus, minus = [1 + 1 / 7, 1 + 0.4 / 7], [-1 - 3.4 / 27, -1 - 2 / 27]
     p, m = pools(plus, minus, normalize)
     want = [standardised(x, p) for x in plus] + [standardised(x, m) for x in minus]
@@ -174,7 +175,7 @@ def test_docstring_numbers():
         close(a, [0.7070, -0.7070], rtol=0, atol=5e-5)
 
 
-# ---- GTPO and GRPO-S against the equations -------------------------------------------------------------------
+# ---- GTPO and GRPO-S against the equations -------------------------------------------------------
 
 
 @every_shaped
@@ -186,10 +187,8 @@ def test_shaped_advantages_equal_the_slow_loop(name, normalize, group_size, weig
     keys = ("alpha1", "alpha2") if name == "gtpo" else ("beta1", "beta2")
     options = dict(zip(keys, weights, strict=True)) | {"normalize": normalize}
     for seed in range(3):
-        for rewards in (
-            (0.0, 1.0),
-            (0.0, 0.3, 0.5, 0.51, 1.2),
-        ):  # shaped rewards: r_i stands in r+ only; 0.5 is wrong
+        # Rewards of 0 and 1, and shaped ones: r_i enters r+ only, and 0.5 counts as wrong.
+        for rewards in ((0.0, 1.0), (0.0, 0.3, 0.5, 0.51, 1.2)):
             r, entropy, mask = make_groups(seed, rewards=rewards)
             entropy[seed] = 0.0  # clamped to 1e-6 nats before it divides
             got = module.advantages(r, group_size, entropy=entropy, mask=mask, **options)
@@ -206,39 +205,40 @@ def test_defaults(name):
 
 
 def test_gtpo_conserves_reward_at_every_position():
-    """sum_{O+ running at t} r+ = (alpha1 + alpha2) d_t, and -(alpha1 + alpha2) h_t for O-, for rewards of 1 and 0."""
+    """With rewards of 1 and 0, the shaped rewards of each position sum to what they were paid.
+
+    sum_{i in O+ running at t} r+_{i,t} = (alpha1 + alpha2) d_t, and -(alpha1 + alpha2) h_t for O-.
+    """
     alpha1, alpha2 = 0.7, 0.4
     r = torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0], dtype=torch.float64)
     entropy = make_groups(1, B=8, T=7)[1]
     mask = torch.arange(7) < torch.tensor([7, 6, 5, 5, 3, 3, 2, 1])[:, None]
     mask[1, 2] = False
-    a = gtpo.advantages(
-        r, 8, entropy=entropy, mask=mask, alpha1=alpha1, alpha2=alpha2, normalize="joint"
-    )  # one affine map of r+ on O+ and r- on O-
-    # at t = 6 one of O+ runs alone and its r+ is alpha1 + alpha2; so does one of O- at t = 5; they fix the map
+    options = {"alpha1": alpha1, "alpha2": alpha2, "normalize": "joint"}
+    a = gtpo.advantages(r, 8, entropy=entropy, mask=mask, **options)
+    # "joint" is one affine map of r+ on O+ and r- on O-; two known points undo it. At t = 6 one row
+    # of O+ runs alone: its r+ is alpha1 + alpha2. At t = 5 one of O- does: -(alpha1 + alpha2).
     high, low = a[0, 6], a[1, 5]
     shaped = ((a - low) / (high - low) * 2 - 1) * (alpha1 + alpha2)
     for t in range(7):
         plus, minus = mask[:, t] & (r == 1), mask[:, t] & (r == 0)
         close(shaped[plus, t].sum(), (alpha1 + alpha2) * plus.sum().double())
         close(shaped[minus, t].sum(), -(alpha1 + alpha2) * minus.sum().double())
-    assert (
-        shaped[mask].std() > 0.1 and shaped[:, 0].unique().numel() == 8
-    )  # the bonus does differ between tokens
+    # The bonus does differ between tokens.
+    assert shaped[mask].std() > 0.1 and shaped[:, 0].unique().numel() == 8
 
 
 def test_entropy_pays_more_where_right_and_costs_less_where_wrong():
     entropy, mask = torch.tensor([[2.0], [1.0], [2.0], [1.0]]), torch.ones(4, 1)
     for module in (gtpo, grpo_s):
-        a = module.advantages(
-            torch.tensor([1.0, 1.0, 0.0, 0.0]), 4, entropy=entropy, mask=mask
-        ).flatten()
+        r = torch.tensor([1.0, 1.0, 0.0, 0.0])
+        a = module.advantages(r, 4, entropy=entropy, mask=mask).flatten()
         assert a[0] > a[1] > 0 > a[2] > a[3]
 
 
 @every_shaped
 def test_within_loses_the_outcome(name):
-    """Each set's mean advantage is 0 under "within"; the others pay right answers and punish wrong ones."""
+    """Each set's mean advantage is 0 under "within"; else right gets over 0.5, wrong below -0.5."""
     _, entropy, mask = make_groups(3, B=8)
     r = torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0])
     for normalize in NORMALIZE:
@@ -254,7 +254,7 @@ def test_within_loses_the_outcome(name):
 
 
 def test_zeros_turns_the_sign_of_the_least_weighted_tokens_of_a_large_set():
-    """15 of 16 right: about 40% of the right tokens get A < 0; none at 14 of 16, and none under "joint"."""
+    """With 15 of 16 right, about 40% of the right tokens get A < 0; with 14, or "joint", none."""
     g = torch.Generator().manual_seed(0)
     entropy, mask = torch.rand(16, 200, generator=g) ** 3, torch.ones(16, 200)
     share = {}
@@ -268,7 +268,7 @@ def test_zeros_turns_the_sign_of_the_least_weighted_tokens_of_a_large_set():
         (torch.arange(16) < 15).float(), 16, entropy=entropy, mask=mask, normalize="joint"
     )
     assert (joint[:15] > 0).all()
-    # the mirror of it is worse: 1/H spreads wider than H, and most tokens of 15 wrong answers get A > 0
+    # With 15 of 16 wrong, most wrong tokens get A > 0: 1/H is spread more widely than H.
     a = gtpo.advantages((torch.arange(16) >= 15).float(), 16, entropy=entropy, mask=mask)
     assert (a[:15] > 0).float().mean() > 0.5
 
@@ -285,7 +285,7 @@ def test_gtpo_without_entropy_bonus_has_one_advantage_a_sequence(normalize):
         ).any()
 
 
-# ---- groups of one kind, empty rows, the mask ----------------------------------------------------------------
+# ---- groups of one kind, empty rows, the mask ----------------------------------------------------
 
 
 @every_shaped
@@ -336,20 +336,17 @@ def test_a_set_whose_only_rows_are_empty_is_no_second_set(name, normalize, rewar
     r, entropy, mask = make_groups(7, B=4)
     r[:], r[1] = reward, 1 - reward
     mask[1] = False
-    assert (
-        not SHAPED[name][0].advantages(r, 4, entropy=entropy, mask=mask, normalize=normalize).any()
-    )
+    a = SHAPED[name][0].advantages(r, 4, entropy=entropy, mask=mask, normalize=normalize)
+    assert not a.any()
 
 
 @every_shaped
 @every_normalize
 def test_a_batch_without_a_token_is_0(name, normalize):
     r, entropy, mask = make_groups(8)
-    assert (
-        not SHAPED[name][0]
-        .advantages(r, 4, entropy=entropy, mask=mask & False, normalize=normalize)
-        .any()
-    )
+    mask &= False
+    a = SHAPED[name][0].advantages(r, 4, entropy=entropy, mask=mask, normalize=normalize)
+    assert not a.any()
 
 
 @every_normalize
@@ -387,12 +384,10 @@ def test_entropies_of_0_stay_finite(name):
     for dtype in (torch.float32, torch.float64):
         a = SHAPED[name][0].advantages(r.to(dtype), 4, entropy=entropy.to(dtype) * 0, mask=mask)
         assert a.isfinite().all() and a.any()
-        equal = SHAPED[name][0].advantages(
-            r.to(dtype), 4, entropy=entropy.to(dtype) * 0 + 1, mask=mask
-        )
-        close(
-            a, equal, rtol=1e-5, atol=1e-5
-        )  # all equally sure: shared out equally, as with any other constant
+        # All equally certain: shared equally, as with any other constant entropy.
+        ones = entropy.to(dtype) * 0 + 1
+        equal = SHAPED[name][0].advantages(r.to(dtype), 4, entropy=ones, mask=mask)
+        close(a, equal, rtol=1e-5, atol=1e-5)
 
 
 @every_algorithm
@@ -406,7 +401,7 @@ def test_advantages_carry_no_gradient_and_keep_the_device(name):
     assert a.device.type == "meta"
 
 
-# ---- success is correctness, the reward may be shaped --------------------------------------------------------
+# ---- success is correctness, the reward may be shaped --------------------------------------------
 
 
 @every_shaped
@@ -492,7 +487,7 @@ def test_right_misshapen(name, shape):
         )
 
 
-# ---- signatures and errors -----------------------------------------------------------------------------------
+# ---- signatures and errors -----------------------------------------------------------------------
 
 
 @every_algorithm

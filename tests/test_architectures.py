@@ -1,4 +1,4 @@
-"""Any architecture: its log-probabilities and samples are the plain ones, or it is refused in a line."""
+"""Any architecture: its log-probabilities and samples are the plain ones, or it is refused."""
 
 import subprocess
 import sys
@@ -20,20 +20,30 @@ PROMPTS = [[5, 9, 17, 30, 4, 8, 21], [11, 6], [7, 33, 12, 19, 40], [11, 6]]
 LENGTHS = torch.tensor([6, 2, 1, 4])
 COMPLETIONS = torch.randint(3, 60, (4, 6), generator=torch.Generator().manual_seed(0))
 MASK = torch.arange(6) < LENGTHS[:, None]
+# What all the small models have in common, under the names that most configs use.
 SMALL = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
-            "long_factor": [4.0] * 4}  # fmt: skip
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4}
+LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+# What a probe may choose. Layout() takes the full logits, and every row has its own prompt.
 EVERYTHING = Layout(through_head=True, share_prompts=True)
 PADDED = Layout(through_head=True)
-APART = Layout(equal_lengths=True)
+APART = Layout(equal_lengths=True)  # cannot even pad
 
 
 def build(kind, **settings):
-    """A small random model of the architecture, its weights large enough that mistakes show."""
+    """A small random model of the architecture, with weights so large that mistakes show."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL | settings)).eval()
     for weight in model.parameters():
@@ -43,7 +53,7 @@ def build(kind, **settings):
 
 
 def loaded(kind, **settings):
-    """build, and what load_policy does to a model."""
+    """`build`, and then what load_policy does to a model."""
     model = build(kind, **settings)
     switch_off_randomness(model)
     name_outputs(model)
@@ -52,33 +62,43 @@ def loaded(kind, **settings):
 
 @torch.no_grad()
 def plain_logprobs(model, prompt, completion):
-    """One row alone, through the model's own logits. [T]"""
+    """The reference: one row alone, without padding, through the model's own logits. [T]"""
     ids = torch.tensor([prompt + completion])
     logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
     return logits.log_softmax(-1)[range(len(completion)), completion]
 
 
+GEMMA3N = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "intermediate_size": [48, 48, 40, 48],
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 4,
+    "vocab_size_per_layer_input": 64,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 4,
+    "activation_sparsity_pattern": [0.0] * 4,
+}
+RECURRENT_GEMMA = {
+    "num_hidden_layers": 3,
+    "lru_width": 32,
+    "attention_window_size": 8,
+    "block_types": ["recurrent", "recurrent", "attention"],
+}
+# model_type: (the layout that the probe must choose, further settings)
 KINDS = {
     "mistral": (EVERYTHING, {"sliding_window": 4}),
     "mixtral": (EVERYTHING, {"num_local_experts": 4, "output_router_logits": True}),
     "gemma2": (Layout(), {"sliding_window": 4, "final_logit_softcapping": 0.5}),
-    "gemma3n_text": (Layout(), {
-        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": [48, 48, 40, 48],
-        "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 4,
-        "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "laurel_rank": 4,
-        "activation_sparsity_pattern": [0.0] * 4,
-    }),
+    "gemma3n_text": (Layout(), GEMMA3N),
     "granite": (Layout(), {"logits_scaling": 3.0}),
     "opt": (EVERYTHING, {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "mpt": (EVERYTHING, {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 48}),
     "bloom": (EVERYTHING, {"n_layer": 2, "n_head": 4}),
     "gpt_neox": (EVERYTHING, {}),
     "mamba": (PADDED, {"state_size": 4}),
-    "recurrent_gemma": (APART, {
-        "num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8,
-        "block_types": ["recurrent", "recurrent", "attention"],
-    }),
-}  # fmt: skip
+    "recurrent_gemma": (APART, RECURRENT_GEMMA),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -102,19 +122,17 @@ def test_each_architecture_has_its_layout_and_the_plain_log_probabilities(kind):
             assert chosen >= logits.log_softmax(-1).max() - 1e-4
 
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0}
+AT_13 = "depend on the length of the row: at 13 tokens"  # the longest of PROMPTS and 6 tokens
 REFUSED = {
     "roberta": ("no causal language model", {}),
-    "phi3": ("depend on the length of the row: at 13 tokens", {
-        "original_max_position_embeddings": 10, "rope_parameters": LONGROPE,
-    }),
-    "llama": ("depend on the length of the row: at 13 tokens", {
-        "max_position_embeddings": 10,
-        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0},
-    }),
-    "rwkv": ("generate samples from another distribution", {
-        "attention_hidden_size": 32, "context_length": 64,
-    }),
-}  # fmt: skip
+    "phi3": (AT_13, {"original_max_position_embeddings": 10, "rope_parameters": LONGROPE}),
+    "llama": (AT_13, {"max_position_embeddings": 10, "rope_parameters": DYNAMIC}),
+    "rwkv": (
+        "generate samples from another distribution",
+        {"attention_hidden_size": 32, "context_length": 64},
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -145,9 +163,11 @@ def test_a_forward_pass_that_changes_the_weights_is_refused():
 def test_right_padding_that_reaches_a_row_is_refused():
     model = loaded("llama")
     base = model.model.embed_tokens.forward
-    model.model.embed_tokens.forward = lambda ids: (
-        base(ids) + 0.1 * (ids == 0).any(1)[:, None, None]
-    )
+
+    def embed(ids):  # a pad anywhere in a row (token 0) changes the whole row
+        return base(ids) + 0.1 * (ids == 0).any(1)[:, None, None]
+
+    model.model.embed_tokens.forward = embed
     with pytest.raises(ValueError, match="padded on the right"):
         probe(model, PROMPTS, 6, 0)
 
@@ -170,7 +190,7 @@ def test_a_failure_in_a_probe_says_in_a_line_what_is_given_up(capsys, monkeypatc
 
 
 def test_the_probe_sees_a_mistake_beyond_the_first_eight_tokens():
-    """A layer that looks back at token 11 alone: only a row as long as the run's shows it."""
+    """A layer in which token 11 changes all others: only rows as long as the run's show it."""
     model = loaded("llama")
     base = model.model.layers[0].forward
 

@@ -1,4 +1,4 @@
-"""The command lines: what a newcomer mistypes is answered in one line, at once."""
+"""The command lines: a newcomer's mistake gets a one-line answer, at once."""
 
 import os
 import subprocess
@@ -10,13 +10,14 @@ from conftest import ROOT
 
 from trainer import options, policy
 
+NO_OPTION = "train.py: error: no option"
+
 
 def command(*words, **environment):
     """(exit status, what was printed) of `python WORDS` in the project's folder."""
     line = [sys.executable, *map(str, words)]
-    done = subprocess.run(
-        line, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment, timeout=60
-    )
+    how = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run(line, env=os.environ | environment, **how)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -24,23 +25,16 @@ def command(*words, **environment):
     ("words", "status", "text"),
     [
         ("--help", 0, "--max-new-tokens"),
-        ("--step 3", 2, "train.py: error: no option --step; did you mean --steps?"),
-        (
-            "--temprature=2",
-            2,
-            "train.py: error: no option --temprature; did you mean --temperature?",
-        ),
-        (
-            "--group_size 4",
-            2,
-            "train.py: error: no option --group_size; did you mean --group-size?",
-        ),
-        ("--zzz", 2, "train.py: error: no option --zzz; --help lists the options"),
+        ("--step 3", 2, f"{NO_OPTION} --step; did you mean --steps?"),
+        ("--temprature=2", 2, f"{NO_OPTION} --temprature; did you mean --temperature?"),
+        ("--group_size 4", 2, f"{NO_OPTION} --group_size; did you mean --group-size?"),
+        ("--zzz", 2, f"{NO_OPTION} --zzz; --help lists the options"),
         ("tepo", 2, "train.py: error: 'tepo' belongs to no option; --help lists the options"),
     ],
 )
 def test_help_and_a_misspelt_option_are_answered_without_importing_torch(words, status, text):
-    # A module that is None in sys.modules cannot be imported: whoever tries gets an ImportError.
+    # A module that is None in sys.modules cannot be imported. So if this command works, it does not
+    # import torch, and the answer comes in a fraction of a second.
     code = (
         "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:];"
         "runpy.run_path('train.py', run_name='__main__')"
@@ -100,7 +94,7 @@ def threads():
 
 
 class Model:
-    """As many weights as a test asks for, without memory for them."""
+    """A model of any number of weights; on the meta device they take no memory."""
 
     def __init__(self, weights):
         self.weights = weights

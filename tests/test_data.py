@@ -1,4 +1,4 @@
-"""trainer/data.py: an answer that is not one number is refused with its line, and what is held out stays held out."""
+"""trainer/data.py: an answer that is not one number is refused, and what is held out stays so."""
 
 import json
 import shutil
@@ -22,7 +22,8 @@ def row(question, answer):
     return json.dumps({"question": question, "answer": answer})
 
 
-# Truths that are not one number. Read by their first digits they would be wrong: 51, 3, 2, 5, 1, 0.333, ...
+# Answers in the data that are not one number. Their first digits alone would give a wrong truth:
+# 51, 3, 2, 5, 1, 0.333, ...
 NOT_ONE_NUMBER = [
     *[r"\sqrt{51}", r"3\pi", "x^2", "5!", "a+1", "0.333...", "0.333…", r"0.\overline{3}", "0.(3)"],
     *["√51", "3π", "2x", "x > 5", "x>5", r"x \ge 5", "±3", "3-5", "3:4", "12:30", "2024-01-15"],
@@ -90,7 +91,11 @@ def test_split_overlap_takes_questions_for_one_up_to_white_space_and_case():
 
 @pytest.fixture
 def overlapping(tmp_path):
-    """Four training problems; the test split has the first, in another form, and the third, beyond --eval-n 1."""
+    """Four training problems, of which the test split repeats the first and the third.
+
+    The first is written differently there, and the third stands beyond --eval-n 1: it is not
+    evaluated, but is held out all the same.
+    """
     write(tmp_path / "train.jsonl", [row(f"What is {n}+1?", n + 1) for n in range(4)])
     held_out = [row("Is this held out? 5", 5), row(" what is  0+1?", 1), row("What is 2+1?", 3)]
     write(tmp_path / "test.jsonl", held_out)

@@ -1,4 +1,4 @@
-"""What the user can get wrong, or the machine: one line that says what to do, exit status 2, and nothing lost."""
+"""Errors of the user or the machine: one line that says what to do, status 2, and nothing lost."""
 
 import json
 import os
@@ -24,12 +24,14 @@ from trainer.policy import load_policy
 from trainer.prompts import Prompts, encode_problems
 
 TINY = child.ROOT / "tiny"
-WORDS = "--preset tiny --steps 4 --prompts 2 --group-size 2 --updates 2 --max-new-tokens 8".split()  # noqa: SIM905
-WORDS += "--eval-n 2 --eval-every 0 --k 0".split()  # noqa: SIM905
+# The options of every run here: four steps of four short completions, no evaluation in between.
+WORDS = """--preset tiny --steps 4 --prompts 2 --group-size 2 --updates 2 --max-new-tokens 8
+    --eval-n 2 --eval-every 0 --k 0""".split()
 
 
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch, request):
+    """No plots, and afterwards the SIGINT handler that pytest had: train.main sets its own."""
     handler = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(train, "plot_runs", lambda *_: None)
     yield
@@ -44,13 +46,13 @@ def file(tmp_path):
 
 
 def write(path, rows):
-    path.write_text(
-        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8"
-    )
+    """One line per row: a text as it is, anything else as JSON."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines), "utf-8")
 
 
 def error_line(capsys, *argv, status=2):
-    """The one line on stderr, bars aside, of a run that ends with this exit status."""
+    """The only line on stderr, progress bars aside, of a run that ends with this exit status."""
     capsys.readouterr()
     assert train.main([str(word) for word in argv]) == status
     return one_line(capsys.readouterr().err)
@@ -58,10 +60,9 @@ def error_line(capsys, *argv, status=2):
 
 def one_line(text):
     assert "Traceback" not in text, text
-    bars = re.compile(
-        r"^(\s|\x1b\[A)*$|\d+%\||^(prompt|CPU threads): |are held out$"
-    )  # what a run says at its start
-    lines = [line for line in re.split("[\r\n]", text) if not bars.search(line)]
+    # Progress bars, and what a run prints at its start.
+    usual = re.compile(r"^(\s|\x1b\[A)*$|\d+%\||^(prompt|CPU threads): |are held out$")
+    lines = [line for line in re.split("[\r\n]", text) if not usual.search(line)]
     assert len(lines) == 1 and lines[0].startswith("train.py: "), lines
     return lines[0]
 
@@ -131,7 +132,7 @@ def test_nonsense_options(capsys, monkeypatch, tmp_path, words, line):
 
 
 def test_every_number_is_checked():
-    """No option that is a number takes -1 (but for k's like, none takes what it cannot use)."""
+    """No numeric option accepts -1: an option that nobody checks would."""
     for preset, defaults in DEFAULTS.items():
         for name, value in defaults.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -180,9 +181,8 @@ GOOD = '{"question": "1+1?", "answer": "#### 2"}'
     ],
 )
 def test_bad_data(capsys, monkeypatch, tmp_path, rows, line):
-    monkeypatch.setattr(
-        start, "load_policy", lambda *_: pytest.fail("refused only after the model was loaded")
-    )
+    too_late = "refused only after the model was loaded"
+    monkeypatch.setattr(start, "load_policy", lambda *_: pytest.fail(too_late))
     path = tmp_path / "bad.jsonl"
     write(path, rows)
     found = error_line(capsys, *WORDS, "--data", path, "--out", tmp_path / "run")
@@ -193,16 +193,14 @@ def test_bad_data(capsys, monkeypatch, tmp_path, rows, line):
 def test_data_that_are_no_text(capsys, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(GOOD.encode("utf-16"))
-    assert f"cannot read {path}" in error_line(
-        capsys, *WORDS, "--data", path, "--out", tmp_path / "run"
-    )
+    words = [*WORDS, "--data", path, "--out", tmp_path / "run"]
+    assert f"cannot read {path}" in error_line(capsys, *words)
 
 
 def test_data_that_are_not_there(capsys, tmp_path):
     words = [*WORDS, "--out", tmp_path / "run", "--data"]
-    assert f"cannot read {tmp_path / 'no.jsonl'}" in error_line(
-        capsys, *words, tmp_path / "no.jsonl"
-    )
+    missing = tmp_path / "no.jsonl"
+    assert f"cannot read {missing}" in error_line(capsys, *words, missing)
     (tmp_path / "train.jsonl").write_text(GOOD)
     assert "holds no test.jsonl" in error_line(capsys, *words, tmp_path)
     (tmp_path / "test.jsonl").write_text(GOOD)
@@ -210,7 +208,10 @@ def test_data_that_are_not_there(capsys, tmp_path):
 
 
 def test_duplicates_and_overlap(capsys, tmp_path):
-    """Of a repeated question the first stays, and that is said; what is held out is not trained on."""
+    """Of a repeated question the first is kept, with a note; held-out problems are not trained on.
+
+    Training: 1+1, 2+1, 1+1 again, 3+1, and 1+1 with another answer. Held out: 2+1.
+    """
     rows = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in (1, 2, 1, 3, 1)]
     rows[4]["answer"] = "7"
     write(tmp_path / "train.jsonl", rows)
@@ -229,18 +230,20 @@ def test_duplicates_and_overlap(capsys, tmp_path):
 
 
 def test_one_file_is_split_for_good(tmp_path, capsys):
-    """The last tenth is held out, duplicates or not; both calls see the same split, and one tells of the duplicates."""
+    """The last tenth of the distinct problems is held out, in both calls; duplicates: one note."""
     rows = [{"question": f"{n % 30}+1?", "answer": str(n % 30 + 1)} for n in range(40)]
     write(tmp_path / "all.jsonl", rows)
-    train_rows, test_rows = (
-        data.load_problems(str(tmp_path / "all.jsonl"), split) for split in ("train", "test")
-    )
+    train_rows = data.load_problems(str(tmp_path / "all.jsonl"), "train")
+    test_rows = data.load_problems(str(tmp_path / "all.jsonl"), "test")
     assert train_rows + test_rows == rows[:30] and len(test_rows) == 3
     assert capsys.readouterr().out.count("10 problems repeat a question") == 1
 
 
 def test_long_prompts_are_dropped_and_counted(capsys, tmp_path):
-    """The tiny model has room for 256 tokens, 8 of them for the completion: a prompt of 248 stays, of 249 does not."""
+    """The tiny model has room for 256 tokens, 8 of them for the completion.
+
+    So a prompt of 248 tokens is kept, and one of 249 is dropped.
+    """
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     encode = Prompts(tokenizer).encoder()
     asked = {248: None, 249: None}
@@ -284,37 +287,22 @@ SCRIPTS = {
 
 
 def test_text_in_any_script(tmp_path, capsys):
-    """Read, encoded whole, trained on and written down as it was."""
+    """Read, encoded without loss, trained on, and written to samples.jsonl as it was."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    rows = [
-        {"question": text, "answer": "٣" if name == "Arabic" else "3"}
-        for name, text in SCRIPTS.items()
-    ]
+    rows = [{"question": text, "answer": "3"} for text in SCRIPTS.values()]
+    rows[list(SCRIPTS).index("Arabic")]["answer"] = "٣"
     write(tmp_path / "train.jsonl", ["\ufeff" + json.dumps(rows[0], ensure_ascii=False), *rows[1:]])
-    write(
-        tmp_path / "test.jsonl",
-        [{"question": text + "2", "answer": "2"} for text in SCRIPTS.values()],
-    )
+    held_out = [{"question": text + "2", "answer": "2"} for text in SCRIPTS.values()]
+    write(tmp_path / "test.jsonl", held_out)
     for row in data.load_problems(str(tmp_path), "train"):
         text = tokenizer.decode(Prompts(tokenizer).encoder()(row["question"]))
         assert text == unicodedata.normalize("NFC", row["question"]) + "\n"
-    words = [
-        *WORDS,
-        "--data",
-        tmp_path,
-        "--steps",
-        "1",
-        "--prompts",
-        len(rows),
-        "--samples-every",
-        "1",
-    ]
-    words += ["--eval-n", "9", "--out", tmp_path / "run"]
+    words = [*WORDS, *f"--steps 1 --prompts {len(rows)} --samples-every 1 --eval-n 9".split()]
+    words += ["--data", tmp_path, "--out", tmp_path / "run"]
     assert train.main([str(word) for word in words]) == 0
-    shown = [
-        json.loads(line)
-        for line in (tmp_path / "run" / "samples.jsonl").read_text("utf-8").split("\n")[:-1]
-    ]
+    # Not splitlines(): one of the questions holds U+2028.
+    lines = (tmp_path / "run" / "samples.jsonl").read_text("utf-8").split("\n")[:-1]
+    shown = [json.loads(line) for line in lines]
     assert shown[0]["prompt"] in SCRIPTS.values()
 
 
@@ -323,9 +311,8 @@ def test_text_in_any_script(tmp_path, capsys):
 
 @pytest.fixture
 def model_folder(tmp_path):
-    return shutil.copytree(
-        TINY, tmp_path / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__")
-    )
+    no_code = shutil.ignore_patterns("*.py", "__pycache__")
+    return shutil.copytree(TINY, tmp_path / "model", ignore=no_code)
 
 
 def change(path, **values):
@@ -336,7 +323,7 @@ def change(path, **values):
 
 
 def test_tokenizer_without_pad(model_folder, file, tmp_path, capsys):
-    """EOS pads: the mask goes by position, so nothing else changes, be there a pad of its own or not."""
+    """EOS serves as the pad, and the run is the same: the mask goes by position, not by token."""
     eos_ids, runs = load_policy(str(model_folder))[2], []
     for pad in ("5", None):
         change(model_folder / "tokenizer_config.json", pad_token=pad)
@@ -345,24 +332,21 @@ def test_tokenizer_without_pad(model_folder, file, tmp_path, capsys):
         words = [*WORDS, "--model", model_folder, "--data", file, "--steps", "2", "--out", out]
         assert train.main([str(word) for word in words]) == 0
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        runs.append(
-            [
-                {k: v for k, v in row.items() if not k.endswith("_s") and k != "peak_mib"}
-                for row in rows
-            ]
-        )
+        for row in rows:  # without the timings and the memory
+            for name in [name for name in row if name.endswith("_s") or name == "peak_mib"]:
+                del row[name]
+        runs.append(rows)
     assert runs[0] == runs[1]
 
 
 def test_tokenizer_without_eos(model_folder, file, tmp_path, capsys):
-    """The model's own EOS will do; if there is none at all, the policy could never learn to stop."""
+    """The model's own EOS is used; without any, it is an error: no completion could ever end."""
     eos_ids = load_policy(str(model_folder))[2]
     for name in ("tokenizer.json", "tokenizer_config.json"):
         content = (model_folder / name).read_text().replace("<|endoftext|>", "<|other|>")
         (model_folder / name).write_text(content)
-    change(
-        model_folder / "tokenizer_config.json", eos_token=None
-    )  # transformers adds one, beyond the vocabulary
+    # transformers then adds an EOS of its own, beyond the model's vocabulary.
+    change(model_folder / "tokenizer_config.json", eos_token=None)
     assert load_policy(str(model_folder))[2] == eos_ids
     change(model_folder / "generation_config.json", eos_token_id=None)
     change(model_folder / "config.json", eos_token_id=None)
@@ -376,15 +360,14 @@ def test_chat_template(model_folder, file, tmp_path, capsys):
     assert tokenizer.chat_template is None
     plain = Prompts(tokenizer, "{question} Go.").encoder()("1+1?")
     assert plain == tokenizer("1+1? Go.\n").input_ids
-    template = "{% for m in messages %}U: {{ m.content }}. {% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+    template = "{% for m in messages %}U: {{ m.content }}. {% endfor %}"
+    template += "{% if add_generation_prompt %}A: {% endif %}"
     change(model_folder / "tokenizer_config.json", chat_template=template)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     chat = Prompts(tokenizer, "{question} Go.").encoder()("1+1?")
     assert chat == tokenizer("U: 1+1? Go.. A: ").input_ids
-    change(
-        model_folder / "tokenizer_config.json",
-        chat_template="{{ raise_exception('a system turn is wanted') }}",
-    )
+    template = "{{ raise_exception('a system turn is wanted') }}"
+    change(model_folder / "tokenizer_config.json", chat_template=template)
     words = [*WORDS, "--model", model_folder, "--data", file, "--out", tmp_path / "run"]
     assert "chat template fails: a system turn is wanted" in error_line(capsys, *words)
 
@@ -397,8 +380,11 @@ def test_tokenizer_of_another_model(model_folder, file, tmp_path, capsys):
     write(file, [{"question": f"{n} xylophones + 1?", "answer": "2"} for n in range(12)])
     words = [*WORDS, "--model", model_folder, "--data", file, "--out", tmp_path / "run"]
     last = len(tokenizer) - 1
-    told = f"makes token {last} of '0 xylophones + 1?', and the model knows {last}: do the two belong together?"
-    assert told in error_line(capsys, *words)
+    told = f"makes token {last} of '0 xylophones + 1?', and the model knows {last}: "
+    assert told + "do the two belong together?" in error_line(capsys, *words)
+
+
+# Model folders that must be refused. The malicious ones make the folder `ran` if their code runs.
 
 
 def pickle_only(folder, ran):
@@ -416,13 +402,11 @@ def evil_pickle(folder, ran):
 
 
 def remote_code(folder, ran):
-    source = f"import os\nos.mkdir({str(ran)!r})\nfrom transformers import Qwen2Config as C, Qwen2ForCausalLM as M\n"
+    source = f"import os\nos.mkdir({str(ran)!r})\n"
+    source += "from transformers import Qwen2Config as C, Qwen2ForCausalLM as M\n"
     (folder / "evil.py").write_text(source)
-    change(
-        folder / "config.json",
-        model_type="evil",
-        auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"},
-    )
+    auto_map = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+    change(folder / "config.json", model_type="evil", auto_map=auto_map)
 
 
 def torn(folder, ran):
@@ -459,7 +443,7 @@ def no_tokenizer(folder, ran):
     ],
 )
 def test_model_files(model_folder, file, tmp_path, capsys, spoil, line):
-    """safetensors alone, no code of the folder's own, and nothing made up."""
+    """Only safetensors are read, no code of the folder runs, and no missing weight is made up."""
     spoil(model_folder, tmp_path / "ran")
     words = [*WORDS, "--model", model_folder, "--data", file, "--out", tmp_path / "run"]
     found = error_line(capsys, *words)
@@ -468,18 +452,16 @@ def test_model_files(model_folder, file, tmp_path, capsys, spoil, line):
 
 
 def test_no_network(capsys, tmp_path, monkeypatch):
-    """Neither network nor cache: what to pass instead, and at once, not after a minute of the Hub's library's tries."""
+    """Neither network nor cache: the line says what to pass instead, at once.
+
+    The Hub's library would retry for a minute. `getaddrinfo` fails as it does without a network; if
+    the names that it is asked for are only the one, nothing retried.
+    """
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    for name in (
-        "http_proxy",
-        "https_proxy",
-        "all_proxy",
-        "HTTP_PROXY",
-        "HTTPS_PROXY",
-        "ALL_PROXY",
-    ):
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
     asked = []
 
     def getaddrinfo(host, *_):
@@ -488,18 +470,15 @@ def test_no_network(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     words = [*WORDS, "--out", tmp_path / "run"]
-    assert "Pass --model FOLDER, or --preset tiny" in error_line(
-        capsys, *words, "--model", "nobody/no-model"
-    )
+    line = error_line(capsys, *words, "--model", "nobody/no-model")
+    assert "Pass --model FOLDER, or --preset tiny" in line
     line = error_line(capsys, *words, "--data", "nobody/no-data")
     assert "Pass --data FILE.jsonl" in line and "or --data tiny" in line
-    assert asked == ["huggingface.co"]  # once; from then on the libraries know
+    assert asked == ["huggingface.co"]  # once; then the libraries are switched to offline
     asked.clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    data.offline_without_network("tiny", str(TINY))
-    assert (
-        not asked and not huggingface_hub.constants.HF_HUB_OFFLINE
-    )  # nothing is wanted of the Hub
+    data.offline_without_network("tiny", str(TINY))  # needs nothing from the Hub, so asks nothing
+    assert not asked and not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("at", ["load_problems", "load_policy", "evaluate_only"])
@@ -519,26 +498,28 @@ def test_interrupt_before_the_loop(monkeypatch, file, tmp_path, capsys, at):
 def test_folder_that_cannot_be(capsys, file, tmp_path):
     (tmp_path / "file").write_text("mine")
     words = [*WORDS, "--data", file, "--out"]
-    assert "is a file; name a folder" in error_line(capsys, *words, tmp_path / "file")
-    assert f"{tmp_path / 'file'} is a file; name a folder" in error_line(
-        capsys, *words, tmp_path / "file" / "a" / "b"
-    )
+    file_path = tmp_path / "file"
+    assert "is a file; name a folder" in error_line(capsys, *words, file_path)
+    line = error_line(capsys, *words, file_path / "a" / "b")
+    assert f"{file_path} is a file; name a folder" in line
     assert "/proc/run" in error_line(capsys, *words, "/proc/run")
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_folder_without_permission(capsys, file, tmp_path, monkeypatch):
-    """os.access, since the superuser may write anywhere."""
+    """os.access is replaced: tests may run as root, who may write anywhere."""
     monkeypatch.setattr(os, "access", lambda *_: False)
-    monkeypatch.setattr(
-        start, "load_policy", lambda *_: pytest.fail("refused only after the model was loaded")
-    )
+    too_late = "refused only after the model was loaded"
+    monkeypatch.setattr(start, "load_policy", lambda *_: pytest.fail(too_late))
     line = error_line(capsys, *WORDS, "--data", file, "--out", tmp_path / "a" / "run")
     assert f"no permission to write in {tmp_path}; name another folder" in line
 
 
 def test_overwrite(capsys, file, tmp_path):
-    """Deletes the run and nothing else, once the new one can begin; never the model that the new one starts from."""
+    """Deletes the old run and no other file, and only once the new run can begin.
+
+    It never deletes the model that the new run starts from.
+    """
     out = tmp_path / "run"
     words = [*WORDS, "--data", file, "--steps", "1", "--out", out, "--overwrite"]
     assert train.main([str(word) for word in words]) == 0
@@ -566,20 +547,14 @@ def contents(run):
     ],
 )
 def test_full_disk(file, tmp_path, size, at):
-    """A limit on the size of a file stands for the full disk. Afterwards --resume goes on as if nothing had been."""
+    """A full disk in the middle of a write; afterwards --resume gives the run that never stopped.
+
+    A limit on the size of a file stands for the full disk: write() fails in the same way, and the
+    limit's size chooses the file in which it happens.
+    """
     every = "8" if at == "metrics.jsonl" else "1"
-    words = [
-        *WORDS,
-        "--data",
-        file,
-        "--save-every",
-        every,
-        "--samples-every",
-        "0",
-        "--steps",
-        "8",
-        "--out",
-    ]
+    words = [*WORDS, *f"--steps 8 --samples-every 0 --save-every {every}".split()]
+    words += ["--data", file, "--out"]
     status, log = child.run([*words, tmp_path / "run"], tmp_path / "log", "file_size_limit", size)
     assert status == 2, log
     line = one_line(log.split("\n", 1)[1])
@@ -597,16 +572,15 @@ def test_full_disk(file, tmp_path, size, at):
 
 
 def assert_same_training(run, other):
-    assert (run / "model" / "model.safetensors").read_bytes() == (
-        other / "model" / "model.safetensors"
-    ).read_bytes()
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == len(
-        (other / "metrics.jsonl").read_text().splitlines()
-    )
+    weights, metrics = [], []
+    for folder in (run, other):
+        weights.append((folder / "model" / "model.safetensors").read_bytes())
+        metrics.append((folder / "metrics.jsonl").read_text().splitlines())
+    assert weights[0] == weights[1] and len(metrics[0]) == len(metrics[1])
 
 
 def test_full_disk_later(file, tmp_path):
-    """What was there stays whole: the checkpoint before, and the model of the run before."""
+    """A disk that is full after a resume harms no earlier file: checkpoints and model are whole."""
     words = [*WORDS, "--data", file, "--save-every", "2", "--out", tmp_path / "run"]
     assert child.run(words, tmp_path / "log")[0] == 0
     before = contents(tmp_path / "run")
@@ -619,29 +593,30 @@ def test_full_disk_later(file, tmp_path):
     grown = {path.name for path in after if after[path] != before[path]}
     assert grown == {"config.json", "metrics.jsonl", "samples.jsonl"}
     metrics = tmp_path / "run" / "metrics.jsonl"
-    trained = before[metrics].rsplit(b"\n", 2)[0]  # without the evaluation after what was the last
+    # Its lines, without the evaluation that followed the step that was the last one then.
+    trained = before[metrics].rsplit(b"\n", 2)[0]
     assert after[metrics].startswith(trained + b"\n") and after[metrics].endswith(b"}\n")
 
 
 def test_full_disk_at_the_end(file, tmp_path):
-    """The trained model does not fit: the line says so, the run is not "done", and --resume writes it."""
+    """The trained model does not fit: a line says so, the run is not "done", --resume writes it."""
     words = [*WORDS, "--data", file, "--save-every", "0", "--out", tmp_path / "run"]
     status, log = child.run(words, tmp_path / "log", "file_size_limit", 1_000_000)
-    assert status == 2 and f"cannot write {tmp_path / 'run' / 'model'}: " in one_line(
-        log.split("\n", 1)[1]
-    )
+    line = one_line(log.split("\n", 1)[1])
+    assert status == 2 and f"cannot write {tmp_path / 'run' / 'model'}: " in line
     assert json.loads((tmp_path / "run" / "config.json").read_text())["status"] == "running"
     assert child.run(["--resume", tmp_path / "run"], tmp_path / "log")[0] == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["status"] == "done"
 
 
 def test_append_lines_is_all_or_nothing(tmp_path, monkeypatch):
+    """When a write fails half-way, what it did write is cut off again."""
     path = tmp_path / "lines.jsonl"
     checkpoint.append_lines(path, [{"x": 1.0, "y": [float("nan"), {"z": float("-inf")}]}])
     assert path.read_text() == '{"x": 1.0, "y": [null, {"z": null}]}\n'
 
     class Full:
-        """A file that takes ten bytes, and then none."""
+        """A file on a disk with room for ten more bytes."""
 
         def __init__(self, file):
             self.file, self.left = file, 10
@@ -672,7 +647,11 @@ def test_append_lines_is_all_or_nothing(tmp_path, monkeypatch):
 
 
 def spoil(monkeypatch, calls, how):
-    """Make the loss, or only its gradient, not finite in these calls of it, counted from 1 after the try of options."""
+    """Make grpo.loss not finite in these calls, counted from 1; calls without a gradient aside.
+
+    how: "loss", its value is NaN; "push", only the gradient of the first row is; "gradient", the
+    gradient's entries are finite, but its norm over the weights overflows.
+    """
     grpo = train.importlib.import_module("grpo")
     real, count = grpo.loss, [0]
 
@@ -684,12 +663,10 @@ def spoil(monkeypatch, calls, how):
         if count[0] in calls:
             if how == "loss":
                 value = value * float("nan")
-            elif how == "push":  # of the first row alone
+            elif how == "push":
                 value = value + (logprobs[0] * float("inf")).sum() * 0
             else:
-                logprobs.register_hook(
-                    lambda grad: grad * 1e38
-                )  # finite, and its norm over the weights is not
+                logprobs.register_hook(lambda grad: grad * 1e38)
         return value
 
     monkeypatch.setattr(grpo, "loss", loss)
@@ -697,27 +674,19 @@ def spoil(monkeypatch, calls, how):
 
 @pytest.fixture
 def half_right(monkeypatch):
+    """Rewards that differ within the groups, so that every update has a gradient."""
     monkeypatch.setattr(train, "correct", child.parity)
 
 
-GRPO = [
-    *WORDS,
-    "--algo",
-    "grpo",
-    "--samples-every",
-    "0",
-    "--group-size",
-    "4",
-    "--save-every",
-    "1",
-    "--lr",
-    "0.001",
-]
+GRPO = [*WORDS, *"--algo grpo --samples-every 0 --group-size 4 --save-every 1 --lr 0.001".split()]
 
 
 @pytest.mark.parametrize("how", ["loss", "push", "gradient"])
 def test_skipped_update(monkeypatch, half_right, file, tmp_path, capsys, how):
-    """Two updates in a row of four are skipped and counted, their rows are in samples.jsonl, and the run goes on."""
+    """Updates 3 and 4 of 8 are skipped and counted, and the run goes on.
+
+    The rows that caused it are in samples.jsonl. No skipped update moves a weight.
+    """
     spoil(monkeypatch, {3, 4}, how)
     moved = []
     real = train.Updater.update
@@ -734,28 +703,26 @@ def test_skipped_update(monkeypatch, half_right, file, tmp_path, capsys, how):
     out = tmp_path / "run"
     assert train.main([str(word) for word in [*GRPO, "--data", file, "--out", out]]) == 0
     assert [bad for bad, _ in moved] == [False, False, True, True, False, False, False, False]
-    assert not any(moves for bad, moves in moved if bad) and any(
-        moves for bad, moves in moved if not bad
-    )
+    assert not any(moves for bad, moves in moved if bad)
+    assert any(moves for bad, moves in moved if not bad)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["skipped"] for row in rows if row["phase"] == "train"] == [0, 2, 0, 0]
     shown = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert {row["step"] for row in shown} == {2} and all(row["skipped"] for row in shown)
-    assert len(shown) == (2 if how == "push" else 8)  # the rows to blame, or the whole mini-batches
-    assert all(
-        len(row["tokens"]) == len(row["advantages"]) == len(row["logprobs"]) for row in shown
-    )
+    # The rows that caused the skip; where that cannot be known, the whole mini-batches.
+    assert len(shown) == (2 if how == "push" else 8)
+    for row in shown:
+        assert len(row["tokens"]) == len(row["advantages"]) == len(row["logprobs"])
 
 
 def test_skips_that_are_not_in_a_row(monkeypatch, half_right, file, tmp_path, capsys):
     spoil(monkeypatch, {1, 2, 4, 5, 7, 8}, "loss")
-    assert (
-        train.main([str(word) for word in [*GRPO, "--data", file, "--out", tmp_path / "run"]]) == 0
-    )
+    words = [*GRPO, "--data", file, "--out", tmp_path / "run"]
+    assert train.main([str(word) for word in words]) == 0
 
 
 def test_three_skipped_in_a_row(monkeypatch, half_right, file, tmp_path, capsys):
-    """... end the run with exit 1; the checkpoint before is the last, and its weights are what they were."""
+    """... end the run with status 1; the last checkpoint is the one before, with finite weights."""
     spoil(monkeypatch, {6, 7, 8, 9}, "loss")
     out = tmp_path / "run"
     line = error_line(capsys, *GRPO, "--data", file, "--out", out, status=1)
@@ -768,7 +735,7 @@ def test_three_skipped_in_a_row(monkeypatch, half_right, file, tmp_path, capsys)
     assert [row["skipped"] for row in rows if row["phase"] == "train"] == [0, 0, 1, 2]
     monkeypatch.undo()
     monkeypatch.setattr(train, "plot_runs", lambda *_: None)
-    assert train.main(["--resume", str(out)]) == 0  # the fault is mended: it goes on after step 3
+    assert train.main(["--resume", str(out)]) == 0  # without the fault, it goes on after step 3
     assert "after step 3 of 4" in capsys.readouterr().out
 
 

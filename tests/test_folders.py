@@ -1,4 +1,4 @@
-"""Runs that do not mix: one process per folder, and no result passes for that of other inputs."""
+"""Runs do not mix: one process per folder, and no result is taken for that of other inputs."""
 
 import json
 import multiprocessing
@@ -22,12 +22,14 @@ from trainer.policy import load_policy
 from trainer.runs import read_folder, read_runs
 
 TINY = child.ROOT / "tiny"
-WORDS = "--preset tiny --steps 4 --prompts 2 --group-size 2 --updates 2 --max-new-tokens 8".split()  # noqa: SIM905
-WORDS += "--eval-n 2 --eval-every 0 --k 0".split()  # noqa: SIM905
+# The options of every run here: four steps of four short completions, no evaluation in between.
+WORDS = """--preset tiny --steps 4 --prompts 2 --group-size 2 --updates 2 --max-new-tokens 8
+    --eval-n 2 --eval-every 0 --k 0""".split()
 
 
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch):
+    """No plots, and afterwards the SIGINT handler that pytest had: train.main sets its own."""
     handler = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(train, "plot_runs", lambda *_: None)
     yield
@@ -72,7 +74,10 @@ def contents(folder):
 
 
 def test_a_second_run_in_the_same_folder_is_refused_with_the_process_id(file, tmp_path, capsys):
-    """While the first lives; killed, it leaves its lock file, and the next run takes the folder over."""
+    """Refused while the first process lives. Killed, it leaves its lock file behind.
+
+    The next run takes the folder all the same: the lock itself ends with its process.
+    """
     out = tmp_path / "run"
     words = [*WORDS, "--data", file, "--steps", "10000", "--save-every", "1", "--out", out]
     first = child.start(words, tmp_path / "log")
@@ -100,7 +105,7 @@ def test_a_second_run_in_the_same_folder_is_refused_with_the_process_id(file, tm
 
 
 def test_a_folder_is_locked_before_its_run_is_looked_for(file, tmp_path, capsys, monkeypatch):
-    """The other run has the folder, but has written nothing yet: it is still loading its model."""
+    """The other run has the folder, but has written nothing yet, as while it loads its model."""
     monkeypatch.setattr(start, "load_policy", lambda *_: pytest.fail("it had loaded the model"))
     with lock.locked(tmp_path / "run"):
         line = error_line(capsys, *WORDS, "--data", file, "--out", tmp_path / "run")
@@ -109,6 +114,10 @@ def test_a_folder_is_locked_before_its_run_is_looked_for(file, tmp_path, capsys,
 
 
 def hold_often(folder, times, failed):
+    """Locks the folder again and again; sets `failed` if another process holds it at that time.
+
+    O_EXCL fails if the file exists, so only one process at a time can have made it.
+    """
     for _ in range(times):
         try:
             with lock.locked(folder):
@@ -167,7 +176,8 @@ def test_weights_checksum_sees_every_weight():
             weight.view(-1)[-1] += 1e-3
         seen.add(origin.weights_checksum(model))
     assert len(seen) == 1 + len(list(model.parameters()))
-    with torch.no_grad():  # two weights that change places make another model
+    # Two weights that change places make another model: a plain sum would not see it.
+    with torch.no_grad():
         a, b = (layer.input_layernorm.weight for layer in model.model.layers[:2])
         a.copy_(torch.arange(128.0))
         b.copy_(-torch.arange(128.0))
@@ -208,7 +218,7 @@ def test_other_code_names_files_and_versions():
 
 
 def test_a_run_stands_for_its_model_or_its_latest_checkpoint(file, tmp_path, capsys):
-    """Done: model/. Not done, or going on with more steps: the latest checkpoint."""
+    """A finished run: model/. One that was stopped or got more steps: its last checkpoint."""
     out = tmp_path / "run"
     words = [*WORDS, "--data", file, "--save-every", "1", "--out", out]
     assert child.run(words, tmp_path / "log", "interrupt_in_step", 2, 1)[0] == 130

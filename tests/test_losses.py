@@ -1,4 +1,4 @@
-"""The seven losses: against hand-worked numbers, slow loops, and the identities that tie them to one another."""
+"""The seven losses: against hand-worked numbers, slow loops, and identities between methods."""
 
 import doctest
 import importlib
@@ -25,17 +25,13 @@ DEFAULTS = {
     | dict.fromkeys(("entropy", "old_entropy", "ref_logprobs")),
     "gtpo": {"eps_low": 0.2, "eps_high": 0.28},
     "grpo_s": {"eps_low": 0.2, "eps_high": 0.28},
-    "trgrpo": {
-        "eps_low": 0.2,
-        "eps_high": 0.24,
-        "alpha": 2.0,
-        "tau": 9.0,
-        "mu": 0.25,
-        "lower": 1.0,
-        "upper": 1.4,
-    }
-    | {"weight_inside_clip": False},
+    "trgrpo": {"eps_low": 0.2, "eps_high": 0.24, "alpha": 2.0, "tau": 9.0, "mu": 0.25}
+    | {"lower": 1.0, "upper": 1.4, "weight_inside_clip": False},
 }  # papers.md's
+
+# TR-GRPO's constants, all of them other than the defaults.
+OTHER_V = {"alpha": 1.5, "tau": 5.0, "mu": 0.4, "lower": 0.8, "upper": 1.3}
+ENTROPIES = {"entropy": "entropy", "old_entropy": "old_entropy"}
 
 # every option set that changes a gradient; "ref" and the entropies stand for the batch's tensors
 OPTIONS = [
@@ -48,40 +44,16 @@ OPTIONS = [
     ("gspo", {"eps_low": 0.1, "eps_high": 0.2}),
     ("tepo", {}),
     ("tepo", {"eps_low": 3e-4, "eps_high": 4e-4}),
-    ("tepo", {"kl_coef": 0.5, "entropy": "entropy", "old_entropy": "old_entropy"}),
-    (
-        "tepo",
-        {"kl_coef": 0.5, "entropy": "entropy", "old_entropy": "old_entropy", "ref_logprobs": "ref"},
-    ),
+    ("tepo", {"kl_coef": 0.5, **ENTROPIES}),
+    ("tepo", {"kl_coef": 0.5, **ENTROPIES, "ref_logprobs": "ref"}),
     ("gtpo", {}),
     ("gtpo", {"eps_low": 0.1, "eps_high": 0.15}),
     ("grpo_s", {}),
     ("grpo_s", {"eps_low": 0.1, "eps_high": 0.15}),
     ("trgrpo", {}),
     ("trgrpo", {"weight_inside_clip": True}),
-    (
-        "trgrpo",
-        {
-            "eps_low": 0.1,
-            "eps_high": 0.4,
-            "alpha": 1.5,
-            "tau": 5.0,
-            "mu": 0.4,
-            "lower": 0.8,
-            "upper": 1.3,
-        },
-    ),
-    (
-        "trgrpo",
-        {
-            "alpha": 1.5,
-            "tau": 5.0,
-            "mu": 0.4,
-            "lower": 0.8,
-            "upper": 1.3,
-            "weight_inside_clip": True,
-        },
-    ),
+    ("trgrpo", {"eps_low": 0.1, "eps_high": 0.4, **OTHER_V}),
+    ("trgrpo", {**OTHER_V, "weight_inside_clip": True}),
 ]
 CASES = [(name, options, "[B]") for name, options in OPTIONS]
 CASES += [(name, options, "[B, T]") for name, options in OPTIONS if name in PER_TOKEN]
@@ -97,7 +69,11 @@ every_form = pytest.mark.parametrize(
 
 
 def make_batch(seed=0, B=8, T=5, spread=0.35, gaps=True):
-    """Ragged float64 batch off policy, log-ratios of both tokens and rows about `spread` wide."""
+    """A ragged batch in float64, off policy, so that the clip binds on both sides.
+
+    `spread`: the size of the log-ratios, of single tokens and of whole rows; 3e-4 is GSPO's scale.
+    "[B]" and "[B, T]" are advantages of these shapes; `gaps`: mask entries off in mid-row.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def rand(*shape):
@@ -152,7 +128,7 @@ def close(actual, expected, rtol=1e-9, atol=1e-12):
     )
 
 
-# ---- against the equations -----------------------------------------------------------------------------------
+# ---- against the equations -----------------------------------------------------------------------
 
 
 @every_case
@@ -184,18 +160,16 @@ def test_the_batches_of_the_slow_loop_reach_every_branch_of_the_clip(name, optio
     assert len(reference.branches) == 6
 
 
-# ---- by hand -------------------------------------------------------------------------------------------------
+# ---- by hand -------------------------------------------------------------------------------------
 
 W = torch.tensor([[1.5, 0.9], [0.5, 7.0]], dtype=torch.float64)  # the 7 is padding
 A = torch.tensor([1.0, -1.0], dtype=torch.float64)
 MASK = torch.tensor([[1, 1], [1, 0]])
-S = math.sqrt(
-    1.5 * 0.9
-)  # the geometric mean of row 0; the arithmetic one is 1.2; row 1 is clipped everywhere
+# The geometric mean of row 0; the arithmetic one is 1.2. Row 1 is clipped in every method.
+S = math.sqrt(1.5 * 0.9)
 PI = torch.tensor([[0.75, 0.27], [0.2, 0.9]], dtype=torch.float64)
-V = 2 / (
-    1 + math.exp(-9 * (0.27 - 0.25))
-)  # 1.0898; the others' weights are 1.4 (capped) and 1 (raised)
+# TR-GRPO's weight of 0.27, 1.0898. Those of 0.75 and 0.2 are 1.4 (capped) and 1 (raised).
+V = 2 / (1 + math.exp(-9 * (0.27 - 0.25)))
 
 
 @pytest.mark.parametrize(
@@ -227,18 +201,16 @@ def test_by_hand(name, options, value, grad):
 
 
 def test_by_hand_averages():
-    """Of (1, 3) and (5, padding): 7 is nowhere in them."""
-    x, mask = (
-        torch.tensor([[1.0, 3.0], [5.0, 7.0], [7.0, 7.0]]),
-        torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]]),
-    )
+    """Averages of (1, 3), (5) and (): the 7s are padding and enter none of them."""
+    x = torch.tensor([[1.0, 3.0], [5.0, 7.0], [7.0, 7.0]])
+    mask = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
     assert MODULE["grpo"].row_mean(x, mask).tolist() == [2, 5, 0]
     assert MODULE["grpo"].token_mean(x, mask) == 3
     close(MODULE["grpo"].sequence_mean(x, mask), 7 / 3, rtol=1e-6)
 
 
 def test_by_hand_advantages_per_token():
-    """GSPO-token and TEPO share one ratio along the row, and each token's gradient carries its own advantage."""
+    """GSPO-token and TEPO: one ratio per row, but each token's gradient has its own advantage."""
     A_t = torch.tensor([[2.0, -1.0], [-1.0, 9.0]], dtype=torch.float64)
     eps = {"eps_low": 0.2, "eps_high": 0.28}
     value, grad = value_and_grad(MODULE["gspo"].loss, PI.log(), (PI / W).log(), A_t, MASK, **eps)
@@ -266,17 +238,15 @@ def test_by_hand_kl_of_grpo():
 
 
 def test_by_hand_kl_mask_of_tepo():
-    """Only tokens with A > 0 whose entropy fell by more than 1e-4 nats pay; all tokens stand in the denominator."""
-    logprobs, old = (
-        torch.zeros(2, 3, dtype=torch.float64),
-        torch.full((2, 3), math.log(2), dtype=torch.float64),
-    )
+    """Only tokens with A > 0 whose entropy fell by over 1e-4 nats pay; the mean is over all."""
+    logprobs = torch.zeros(2, 3, dtype=torch.float64)
+    old = torch.full((2, 3), math.log(2), dtype=torch.float64)
     A_t = torch.tensor([[1.0, 1.0, 1.0], [-1.0, 0.0, 1.0]], dtype=torch.float64)
     H_old = torch.full((2, 3), 0.5, dtype=torch.float64)
-    H = H_old + torch.tensor(
-        [[-2e-4, -0.5e-4, 0.1], [-0.1, -0.1, -0.1]], dtype=torch.float64
-    )  # pays: [0, 0], [1, 2]
-    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])  # and [1, 2] is off
+    change = [[-2e-4, -0.5e-4, 0.1], [-0.1, -0.1, -0.1]]
+    H = H_old + torch.tensor(change, dtype=torch.float64)
+    # [0, 0] and [1, 2] would pay, but [1, 2] is masked.
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     entropies = {"entropy": H, "old_entropy": H_old}
     plain = value_and_grad(MODULE["tepo"].loss, logprobs, old, A_t, mask)
     value, grad = value_and_grad(
@@ -328,7 +298,7 @@ def test_docstring_numbers(name, options, value):
     assert f"{a * value:.4f}".rstrip("0") in inspect.getdoc(MODULE[name])
 
 
-# ---- the clip ------------------------------------------------------------------------------------------------
+# ---- the clip ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", ["below", "in", "above"])
@@ -336,12 +306,9 @@ def test_docstring_numbers(name, options, value):
 @every_form
 @pytest.mark.parametrize("inside", [False, True])
 def test_sign_table_of_the_clip(name, form, a, side, inside):
-    """Zero gradient exactly where A > 0 and the ratio is above, or A < 0 and it is below; else -A ratio / |o|."""
-    loss, eps_low, eps_high = (
-        MODULE[name].loss,
-        DEFAULTS[name]["eps_low"],
-        DEFAULTS[name]["eps_high"],
-    )
+    """No gradient where A > 0 and the ratio is above, or A < 0 and below; else -A ratio / |o|."""
+    loss = MODULE[name].loss
+    eps_low, eps_high = DEFAULTS[name]["eps_low"], DEFAULTS[name]["eps_high"]
     inside = inside and name == "trgrpo"  # then v w is the ratio, else w
     v = 1.3 if name == "trgrpo" else 1.0
     options = {"lower": v, "upper": v, "weight_inside_clip": inside} if name == "trgrpo" else {}
@@ -386,9 +353,8 @@ def test_each_algorithm_clips_its_own_ratio(name, zero):
 
 
 def test_trgrpo_weight_inside_the_clip_silences_confident_right_tokens_on_the_first_update():
-    logprobs = torch.tensor(
-        [[0.95, 0.1]], dtype=torch.float64
-    ).log()  # v = 1.4 > 1 + eps_high, and v = 1
+    # v = 1.4 > 1 + eps_high, and v = 1
+    logprobs = torch.tensor([[0.95, 0.1]], dtype=torch.float64).log()
     args = (logprobs, logprobs, torch.ones(1), torch.ones(1, 2))
     _, outside = value_and_grad(MODULE["trgrpo"].loss, *args)
     _, inside = value_and_grad(MODULE["trgrpo"].loss, *args, weight_inside_clip=True)
@@ -402,7 +368,7 @@ def test_trgrpo_weight_inside_the_clip_silences_confident_right_tokens_on_the_fi
     close(inside, [[1.4 / 2, 1 / 2]])
 
 
-# ---- identities ----------------------------------------------------------------------------------------------
+# ---- identities ----------------------------------------------------------------------------------
 
 EQUAL_EPS = {"eps_low": 0.15, "eps_high": 0.25}
 
@@ -449,9 +415,8 @@ def test_grpo_s_is_grpo_until_the_clip_binds():
 
 def test_sequences_of_one_token():
     batch = make_batch(4)
-    batch["mask"] = torch.nn.functional.one_hot(
-        torch.arange(8) % 5, 5
-    )  # one token a row, not always the first
+    # One token per row, not always the first.
+    batch["mask"] = torch.nn.functional.one_hot(torch.arange(8) % 5, 5)
     batch["[B, T]"] = batch["[B]"][:, None].expand(8, 5)
     for form in ("[B]", "[B, T]"):
         same(run("gspo", batch, form, EQUAL_EPS), run("grpo", batch, form, EQUAL_EPS))
@@ -462,9 +427,8 @@ def test_sequences_of_one_token():
 @pytest.mark.parametrize("form", ["[B]", "[B, T]"])
 def test_sequences_of_equal_length(form):
     batch = make_batch(5)
-    batch["mask"] = torch.ones(8, 5).index_fill(
-        1, torch.tensor([3]), 0
-    )  # four tokens each, with a gap
+    # Four tokens per row, with a gap.
+    batch["mask"] = torch.ones(8, 5).index_fill(1, torch.tensor([3]), 0)
     same(run("tepo", batch, form, EQUAL_EPS), run("gspo", batch, form, EQUAL_EPS))
     same(run("dapo", batch, form, EQUAL_EPS), run("grpo", batch, form, EQUAL_EPS))
 
@@ -488,7 +452,7 @@ def test_gtpo_loss_is_dapo_loss():
     same(run("gtpo", make_batch(8), "[B, T]"), run("dapo", make_batch(8), "[B, T]"))
 
 
-# ---- what stands where the mask is off, and what carries no gradient -----------------------------------------
+# ---- what stands where the mask is off, and what carries no gradient -----------------------------
 
 
 @every_case
@@ -515,12 +479,8 @@ def test_what_stands_where_mask_is_0_changes_nothing(name, options, form):
 def test_any_mask_that_is_not_0_is_on(name, options, form):
     batch = make_batch(10)
     want = run(name, batch, form, options)
-    for mask in (
-        batch["mask"].long(),
-        batch["mask"].float(),
-        batch["mask"] * 2.5,
-        batch["mask"] * -0.5,
-    ):
+    on = batch["mask"]
+    for mask in (on.long(), on.float(), on * 2.5, on * -0.5):
         got = run(name, batch | {"mask": mask}, form, options)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
@@ -563,7 +523,7 @@ def test_only_logprobs_get_a_gradient(name, options, form):
 
 @every_algorithm
 def test_old_logprobs_may_be_the_very_same_tensor(name):
-    """On policy one passes logprobs twice; the old ones must not cancel the gradient."""
+    """On policy a caller may pass logprobs twice; the old ones must not cancel the gradient."""
     logprobs = make_batch(14)["logprobs"].requires_grad_()
     value = MODULE[name].loss(
         logprobs, logprobs, torch.ones(8), torch.ones(8, 5), eps_low=0.2, eps_high=0.9
@@ -572,7 +532,7 @@ def test_old_logprobs_may_be_the_very_same_tensor(name):
     assert (grad <= -1 / 40 + 1e-9).all()
 
 
-# ---- numerics ------------------------------------------------------------------------------------------------
+# ---- numerics ------------------------------------------------------------------------------------
 
 
 @every_case
@@ -587,9 +547,8 @@ def test_less_than_fp32_is_raised(name, options, form, low):
 
 
 def test_a_ratio_of_1_0005_in_bf16_is_clipped_at_1_0004():
-    logprobs = torch.full(
-        (1, 4), 5e-4, dtype=torch.bfloat16
-    )  # exp of it is 1 in bf16, inside GSPO's clip
+    # In bf16 its exp is 1, inside GSPO's clip; in fp32 it is above.
+    logprobs = torch.full((1, 4), 5e-4, dtype=torch.bfloat16)
     assert logprobs.exp().eq(1).all()
     value, grad = value_and_grad(
         MODULE["gspo"].loss, logprobs, torch.zeros(1, 4), torch.ones(1), torch.ones(1, 4)
@@ -624,11 +583,9 @@ def test_log_ratios_are_clamped_at_20(name, form):
 @pytest.mark.parametrize("name", ["grpo", "tepo"])
 def test_kl_does_not_overflow(name):
     logprobs, mask = torch.full((1, 2), -1e4), torch.ones(1, 2)
-    options = (
-        {"beta": 1.0}
-        if name == "grpo"
-        else {"kl_coef": 1.0, "entropy": mask * 0, "old_entropy": mask}
-    )
+    options = {"beta": 1.0}
+    if name == "tepo":
+        options = {"kl_coef": 1.0, "entropy": mask * 0, "old_entropy": mask}
     value, grad = value_and_grad(
         MODULE[name].loss, logprobs, logprobs, torch.ones(1), mask, ref_logprobs=mask * 0, **options
     )
@@ -643,7 +600,7 @@ def test_nothing_moves_devices(name, options, form):
     assert value.device.type == grad.device.type == "meta"
 
 
-# ---- signatures and errors -----------------------------------------------------------------------------------
+# ---- signatures and errors -----------------------------------------------------------------------
 
 
 @every_algorithm
@@ -676,12 +633,8 @@ def test_signature(name):
     ],
 )
 def test_shapes_that_do_not_fit(name, change, shape):
-    shapes = {
-        "logprobs": (4, 3),
-        "old_logprobs": (4, 3),
-        "advantages": (4,),
-        "mask": (4, 3),
-    } | change
+    shapes = {"logprobs": (4, 3), "old_logprobs": (4, 3), "advantages": (4,), "mask": (4, 3)}
+    shapes |= change
     with pytest.raises(ValueError) as error:
         MODULE[name].loss(*(torch.zeros(s) for s in shapes.values()))
     assert shape in str(error.value) and "\n" not in str(error.value)
@@ -739,7 +692,7 @@ def test_files_stay_short():
 
 @every_algorithm
 def test_files_read_in_one_order(name):
-    """Docstring, advantages, loss; nothing but these two is public in a file that takes GRPO's advantages."""
+    """Docstring, advantages, loss; or GRPO's advantages, imported."""
     source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
     assert source.startswith('"""')
     assert MODULE[name].advantages is MODULE["grpo"].advantages or source.index(

@@ -1,4 +1,7 @@
-"""A run that is interrupted, killed or robbed of a checkpoint, and resumed, is the run that never was: bit for bit."""
+"""A run that was interrupted, killed or lost a checkpoint, and is resumed, equals the whole run.
+
+Equal to the bit: its metrics, its samples and its trained weights.
+"""
 
 import json
 import os
@@ -23,10 +26,11 @@ from trainer import start
 
 STEPS = 12
 TIMINGS = ("rollout_s", "update_s", "tokens_per_s", "peak_mib")
-WORDS = (
-    f"--preset tiny --algo grpo --beta 0.01 --steps {STEPS} --prompts 2 --group-size 4 --updates 2 --max-new-tokens 8 "
-    "--dynamic-sampling 1 --eval-every 5 --eval-n 3 --k 2 --samples-every 3"
-).split()
+# The options of every run here. They switch on what a resume could lose: a reference policy (beta),
+# several updates per step, further draws of prompts, evaluations and samples in between.
+WORDS = f"""--preset tiny --algo grpo --beta 0.01 --steps {STEPS} --prompts 2 --group-size 4
+    --updates 2 --max-new-tokens 8 --dynamic-sampling 1 --eval-every 5 --eval-n 3 --k 2
+    --samples-every 3""".split()
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +42,14 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """The run that nothing happens to, and in the file `lines` how many lines of ours it ran."""
+    """The run to which nothing happens; beside it the file `lines`, see child.write_line_counts."""
     out = tmp_path_factory.mktemp("whole")
     words = [*WORDS, "--data", data, "--save-every", 1, "--out", out / "run"]
     status, log = child.run(words, out / "log", "write_line_counts", str(out / "lines"))
     assert status == 0, log
     rows = metrics(out / "run")
-    assert (
-        sum(row["phase"] == "train" and row["grad_norm"] > 0 for row in rows) > STEPS / 2
-    )  # it does learn
+    # It does learn: otherwise a lost update would go unnoticed.
+    assert sum(row["phase"] == "train" and row["grad_norm"] > 0 for row in rows) > STEPS / 2
     return out / "run"
 
 
@@ -77,59 +80,65 @@ def assert_same(run, other):
 
 
 def test_killed_twenty_times(whole, data, tmp_path):
-    """SIGKILL before a line of ours that chance picks, sixteen times, and four times in the midst of a write."""
+    """SIGKILL before a random line of ours, sixteen times, and four times in the middle of a write.
+
+    SIGKILL leaves the program no chance to tidy up. If the run still ends as the whole run does,
+    what is on the disk is enough to go on from at each of these points.
+    """
     before_loop, last = map(int, (whole.parent / "lines").read_text().split())
     a_step = (last - before_loop) / STEPS
-    rng = random.Random(0)  # at most one step a life, so that twenty of them do not reach the end
+    rng = random.Random(0)
+    # Each life is at most 1.8 steps long, so twenty of them do not reach the end.
     faults = [("kill_at_line", rng.randint(1, int(before_loop + 1.8 * a_step))) for _ in range(16)]
     for what in ("model", "state", "written", "renamed"):
         faults.insert(rng.randint(1, len(faults)), ("kill_in_write", what))
     run, parts, past = tmp_path / "run", 0, []
     for fault in faults:
-        begun = (run / "config.json").exists()
-        words = (
-            ["--resume", run]
-            if begun
-            else [*WORDS, "--data", data, "--save-every", 1, "--out", run, "--overwrite"]
-        )
+        words = [*WORDS, "--data", data, "--save-every", 1, "--out", run, "--overwrite"]
+        if (run / "config.json").exists():
+            words = ["--resume", run]
         status, log = child.run(words, tmp_path / "log", *fault)
         assert status == -signal.SIGKILL, log
         parts += any(run.glob("checkpoints/*.part"))
         past += [int(step) for step in re.findall(r"resuming .* after step (\d+) of", log)]
-    assert parts >= 3  # killed while it wrote
-    assert past == sorted(past) and past[-1] >= 3  # no checkpoint was ever lost, and it did get on
+    assert parts >= 3  # it was killed during writes
+    assert past == sorted(past) and past[-1] >= 3  # no checkpoint was lost, and it made progress
     status, log = child.run(["--resume", run], tmp_path / "log")
     assert status == 0, log
     assert_same(run, whole)
 
 
 def test_killed_at_any_time(whole, data, tmp_path):
-    """The same by the clock, from outside: in the midst of whatever it does then."""
+    """SIGKILL from outside at a random time: also inside torch, where no line of ours runs."""
     run, rng = tmp_path / "run", random.Random(1)
     words = [*WORDS, "--data", data, "--save-every", 1, "--out", run]
+    log = tmp_path / "log"
+
+    def started():
+        if "--resume" in words:
+            return "after step" in log.read_text()
+        return any(run.glob("m*"))  # metrics.jsonl
+
     for _ in range(3):
-        process = child.start(words, tmp_path / "log")
+        process = child.start(words, log)
         deadline = time.monotonic() + 60
-        while (
-            "after step" not in (tmp_path / "log").read_text()
-            if "--resume" in words
-            else not any(run.glob("m*"))
-        ):
-            assert process.is_alive() and time.monotonic() < deadline, (
-                tmp_path / "log"
-            ).read_text()
+        while not started():
+            assert process.is_alive() and time.monotonic() < deadline, log.read_text()
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.5))
         process.kill()
         process.join()
         words = ["--resume", run]
-    status, log = child.run(words, tmp_path / "log")
-    assert status == 0, log
+    status, printed = child.run(words, log)
+    assert status == 0, printed
     assert_same(run, whole)
 
 
 def test_interrupt(whole, data, tmp_path):
-    """Ctrl-C, twice in the run's life: the step is finished and saved, and the printed command goes on from there."""
+    """Ctrl-C, in two lives of a run: the step is finished and saved, and a command is printed.
+
+    That command goes on from there. --save-every 50 saves nothing by itself.
+    """
     words = [*WORDS, "--data", data, "--out", tmp_path / "a run", "--save-every", "50"]
     for at in (3, 8):
         status, log = child.run(words, tmp_path / "log", "interrupt_in_step", at, 1)
@@ -146,7 +155,7 @@ def test_interrupt(whole, data, tmp_path):
 
 
 def test_second_interrupt(whole, data, tmp_path):
-    """A second Ctrl-C exits at once: the step it falls in is not written, and is done again on --resume."""
+    """A second Ctrl-C exits at once: its step is not written, and --resume does it again."""
     run = tmp_path / "run"
     words = [*WORDS, "--data", data, "--save-every", 2, "--out", run]
     status, log = child.run(words, tmp_path / "log", "interrupt_in_step", 6, 2)
@@ -158,18 +167,16 @@ def test_second_interrupt(whole, data, tmp_path):
 
 
 def test_interrupt_of_the_command(data, tmp_path):
-    """The same with the real command, its real reward and a signal from outside, and the printed line as it stands."""
+    """The same with the real command and reward, a signal from outside, and the printed line."""
     cwd, env = child.ROOT, os.environ | {"OMP_NUM_THREADS": "1"}
     words = [*WORDS, "--data", str(data), "--k", "0", "--steps", "30", "--eval-every", "0"]
     run = tmp_path / "run"
     command = [sys.executable, "train.py", *words, "--out", str(run)]
-    process = subprocess.Popen(
-        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=cwd, env=env, **pipes)
     deadline = time.monotonic() + 120
-    while (
-        not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 4
-    ):
+    lines = run / "metrics.jsonl"
+    while not lines.exists() or lines.read_text().count("\n") < 4:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
@@ -177,9 +184,8 @@ def test_interrupt_of_the_command(data, tmp_path):
     assert process.returncode == 130 and "Traceback" not in errors, errors
     again = shlex.split(printed.splitlines()[-1].split("Go on with: ")[1])
     assert again[:2] == ["python", "train.py"]
-    done = subprocess.run(
-        [sys.executable, *again[1:]], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, *again[1:]]
+    done = subprocess.run(command, cwd=cwd, env=env, **pipes, timeout=120)
     assert done.returncode == 0, done.stderr
     status, log = child.run([*words, "--out", tmp_path / "whole"], tmp_path / "log", "true_reward")
     assert status == 0, log
@@ -207,14 +213,14 @@ DAMAGE = {
 
 
 def remove_weight(path):
-    """transformers would make one up, at random."""
+    """Removes one weight. transformers would fill it with random numbers."""
     weights = load_file(path)
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, path, {"format": "pt"})
 
 
 def cut_last_line(path):
-    """As after a power cut, if the checkpoint had come to the disk before the lines."""
+    """Cuts ten bytes: as after a power cut, if checkpoints were synced before lines."""
     os.truncate(path, path.stat().st_size - 10)
 
 
@@ -224,9 +230,8 @@ def test_damaged_checkpoint(whole, stopped, tmp_path, damage):
     DAMAGE[damage](run / "checkpoints" / "step-000008")
     status, log = child.run(["--resume", run], tmp_path / "log")
     assert status == 0, log
-    assert re.search(
-        r"checkpoint step-000008 cannot be read \(.+\); falling back to the one before\n", log
-    ), log
+    note = r"checkpoint step-000008 cannot be read \(.+\); falling back to the one before\n"
+    assert re.search(note, log), log
     assert "after step 7 of 12" in log
     assert_same(run, whole)
 
@@ -241,7 +246,10 @@ def test_no_checkpoint_left(stopped, tmp_path, capsys):
 
 
 def test_state_is_never_unpickled(stopped, tmp_path, capsys):
-    """torch.load has weights_only: a state.pt that runs code when it is unpickled is refused, and does not run it."""
+    """A state.pt that would run code when it is unpickled is refused, and the code does not run.
+
+    The code would make the folder `ran`.
+    """
 
     class Evil:
         def __reduce__(self):
@@ -259,7 +267,7 @@ def contents(run):
 
 
 def refused(capsys, *argv):
-    """The one line of an exit status 2."""
+    """Runs train.main: it exits with status 2 and one line on stderr, which is returned."""
     capsys.readouterr()
     assert train.main([str(word) for word in argv]) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -281,9 +289,8 @@ def refused(capsys, *argv):
     ],
 )
 def test_resume_with_other_options(stopped, capsys, monkeypatch, words, line):
-    monkeypatch.setattr(
-        start, "load_policy", lambda *_: pytest.fail("refused only after the model was loaded")
-    )
+    too_late = "refused only after the model was loaded"
+    monkeypatch.setattr(start, "load_policy", lambda *_: pytest.fail(too_late))
     before = contents(stopped)
     assert line in refused(capsys, "--resume", stopped, *words.split())
     assert contents(stopped) == before
@@ -321,7 +328,7 @@ def test_resume_of_no_run(tmp_path, capsys, config):
 
 @pytest.fixture(scope="module")
 def longer(data, tmp_path_factory):
-    """The same with two steps more, in one go."""
+    """The whole run with two more steps, without a stop."""
     out = tmp_path_factory.mktemp("longer")
     words = [*WORDS, "--data", data, "--steps", STEPS + 2, "--out", out / "run"]
     status, log = child.run(words, out / "log")
@@ -331,9 +338,9 @@ def longer(data, tmp_path_factory):
 
 @pytest.mark.parametrize("interrupted", [True, False])
 def test_more_steps(whole, stopped, longer, tmp_path, interrupted):
-    """--steps may be raised, also of a finished run: then the run is the longer one.
+    """--steps may be raised, also of a finished run: then it equals the longer run.
 
-    No evaluation is left of what was the last step.
+    The evaluation after the former last step is removed, because the longer run has none there.
     """
     run = shutil.copytree(stopped if interrupted else whole, tmp_path / "run")
     status, log = child.run(["--resume", run, "--steps", STEPS + 2], tmp_path / "log")
@@ -342,7 +349,10 @@ def test_more_steps(whole, stopped, longer, tmp_path, interrupted):
 
 
 def test_more_steps_where_an_evaluation_was_due(data, longer, tmp_path):
-    """The evaluation of the old last step had draws; now it has none, also if killed again."""
+    """The last step's evaluation has pass@k samples (k = 2), those in between have none (k = 0).
+
+    So the evaluation of the former last step is made again without them, even after another stop.
+    """
     run = tmp_path / "run"
     words = [*WORDS, "--data", data, "--steps", "10", "--save-every", "50", "--out", run]
     assert child.run(words, tmp_path / "log")[0] == 0
@@ -355,7 +365,7 @@ def test_more_steps_where_an_evaluation_was_due(data, longer, tmp_path):
 
 
 def test_resume_of_a_finished_run(whole, tmp_path, capsys):
-    """It writes the model anew, and nothing else; without checkpoints it is refused, not begun again."""
+    """It writes the model again and nothing else; without checkpoints it is refused."""
     run = shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(run / "model")
     status, log = child.run(["--resume", run], tmp_path / "log")
@@ -379,7 +389,10 @@ def test_killed_before_the_first_checkpoint(whole, data, tmp_path):
 
 
 def test_later_checkpoints_are_dropped(stopped, tmp_path):
-    """What could not be read must not stand in the way, or come back, when the run has gone on from an earlier one."""
+    """A checkpoint that could not be read is removed once the run has gone on from an earlier one.
+
+    Step 8's is unreadable and named 11: kept, it would count as the latest one later on.
+    """
     run = shutil.copytree(stopped, tmp_path / "run")
     cut(run / "checkpoints" / "step-000008" / "state.pt")
     (run / "checkpoints" / "step-000008").rename(run / "checkpoints" / "step-000011")
@@ -396,26 +409,14 @@ def test_a_run_is_not_overwritten_unasked(stopped, tmp_path, capsys):
 
 
 def test_same_seed_same_metrics(whole, data, tmp_path):
-    """And how often one evaluates and saves changes nothing of the training."""
-    words = [
-        *WORDS,
-        "--data",
-        data,
-        "--save-every",
-        7,
-        "--eval-every",
-        1,
-        "--k",
-        3,
-        "--out",
-        tmp_path / "run",
-    ]
+    """Same seed, other --eval-every, --k and --save-every: the training is the same."""
+    words = [*WORDS, *"--save-every 7 --eval-every 1 --k 3".split()]
+    words += ["--data", data, "--out", tmp_path / "run"]
     status, log = child.run(words, tmp_path / "log")
     assert status == 0, log
-    trained = [
-        [row for row in metrics(run) if row["phase"] == "train"]
-        for run in (whole, tmp_path / "run")
-    ]
+    trained = []
+    for run in (whole, tmp_path / "run"):
+        trained.append([row for row in metrics(run) if row["phase"] == "train"])
     assert trained[0] == trained[1]
     words = [*WORDS, "--data", data, "--seed", 1, "--steps", 2, "--out", tmp_path / "other"]
     assert child.run(words, tmp_path / "log")[0] == 0

@@ -1,4 +1,7 @@
-"""rewards.py: a table of answers, then attacks: megabytes of anything, and whatever hypothesis can think of."""
+"""rewards.py: tables of answers, its parts one by one, then attacks.
+
+The attacks are megabytes of one repeated piece, and random texts that hypothesis makes.
+"""
 
 import re
 import sys
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 import rewards
 from rewards import correct, extract_answer, overlong_penalty
 
-# What stands after "#### " and what is read there. Each is tried behind the marker, in a box, and, lenient, bare.
+# (numeral, the number that must be read). Each is tried after "#### ", in a box, and, lenient, bare.
 NUMERALS = [
     # plain, signs, currency
     ("72", 72),
@@ -142,90 +145,28 @@ def test_numeral(numeral, value):
     assert extract_answer(f"it is {numeral} ", lenient=True) == value
 
 
-# What follows belongs to the number, or makes it ambiguous. A part of it would be wrong: nothing is read.
+# Numerals with something that belongs to them, or that makes them ambiguous. Any part of them would
+# be a wrong number, so the answer must be None.
 UNREADABLE = [
     # roots, constants, variables, powers, factorials, bases, indices
-    *[
-        r"\sqrt{51}",
-        r"\sqrt 51",
-        r"\sqrt[3]{8}",
-        "√51",
-        "√ 51",
-        "sqrt(51)",
-        "sqrt 51",
-        "log 5",
-        "f(5)",
-    ],
-    *[
-        r"3\pi",
-        r"3 \pi",
-        "3π",
-        "3 pi",
-        "3pi",
-        "2x",
-        "2 x",
-        "x2",
-        "5e",
-        "5(x+1)",
-        "5/x",
-        r"5/\pi",
-        "π/3",
-    ],
-    *[
-        "x^2",
-        "2^10",
-        "2 ^ 10",
-        "2^{10}",
-        "{5}^2",
-        "(5)^2",
-        "2**10",
-        "5²",
-        "5⁻¹",
-        "10⁻5",
-        "x_1",
-        "101_2",
-    ],
+    *[r"\sqrt{51}", r"\sqrt 51", r"\sqrt[3]{8}", "√51", "√ 51", "sqrt(51)", "sqrt 51", "log 5"],
+    *["f(5)"],
+    *[r"3\pi", r"3 \pi", "3π", "3 pi", "3pi", "2x", "2 x", "x2", "5e", "5(x+1)", "5/x", r"5/\pi"],
+    *["π/3"],
+    *["x^2", "2^10", "2 ^ 10", "2^{10}", "{5}^2", "(5)^2", "2**10", "5²", "5⁻¹", "10⁻5", "x_1"],
+    *["101_2"],
     *["5!", "5 !", "(5)!", r"\frac{1}{2}^2", r"\frac{1}{2}x", r"x^\frac12"],
     # repeating decimals and cut ones
     *["0.333...", "0.333…", r"0.3\ldots", r"0.\overline{3}", r"0.3\overline{4}", "0.(3)", "0.3̅"],
     # other numbers of Unicode, and words that scale
     *["½", "2½", "2 ½", "-⅓", "Ⅷ5", "5万", "5 万", "三5", "5️⃣"],
-    *[
-        "5 million",
-        "5-million",
-        r"5\text{ million}",
-        "5 hundred",
-        "5k",
-        "$5K",
-        "5M",
-        "2 and a half",
-    ],
+    *["5 million", "5-million", r"5\text{ million}", "5 hundred", "5k", "$5K", "5M"],
+    *["2 and a half"],
     # calculations, ratios, ranges, inequalities
-    *[
-        "a+1",
-        "5+x",
-        "5 + x",
-        "5 - x",
-        "x - 5",
-        "5-3",
-        "5 - 3",
-        "5 -3",
-        "16 - 3 = 13",
-        "2*3",
-        "2 * 3",
-    ],
-    *[
-        "2×3",
-        "2 × 3",
-        "3x4",
-        "3 x 4",
-        "5·2",
-        "5(3)",
-        "(5)(3)",
-        r"5\cdot 3",
-        r"5 \times 10^3",
-        "7 % 4",
-    ],
+    *["a+1", "5+x", "5 + x", "5 - x", "x - 5", "5-3", "5 - 3", "5 -3", "16 - 3 = 13", "2*3"],
+    *["2 * 3"],
+    *["2×3", "2 × 3", "3x4", "3 x 4", "5·2", "5(3)", "(5)(3)", r"5\cdot 3", r"5 \times 10^3"],
+    *["7 % 4"],
     *["3:4", "3 : 4", "12:30", "3-5", "3–5", "3~5", "100~200", "±5", "5 ± 2", r"5 \pm 2", r"\pm 5"],
     *["x > 5", "x ≥ 5", "≤ 5", r"x \ge 5", "5 < x", "5 ≠ 6", "5+", "3 / 4", "17 000/5 - 1"],
     # fractions that are not of two whole numbers
@@ -233,43 +174,14 @@ UNREADABLE = [
     *[r"\frac{1}{2}3", r"\frac123", r"\frac{1}{2}\frac{3}{4}", r"1,\frac{234}{5}", r"\frac{1}{0}"],
     *["2 4/3", "2 1/0", "2.5 1/2", "2 1/2/3", "2-1/2", "2 and 1/2", r"2\frac{-2}{3}", "2 100/300"],
     # groups and marks
-    *[
-        "12 000",
-        "1 234 567",
-        "12\u00a00000",
-        "1234\u00a0567",
-        "12\u00a0 000",
-        "1\u202f23",
-        r"1\,23",
-    ],
+    *["12 000", "1 234 567", "12\u00a00000", "1234\u00a0567", "12\u00a0 000", "1\u202f23"],
+    *[r"1\,23"],
     *["10\\!000", "5,6", "5;6", "5→6", "H2O", "5eggs3", "0x1F", "1e+5e3", "5|6;7", "5\u202e6"],
     # the sign
-    *[
-        "- 5",
-        "+ 5",
-        "- $5",
-        "--5",
-        "+-5",
-        "-+5",
-        "$-$-5",
-        "GPT-4",
-        "USD-5",
-        "-USD 5",
-        "-US$5",
-        "-Rs.5",
-    ],
-    *[
-        "-(5)",
-        "-**5**",
-        r"-\text{5}",
-        r"-\left(5",
-        "-{5+1}",
-        r"-{\frac34}",
-        "-|5|",
-        "|-5|",
-        "—5",
-        "⁻5",
-    ],
+    *["- 5", "+ 5", "- $5", "--5", "+-5", "-+5", "$-$-5", "GPT-4", "USD-5", "-USD 5", "-US$5"],
+    *["-Rs.5"],
+    *["-(5)", "-**5**", r"-\text{5}", r"-\left(5", "-{5+1}", r"-{\frac34}", "-|5|", "|-5|", "—5"],
+    *["⁻5"],
     *["negative 5", "Minus 5", "⁒5", "∓5", "5-", "x -5", "(5)-(3)"],
 ]
 
@@ -282,21 +194,13 @@ def test_what_continues_a_numeral_leaves_no_part_of_it(numeral):
         correct("", numeral)
 
 
-# Written in full and unambiguous.
+# (numeral, its value): complete and unambiguous, in every form that is read.
 READABLE = [
     # fractions and mixed numbers
-    *[
-        (r"\frac34", "3/4"),
-        (r"\frac{3}{4}", "3/4"),
-        (r"\dfrac{3}{4}", "3/4"),
-        (r"\tfrac3{4}", "3/4"),
-    ],
-    *[
-        (r"\frac{3}4", "3/4"),
-        (r"\frac 34", "3/4"),
-        (r"\frac{-12}{4}", "-3"),
-        (r"-\frac{3}{4}", "-3/4"),
-    ],
+    *[(r"\frac34", "3/4"), (r"\frac{3}{4}", "3/4"), (r"\dfrac{3}{4}", "3/4")],
+    *[(r"\tfrac3{4}", "3/4")],
+    *[(r"\frac{3}4", "3/4"), (r"\frac 34", "3/4"), (r"\frac{-12}{4}", "-3")],
+    *[(r"-\frac{3}{4}", "-3/4")],
     *[(r"\frac{1,000}{3}", "1000/3"), (r"$\frac{3}{4}$", "3/4"), ("3⁄4", "3/4"), ("84/2", "42")],
     *[("2 2/3", "8/3"), ("-2 2/3", "-8/3"), (r"2\frac{2}{3}", "8/3"), (r"2 \dfrac23", "8/3")],
     *[(r"-2\frac23", "-8/3"), ("1,000 1/2", "2001/2"), ("2\u00a01/2", "5/2"), ("٢ ١/٢", "5/2")],
@@ -313,14 +217,8 @@ READABLE = [
     *[(r"5\%", "5"), ("5°", "5"), (r"90^\circ", "90"), (r"90^{\circ}", "90"), ("5-foot", "5")],
     *[("5/hour", "5"), (r"\$5/\text{hour}", "5"), ("5 miles/hour", "5"), ("~5", "5"), ("5¢", "5")],
     *[("5 - five", "5"), ("_5_", "5"), ("*5*", "5"), ("`5`", "5"), ("[5]", "5"), ("5th", "5")],
-    *[
-        ("<b>5</b>", "5"),
-        ("->5", "5"),
-        ("=> 5", "5"),
-        ("→ 5", "5"),
-        ("5 = 2+3", "5"),
-        ("5, 6", "5"),
-    ],
+    *[("<b>5</b>", "5"), ("->5", "5"), ("=> 5", "5"), ("→ 5", "5"), ("5 = 2+3", "5")],
+    *[("5, 6", "5")],
     *[("at least 5", "5"), ("R500", "500"), ("1\u200b2", "12"), ("共5个", "5"), ("5…", "5")],
 ]
 
@@ -331,7 +229,7 @@ def test_what_is_unambiguous_is_read(numeral, number):
     assert extract_answer(f"so \\boxed{{{numeral}}}") == Fraction(number)
 
 
-# --- truncated -------------------------------------------------------------------------------------------------------
+# --- truncated ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -383,7 +281,7 @@ def test_lenient_reads_a_window_and_never_a_numeral_that_it_cuts(monkeypatch):
     assert extract_answer("1234567 eggs, ", lenient=True) is None
 
 
-# --- the parts of the grammar ----------------------------------------------------------------------------------------
+# --- the parts of the grammar ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -596,11 +494,8 @@ def test_an_answer_without_one_number_is_refused(answer):
 def test_a_refused_answer_is_shortened():
     with pytest.raises(ValueError, match="no number") as error:
         correct("#### 1", "x" * 10_000 + "\n" + "y" * 10_000)
-    assert (
-        "xxx ... yyy" in str(error.value)
-        and len(str(error.value)) < 250
-        and "\n" not in str(error.value)
-    )
+    message = str(error.value)
+    assert "xxx ... yyy" in message and len(message) < 250 and "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -637,64 +532,28 @@ def test_every_decimal_digit_and_currency_of_unicode_counts():
             assert extract_answer(f"#### -{char}5") == -5
 
 
-# --- attacks ---------------------------------------------------------------------------------------------------------
+# --- attacks --------------------------------------------------------------------------------------
 
-# Units that one or another part of the code would be quadratic on, were it written with less care; the first ones at
-# two megabytes, the others at 300 kB.
+# Pieces that attack the time: repeated to megabytes, each would take quadratic time in some part of
+# a less careful parser. LARGE are tried at 2 MB, SMALL at 300 kB.
 LARGE = [
-    "9",
-    "\uff17",
-    "#",
-    "#### ",
-    ",",
-    " ",
-    "\n",
-    "{",
-    "\\boxed{",
-    "1 ",
-    "3/0 ",
-    "1,111,",
-    "-$.1e/",
+    *["9", "\uff17", "#", "#### ", ",", " ", "\n", "{", "\\boxed{", "1 ", "3/0 ", "1,111,"],
+    *["-$.1e/"],
 ]
 SMALL = [
-    *[
-        "#### 1\n",
-        "1,",
-        "\u2028",
-        "}",
-        "{}",
-        "\\boxed{1}",
-        "-",
-        "$",
-        ".",
-        "/",
-        "e",
-        "\\",
-        ".1 ",
-        "1e",
-        "1e999 ",
-        "1.",
-    ],
-    *[
-        "1/",
-        "1/1+",
-        "-1-",
-        "-$1 ",
-        "1{,}",
-        "frac{1}{",
-        "1" * 100 + " ",
-        "1" * 101 + " ",
-        "1,23,4 ",
-        "-$ .",
-        "字",
-        "é",
-    ],
+    *["#### 1\n", "1,", "\u2028", "}", "{}", "\\boxed{1}", "-", "$", ".", "/", "e", "\\", ".1 "],
+    *["1e", "1e999 ", "1."],
+    *["1/", "1/1+", "-1-", "-$1 ", "1{,}", "frac{1}{", "1" * 100 + " ", "1" * 101 + " ", "1,23,4 "],
+    *["-$ .", "字", "é"],
     *["\U0001f600", "1字", "\x00", "_1'"],
 ]
 
 
 def _seconds(unit, size):
-    """The longest CPU time of one lenient call (which holds the strict one) over `size` bytes of `unit`."""
+    """The longest CPU time of a lenient call (strict comes first in it) on `size` bytes of `unit`.
+
+    CPU time, not wall-clock time: other processes on the machine do not count.
+    """
     body, seconds = unit * (size // len(unit.encode())), 0.0
     for text in (body, "#### " + body, "\\boxed{" + body + "}"):
         start = time.process_time()
@@ -705,14 +564,13 @@ def _seconds(unit, size):
 
 @pytest.mark.parametrize("unit", LARGE, ids=ascii)
 def test_two_megabytes_in_linear_time(unit):
+    """Ten times the text may take 30 times as long: a quadratic parser would take 100 times."""
     small = _seconds(unit, 2 * 10**5)
-    assert small < 0.5, (
-        f"{unit!r}: {small:.2f} s for 200 kB"
-    )  # so that a quadratic one fails before it hangs
+    # Fails here if the time is quadratic, before two megabytes would hang.
+    assert small < 0.5, f"{unit!r}: {small:.2f} s for 200 kB"
     large = _seconds(unit, 2 * 10**6)
-    assert large < 5 and large < 30 * small + 0.5, (
-        f"{unit!r}: {small:.2f} s, then {large:.2f} s for ten times as much"
-    )
+    message = f"{unit!r}: {small:.2f} s, then {large:.2f} s for ten times as much"
+    assert large < 5 and large < 30 * small + 0.5, message
 
 
 @pytest.mark.parametrize("unit", SMALL, ids=lambda unit: ascii(unit[:10]))
@@ -720,9 +578,8 @@ def test_300_kilobytes_in_linear_time(unit):
     small = _seconds(unit, 3 * 10**4)
     assert small < 0.2, f"{unit[:10]!r}: {small:.2f} s for 30 kB"
     large = _seconds(unit, 3 * 10**5)
-    assert large < 1 and large < 30 * small + 0.1, (
-        f"{unit[:10]!r}: {small:.3f} s, then {large:.2f} s for ten times as much"
-    )
+    message = f"{unit[:10]!r}: {small:.3f} s, then {large:.2f} s for ten times as much"
+    assert large < 1 and large < 30 * small + 0.1, message
 
 
 @pytest.mark.parametrize("unit", ["9", "#### 1\n", " ", "{"])
@@ -734,30 +591,14 @@ def test_correct_takes_two_megabytes(unit):
 
 
 fuzz = settings(derandomize=True, deadline=None, max_examples=300, database=None)
-# Text out of the pieces that mean something to the parser, mixed with any characters at all.
-PIECES = st.sampled_from(
-    [
-        *LARGE,
-        *SMALL[:-6],
-        "####",
-        "\\boxed{",
-        "}",
-        "18",
-        "1,234",
-        "0.5",
-        "3/4",
-        "1e9",
-        "€",
-        "−",
-        "\\frac{",
-    ]
-)
+# Random texts: pieces that mean something to the parser, mixed with any other characters.
+MEANINGFUL = ["####", "\\boxed{", "}", "18", "1,234", "0.5", "3/4", "1e9", "€", "−", "\\frac{"]
+PIECES = st.sampled_from([*LARGE, *SMALL[:-6], *MEANINGFUL])
 TEXT = st.lists(
     PIECES | st.text(max_size=3) | st.characters(categories=["Nd", "Sc", "Zs", "Pd"]), max_size=25
 ).map("".join)
-LINE = TEXT.map(
-    lambda text: " ".join(text.replace("#", "").splitlines())
-)  # holds no marker and no line end
+# A text without a marker and without a line end.
+LINE = TEXT.map(lambda text: " ".join(text.replace("#", "").splitlines()))
 NUMBER = st.integers(-(10**40), 10**40)
 
 
@@ -778,17 +619,15 @@ def test_nothing_raises_and_the_parts_agree(text, answer):
 @fuzz
 @given(NUMBER, st.sampled_from(["", "$", "€", "£ ", "\\$"]), st.booleans(), st.data())
 def test_one_number_however_written(number, currency, sign_first, data):
-    sign = (
-        data.draw(st.sampled_from("-−－")) if number < 0 else data.draw(st.sampled_from(["", "+"]))
-    )
+    signs = "-−－" if number < 0 else ["", "+"]
+    sign = data.draw(st.sampled_from(signs))
     digits = data.draw(st.sampled_from([str(abs(number)), f"{abs(number):,}", f"00{abs(number)}"]))
     digits += data.draw(st.sampled_from(["", ".0", ".000", "e0", "E+00", ".0e-0", "/1"]))
     if data.draw(st.booleans()):
         digits = digits.translate({ord("0") + i: chr(0xFF10 + i) for i in range(10)})
     before = sign + currency if sign_first else currency.rstrip() + sign
-    after = data.draw(
-        st.sampled_from(["", ".", ",", "%", " kg", "dollars", ".\n", " and 5", "\n5", " = 5"])
-    )
+    units = ["", ".", ",", "%", " kg", "dollars", ".\n", " and 5", "\n5", " = 5"]
+    after = data.draw(st.sampled_from(units))
     text = before + digits + after
     assert extract_answer(f"5 #### 6\n#### {text}") == number
     assert extract_answer(f"\\boxed{{6}} \\boxed{{{text}}} 5") == number
@@ -810,7 +649,7 @@ def test_fractions_and_decimals_are_exact(top, bottom, part, power):
 @fuzz
 @given(TEXT, LINE)
 def test_only_the_last_marker_counts(before, line):
-    # Whatever stands before the last marker, a prompt with its answers among it, neither helps nor harms.
+    # What stands before the last marker neither helps nor harms, not even a prompt with answers.
     assert extract_answer(f"{before}\n####{line}") == extract_answer(f"####{line}")
 
 
@@ -845,12 +684,7 @@ def test_no_marker_no_pay(text, number):
 @fuzz
 @given(st.integers(0, 10**9), st.integers(0, 9))
 def test_a_part_of_a_number_is_not_the_number(number, digit):
-    for longer in (
-        f"{number}{digit}",
-        f"{digit + 1}{number}",
-        f"{digit},{number % 1000:03}",
-        f"{number}.{digit + 1}",
-    ):
-        assert correct(f"#### {longer}", str(number)) == float(
-            Fraction(longer.replace(",", "")) == number
-        )
+    after, before = f"{number}{digit}", f"{digit + 1}{number}"
+    for longer in (after, before, f"{digit},{number % 1000:03}", f"{number}.{digit + 1}"):
+        equal = Fraction(longer.replace(",", "")) == number
+        assert correct(f"#### {longer}", str(number)) == float(equal)

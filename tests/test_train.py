@@ -1,4 +1,4 @@
-"""train.py from outside, as a person runs it, and the parts of a step that only show inside."""
+"""train.py from outside, as a user runs it, and those parts of a step that only show inside."""
 
 import json
 import os
@@ -15,43 +15,13 @@ from trainer.algorithm import checked_options
 from trainer.options import ALGORITHMS, DEFAULTS, fill, parse
 from trainer.policy import sampling_copy
 
-SMALL = [
-    "--preset",
-    "tiny",
-    "--prompts",
-    "2",
-    "--group-size",
-    "4",
-    "--updates",
-    "2",
-    "--max-new-tokens",
-    "12",
-]
-SMALL += ["--eval-n", "8", "--k", "2", "--samples-every", "1"]
-TRAIN_KEYS = {
-    "phase",
-    "step",
-    "reward",
-    "accuracy",
-    "entropy",
-    "kl",
-    "clip_frac",
-    "ratio_first",
-    "grad_norm",
-    "length",
-}
-TRAIN_KEYS |= {"truncated", "zero_std", "lr", "rollout_s", "update_s", "tokens_per_s", "peak_mib"}
-EVAL_KEYS = {
-    "phase",
-    "step",
-    "accuracy",
-    "accuracy_lenient",
-    "ci95",
-    "avg_at_k",
-    "pass_at_k",
-    "k",
-    "n",
-}
+# A step that takes a second: 2 prompts x 4 completions of 12 tokens, 2 updates of 4 rows each.
+SMALL = """--preset tiny --prompts 2 --group-size 4 --updates 2 --max-new-tokens 12
+    --eval-n 8 --k 2 --samples-every 1""".split()
+# What each line of metrics.jsonl must hold.
+TRAIN_KEYS = """phase step reward accuracy entropy kl clip_frac ratio_first grad_norm length
+    truncated zero_std lr rollout_s update_s tokens_per_s peak_mib""".split()
+EVAL_KEYS = "phase step accuracy accuracy_lenient ci95 avg_at_k pass_at_k k n".split()
 
 
 def command(*args):
@@ -73,41 +43,24 @@ def test_each_algorithm_trains_two_steps(algo, tmp_path):
     lines = read(out / "metrics.jsonl")
     assert [line["phase"] for line in lines] == ["eval", "train", "train", "eval"]
     for line in lines:
-        assert set(line) >= (TRAIN_KEYS if line["phase"] == "train" else EVAL_KEYS)
+        assert set(line) >= set(TRAIN_KEYS if line["phase"] == "train" else EVAL_KEYS)
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((out / "config.json").read_text())
-    assert (
-        config["status"] == "done"
-        and config["options"]["algo"] == algo
-        and config["versions"]["torch"]
-    )
+    assert config["status"] == "done" and config["options"]["algo"] == algo
+    assert config["versions"]["torch"]
     samples = read(out / "samples.jsonl")
     assert len(samples) == 8 and {s["step"] for s in samples} == {1, 2}
     for s in samples:
-        n = len(s["tokens"])
-        assert (
-            n
-            == len(s["advantages"])
-            == len(s["logprobs"])
-            == len(s["old_logprobs"])
-            == len(s["entropy"])
-            > 0
-        )
+        lengths = [len(s[key]) for key in ("advantages", "logprobs", "old_logprobs", "entropy")]
+        assert lengths == [len(s["tokens"])] * 4 and lengths[0] > 0
         assert "".join(s["tokens"]).removesuffix("<|endoftext|>") == s["completion"]
-    again = command(
-        "--eval-only",
-        "--model",
-        out / "model",
-        "--eval-n",
-        4,
-        "--out",
-        tmp_path / "eval",
-        *SMALL[:2],
-    )
+    words = ["--eval-only", "--model", out / "model", "--eval-n", 4, "--out", tmp_path / "eval"]
+    again = command(*words, "--preset", "tiny")
     assert again.returncode == 0 and json.loads((tmp_path / "eval/eval.json").read_text())["n"] == 4
 
 
 def test_evaluations_draw_before_and_after_and_halve_their_rows(tmp_path, monkeypatch, capsys):
+    """Memory for four rows at once: the first evaluation tries 8, then 4, and the others keep 4."""
     real, rows = session.evaluate, []
 
     def small(*args, rows_at_once, **kwargs):
@@ -120,20 +73,16 @@ def test_evaluations_draw_before_and_after_and_halve_their_rows(tmp_path, monkey
     out = tmp_path / "run"
     assert train.main(["--steps", "2", "--eval-every", "1", "--out", str(out), *SMALL]) == 0
     lines = [line for line in read(out / "metrics.jsonl") if line["phase"] == "eval"]
-    assert [line["pass_at_k"] is None for line in lines] == [False, True, False] and rows == [
-        8,
-        4,
-        4,
-        4,
-    ]
+    assert [line["pass_at_k"] is None for line in lines] == [False, True, False]
+    assert rows == [8, 4, 4, 4]
     assert "--sample-batch goes from 8 to 4" in capsys.readouterr().out
 
 
 def trainer(tmp_path, *args):
-    """A Trainer on the embedded model, set up as main does it."""
+    """A Trainer on the tiny model, set up as `main` does it, with SMALL and further options."""
     o = fill(parse(["--out", str(tmp_path), *SMALL, *args]))
-    model, tokenizer, limits, problems, _ = start.set_up(o)
-    return train.Trainer(o, model, tokenizer, limits, problems)
+    model, tokenizer, generation, problems, _ = start.set_up(o)
+    return train.Trainer(o, model, tokenizer, generation, problems)
 
 
 def test_one_seed_has_one_order_of_data_for_every_algorithm(tmp_path):
@@ -141,9 +90,8 @@ def test_one_seed_has_one_order_of_data_for_every_algorithm(tmp_path):
     for args in (["--algo", "tepo"], ["--algo", "gtpo", "--updates", "1"], ["--seed", "1"]):
         t = trainer(tmp_path, *args)
         t.problems = t.problems[:5]
-        orders.append(
-            [p["question"] for p in t.next_problems(3) + t.next_problems(4) + t.next_problems(8)]
-        )
+        drawn = t.next_problems(3) + t.next_problems(4) + t.next_problems(8)
+        orders.append([p["question"] for p in drawn])
     assert orders[0] == orders[1] != orders[2]
     for first in (0, 5, 10):  # every pass over the data has each problem once, in a new order
         assert len(set(orders[0][first : first + 5])) == 5
@@ -151,9 +99,8 @@ def test_one_seed_has_one_order_of_data_for_every_algorithm(tmp_path):
 
 
 def test_a_step_is_on_policy_first_and_moves_after(tmp_path):
-    t = trainer(
-        tmp_path, "--prompts", "8", "--group-size", "8", "--updates", "4", "--max-new-tokens", "40"
-    )
+    words = "--prompts 8 --group-size 8 --updates 4 --max-new-tokens 40".split()
+    t = trainer(tmp_path, *words)
     torch.manual_seed(0)
     line, rollout, bad = t.step(1)
     assert line["ratio_first"] == pytest.approx(1, abs=1e-4) and not bad
@@ -166,30 +113,30 @@ def test_a_step_is_on_policy_first_and_moves_after(tmp_path):
 
 
 def fake_rewards(t, monkeypatch, rewards):
-    """The next completions are worth these, one after another."""
+    """The next completions get these rewards, one after another, both shaped and unshaped."""
     queue = iter(rewards)
     monkeypatch.setattr(t, "reward", lambda *_: (next(queue),) * 2)
 
 
 def test_dynamic_sampling_replaces_groups_of_equal_rewards(tmp_path, monkeypatch):
     t = trainer(tmp_path, "--dynamic-sampling", "2")
-    dull, mixed = [0.0] * 4, [0.0, 1.0, 0.0, 1.0]
-    fake_rewards(t, monkeypatch, dull + mixed + [1.0] * 4 + mixed)
+    constant, mixed = [0.0] * 4, [0.0, 1.0, 0.0, 1.0]
+    fake_rewards(t, monkeypatch, constant + mixed + [1.0] * 4 + mixed)
     rollout, sampled = t.sample_and_reward()
-    assert (
-        rollout.rewards.tolist() == mixed * 2
-        and sum(len(s.prompts) for s in sampled) == 16
-        and t.cursor == 4
-    )
-    fake_rewards(
-        t, monkeypatch, dull * 2 + mixed + dull * 3
-    )  # the tries end: what is dull fills the batch
+    assert rollout.rewards.tolist() == mixed * 2
+    assert sum(len(s.prompts) for s in sampled) == 16 and t.cursor == 4
+    # After two further draws it stops, and a constant group fills the batch.
+    fake_rewards(t, monkeypatch, constant * 2 + mixed + constant * 3)
     rollout, sampled = t.sample_and_reward()
-    assert rollout.rewards.tolist() == mixed + dull and sum(len(s.prompts) for s in sampled) == 20
+    assert rollout.rewards.tolist() == mixed + constant
+    assert sum(len(s.prompts) for s in sampled) == 20
 
 
 def test_a_truncated_completion_earns_nothing_for_a_line_that_is_cut(tmp_path, monkeypatch):
-    """Every completion reads as the right answer; those that a limit of 8 tokens truncates are cut."""
+    """All completions are made to read as the right answer, but without a line end.
+
+    So exactly those that ended with EOS before the limit of 8 tokens are right.
+    """
     t = trainer(tmp_path, "--prompts", "4", "--max-new-tokens", "8")
     problem = {"answer": "#### 7"}
     assert t.reward("#### 7", problem, 8, True) == (0.0, 0.0)  # perhaps cut from #### 72
@@ -216,84 +163,66 @@ def test_overlong_punishment_is_added_but_is_not_accuracy(tmp_path, monkeypatch)
 
 
 def test_beta_and_the_kl_mask_get_what_they_need(tmp_path):
-    for args in (
-        ["--algo", "grpo", "--beta", "0.1"],
-        ["--algo", "tepo", "--option", "kl_coef=0.1"],
-    ):
-        t = trainer(tmp_path, *args)
+    for words in ("--algo grpo --beta 0.1", "--algo tepo --option kl_coef=0.1"):
+        t = trainer(tmp_path, *words.split())
         torch.manual_seed(0)
         line, rollout, _ = t.step(1)
-        assert line["skipped"] == 0 and (rollout.ref_logprobs is not None) == ("--beta" in args)
+        assert line["skipped"] == 0 and (rollout.ref_logprobs is not None) == ("--beta" in words)
 
 
 def test_bf16_samples_from_a_copy_and_trains_fp32(tmp_path):
-    t = trainer(
-        tmp_path, "--dtype", "bf16", "--prompts", "8", "--max-new-tokens", "40", "--lr", "1e-6"
-    )
-    assert (
-        sampling_copy(t.model, t.o.dtype).dtype == torch.bfloat16 and t.model.dtype == torch.float32
-    )
+    words = "--dtype bf16 --prompts 8 --max-new-tokens 40 --lr 1e-6".split()
+    t = trainer(tmp_path, *words)
+    assert sampling_copy(t.model, t.o.dtype).dtype == torch.bfloat16
+    assert t.model.dtype == torch.float32
     before = t.model.lm_head.weight.clone()
     torch.manual_seed(0)
     line, _, _ = t.step(1)
     assert line["ratio_first"] == pytest.approx(1, abs=1e-3)
-    assert not torch.equal(before, t.model.lm_head.weight)  # below half a bf16 ulp, and it moves
-    assert torch.equal(
-        sampling_copy(t.model, t.o.dtype).lm_head.weight, t.model.lm_head.weight.bfloat16()
-    )
+    # The step is below half a bf16 ulp: bf16 weights would not have moved.
+    assert not torch.equal(before, t.model.lm_head.weight)
+    copy = sampling_copy(t.model, t.o.dtype)
+    assert torch.equal(copy.lm_head.weight, t.model.lm_head.weight.bfloat16())
 
 
 def test_options_of_an_algorithm_are_typed_and_known():
-    assert checked_options("tepo", {"eps_high": "0.3", "kl_coef": "0.05"}) == {
-        "eps_high": 0.3,
-        "kl_coef": 0.05,
-    }
+    typed = {"eps_high": 0.3, "kl_coef": 0.05}
+    assert checked_options("tepo", {"eps_high": "0.3", "kl_coef": "0.05"}) == typed
     assert checked_options("trgrpo", {"weight_inside_clip": "true"}) == {"weight_inside_clip": True}
-    assert checked_options("gtpo", {"normalize": "joint", "alpha2": "0.2"}) == {
-        "normalize": "joint",
-        "alpha2": 0.2,
-    }
-    for algo, given, said in (
-        ("gspo", {"eps_hihg": "1"}, "eps_low=0.0003, eps_high=0.0004"), ("gtpo", {"normalize": "no"}, "zeros"),
-        ("tepo", {"eps_low": "x"}, "number"), ("tepo", {"entropy": "1"}, "no option"),
+    typed = {"normalize": "joint", "alpha2": 0.2}
+    assert checked_options("gtpo", {"normalize": "joint", "alpha2": "0.2"}) == typed
+    for algo, given, message in (
+        ("gspo", {"eps_hihg": "1"}, "eps_low=0.0003, eps_high=0.0004"),
+        ("gtpo", {"normalize": "no"}, "zeros"),
+        ("tepo", {"eps_low": "x"}, "number"),
+        ("tepo", {"entropy": "1"}, "no option"),
         ("dapo", {"beta": "1"}, "no option"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=said):
+    ):
+        with pytest.raises(ValueError, match=message):
             checked_options(algo, given)
 
 
 def test_a_learning_policy_learns(tmp_path):
-    """Not a formula but the sum of them all: a two-layer model is taught by reward alone to say one token first."""
+    """All parts together: by reward alone, a two-layer model learns to begin with one given token.
+
+    If the sign of any part were wrong, the accuracy could not rise from chance, 1/24, to 0.9.
+    """
     model = tiny_model()
 
     class Tokenizer:
+        """The text of a completion is the number of its first token, as a GSM8K answer."""
+
         chat_template = None
 
         @staticmethod
         def batch_decode(rows, skip_special_tokens):
             return [f"#### {(row or [1])[0]}\n" for row in rows]
 
-    o = fill(
-        parse(
-            [
-                *SMALL,
-                "--prompts",
-                "4",
-                "--group-size",
-                "8",
-                "--lr",
-                "0.01",
-                "--max-new-tokens",
-                "2",
-                "--warmup",
-                "0",
-            ]
-        )
-    )
+    words = "--prompts 4 --group-size 8 --lr 0.01 --max-new-tokens 2 --warmup 0".split()
+    o = fill(parse([*SMALL, *words]))
     problems = [{"question": str(i), "answer": "#### 7", "prompt_ids": [i]} for i in range(8, 20)]
-    t = train.Trainer(
-        o, model, Tokenizer, {"max_new_tokens": 2, "eos_ids": [1], "pad_id": 0}, problems
-    )
+    generation = {"max_new_tokens": 2, "eos_ids": [1], "pad_id": 0}
+    t = train.Trainer(o, model, Tokenizer, generation, problems)
     torch.manual_seed(0)
     accuracy = [t.step(step)[0]["accuracy"] for step in range(1, 25)]
     assert sum(accuracy[:3]) / 3 < 0.3 and sum(accuracy[-3:]) / 3 > 0.9
