@@ -45,7 +45,7 @@ def test_pass_at_k():
 
 @pytest.fixture(scope="module")
 def tiny():
-    """(model, tokenizer, limits)"""
+    """(model, tokenizer, generation)"""
     model, tokenizer, eos_ids, pad_id = load_policy("tiny")
     return model, tokenizer, {"max_new_tokens": 12, "eos_ids": eos_ids, "pad_id": pad_id}
 
@@ -54,7 +54,7 @@ def test_evaluate_by_hand(tiny, monkeypatch):
     """Four problems; greedy: right, right but without the marker, wrong, and cut after what looks right. Samples: 3, 1,
     0 and 0 of 3 are right; the last but one is cut after what looks right, too.
     """
-    model, tokenizer, limits = tiny
+    model, tokenizer, generation = tiny
     greedy = ["2+1=3\n#### 3", "2+2=4", "#### 9", "2+2=4\n#### 6"]
     good, bad = "#### {}", "#### 99"
     drawn = [good, good, good, bad, good, "so {}", bad, bad, bad, bad, "", bad]
@@ -68,7 +68,7 @@ def test_evaluate_by_hand(tiny, monkeypatch):
         cut = 3 if temperature == 0 else 10
         ended = [i != cut for i in range(len(texts))]
         rows = [
-            tokenizer(t).input_ids + limits["eos_ids"] * end
+            tokenizer(t).input_ids + generation["eos_ids"] * end
             for t, end in zip(texts, ended, strict=True)
         ]
         rows = [
@@ -76,15 +76,15 @@ def test_evaluate_by_hand(tiny, monkeypatch):
             for row, end in zip(rows, ended, strict=True)
         ]
         width = max(map(len, rows))  # what stands after EOS is no part of the completion
-        ids = torch.tensor([row + [limits["pad_id"]] * (width - len(row)) for row in rows])
-        mask = completion_mask(ids, limits["eos_ids"])
+        ids = torch.tensor([row + [generation["pad_id"]] * (width - len(row)) for row in rows])
+        mask = completion_mask(ids, generation["eos_ids"])
         mask[cut, len(rows[cut]) :] = False
         return Rollout([], ids, mask, ~torch.tensor(ended))
 
     monkeypatch.setattr(evaluate, "sample", sample)
     problems = [{"prompt_ids": [5], "answer": f"#### {n}"} for n in (3, 4, 5, 6)]
     got = evaluate.evaluate(
-        model, tokenizer, problems, k=2, samples=3, temperature=0.7, seed=1, **limits
+        model, tokenizer, problems, k=2, samples=3, temperature=0.7, seed=1, **generation
     )
     assert calls == [(1, 0, 12), (3, 0.7, 12)]
     assert (
@@ -102,11 +102,11 @@ def test_evaluate_by_hand(tiny, monkeypatch):
 
 def test_decode_keeps_all_of_a_completion_that_was_cut(tiny):
     """And of one that ended, what stands before EOS."""
-    _, tokenizer, limits = tiny
+    _, tokenizer, generation = tiny
     ids = tokenizer("2+2=4").input_ids
-    rows = torch.tensor([[*ids, *ids], [*ids, *limits["eos_ids"], *ids[1:]]])
+    rows = torch.tensor([[*ids, *ids], [*ids, *generation["eos_ids"], *ids[1:]]])
     truncated = torch.tensor([True, False])
-    rollout = Rollout([], rows, completion_mask(rows, limits["eos_ids"]), truncated)
+    rollout = Rollout([], rows, completion_mask(rows, generation["eos_ids"]), truncated)
     assert evaluate.decode(tokenizer, rollout) == ["2+2=42+2=4", "2+2=4"]
 
 
@@ -117,12 +117,12 @@ def by_chance(monkeypatch):
 
 
 def test_evaluate_leaves_the_generator_alone(tiny, by_chance):
-    model, tokenizer, limits = tiny
+    model, tokenizer, generation = tiny
     problems = [{"question": "Tom has 3 eggs. He buys 2. How many eggs now?", "answer": "5"}]
     problems, _ = encode_problems(tokenizer, problems, "{question}", 100)
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    figures = {"k": 2, "samples": 16, "temperature": 1.0, **limits}
+    figures = {"k": 2, "samples": 16, "temperature": 1.0, **generation}
     first = evaluate.evaluate(model, tokenizer, problems, seed=1, **figures)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
@@ -143,7 +143,7 @@ def test_set(tmp_path):
 
 def test_eval_only(tiny, by_chance, test_set, tmp_path, capsys):
     """No train split is needed; figures on stdout and in eval.json, a bar on stderr, and nothing else is written."""
-    model, tokenizer, limits = tiny
+    model, tokenizer, generation = tiny
     out = tmp_path / "out"
     words = ["--eval-only", "--model", "tiny", "--data", str(test_set)]
     words += ["--k", "2", "--eval-samples", "7"]
@@ -164,7 +164,7 @@ def test_eval_only(tiny, by_chance, test_set, tmp_path, capsys):
         temperature=1.0,
         seed=10_004,
         quiet=True,
-        **limits,
+        **generation,
     )
     assert {name: found[name] for name in want} == want
     assert found["options"]["model"] == "tiny" and found["options"]["eval_samples"] == 7

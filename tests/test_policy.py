@@ -115,8 +115,8 @@ def test_a_shared_prompt_is_run_once():
     # Three prompts but for their last token; then, a row each, that and the completion but for its own last.
     assert widths == [(3, 4), (5, 4)]
     widths.clear()
-    limits = dict(temperature=1.0, max_new_tokens=2, eos_ids=[99], pad_id=0)
-    sample(model, PROMPTS[:3], 4, layout=Layout(share_prompts=True), **limits)
+    generation = dict(temperature=1.0, max_new_tokens=2, eos_ids=[99], pad_id=0)
+    sample(model, PROMPTS[:3], 4, layout=Layout(share_prompts=True), **generation)
     assert widths == [(3, 4), (12, 1), (12, 1)]
 
 
@@ -125,9 +125,9 @@ def test_sampling_with_shared_prompts_draws_the_same(prompts):
     model, drawn = tiny_model(), []
     for share_prompts in (False, True):
         torch.manual_seed(0)
-        limits = dict(temperature=1.0, max_new_tokens=6, eos_ids=[1], pad_id=0)
+        generation = dict(temperature=1.0, max_new_tokens=6, eos_ids=[1], pad_id=0)
         layout = Layout(share_prompts=share_prompts)
-        drawn.append(sample(model, prompts, 5, layout=layout, **limits))
+        drawn.append(sample(model, prompts, 5, layout=layout, **generation))
     assert (
         torch.equal(drawn[0].completions, drawn[1].completions)
         and drawn[0].prompts == drawn[1].prompts
@@ -203,8 +203,8 @@ def test_the_sampler_is_the_policy():
     model = hidden_defaults(tiny_model(vocab=80))
     torch.manual_seed(0)
     n, temperature = 20_000, 4.0
-    limits = dict(max_new_tokens=1, eos_ids=[1], pad_id=0)
-    rollout = sample(model, [[3, 4, 5]], n, temperature=temperature, **limits)
+    generation = dict(max_new_tokens=1, eos_ids=[1], pad_id=0)
+    rollout = sample(model, [[3, 4, 5]], n, temperature=temperature, **generation)
     logits = model(torch.tensor([[3, 4, 5]])).logits[0, -1] / temperature
     want = logits.softmax(-1).double() * n
     got = torch.bincount(rollout.completions[:, 0], minlength=80).double()
@@ -248,8 +248,8 @@ def test_left_padding_changes_no_row_and_order_is_kept():
 
 def test_generate_stops_at_each_of_several_eos():
     torch.manual_seed(0)
-    limits = {"temperature": 1.0, "max_new_tokens": 8, "pad_id": 23}
-    rollout = sample(tiny_model(), [[3, 4]], 32, eos_ids=[1, 2, 5], **limits)
+    generation = {"temperature": 1.0, "max_new_tokens": 8, "pad_id": 23}
+    rollout = sample(tiny_model(), [[3, 4]], 32, eos_ids=[1, 2, 5], **generation)
     last = rollout.completions[range(32), rollout.mask.sum(1) - 1]
     assert {1, 2, 5} <= set(last.tolist())  # each of them ended a row
     assert (rollout.completions[~rollout.mask] == 23).all()  # and nothing was drawn after it

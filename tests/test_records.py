@@ -175,8 +175,8 @@ def trainer(*args):
     common = "--preset tiny --prompts 2 --group-size 4 --updates 2 --max-new-tokens 3 --device cpu"
     o = fill(parse([*common.split(), "--dtype", "fp32", *args]))
     problems = [{"question": str(i), "answer": "#### 7", "prompt_ids": [i]} for i in range(8, 14)]
-    limits = {"max_new_tokens": 3, "eos_ids": [1], "pad_id": 0}
-    return train.Trainer(o, tiny_model(), Tokenizer, limits, problems)
+    generation = {"max_new_tokens": 3, "eos_ids": [1], "pad_id": 0}
+    return train.Trainer(o, tiny_model(), Tokenizer, generation, problems)
 
 
 def sampled_by_hand(t, monkeypatch, lengths=(3, 2, 1, 3, 2, 3, 3, 1)):

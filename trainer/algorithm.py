@@ -60,7 +60,7 @@ def converted(name, text, kind):
     """The text as a bool, float, int or str (kind). Raises ValueError."""
     if kind is bool:
         if str(text).lower() not in ("true", "false"):
-            raise ValueError(f"--option {name}={text}: it must be true or false")
+            raise ValueError(f"--option {name}={text}: true or false is required")
         return str(text).lower() == "true"
     wanted = {float: "a finite number", int: "a whole number", str: "a text"}[kind]
     signed = name in MAY_BE_NEGATIVE
@@ -69,9 +69,9 @@ def converted(name, text, kind):
     try:
         value = kind(text)
     except ValueError:
-        raise ValueError(f"--option {name}={text}: it must be {wanted}") from None
+        raise ValueError(f"--option {name}={text}: {wanted} is required") from None
     if kind is float and not (math.isfinite(value) and (signed or value >= 0)):
-        raise ValueError(f"--option {name}={text}: it must be {wanted}")
+        raise ValueError(f"--option {name}={text}: {wanted} is required")
     return value
 
 

@@ -67,8 +67,7 @@ def split_file(path, problems, split):
     """The training or test split of one file's problems. Raises ValueError if there is only one."""
     if len(problems) < 2:
         raise ValueError(
-            f"{path} holds one problem; at least two are needed, one to train on and one to "
-            f"hold out"
+            f"{path} holds one problem; two are the least, one to train on and one to hold out"
         )
     held_out = min(500, max(1, len(problems) // 10))
     if split == "train":

@@ -200,7 +200,7 @@ class Updater:
         if self.reference is not None:
             return micro_batches
         signal = nonzero_advantages(rollout).any(1).cpu()  # [B]
-        return [rows for rows in micro_batches if signal[rows].any()]
+        return [micro_batch for micro_batch in micro_batches if signal[micro_batch].any()]
 
     def current_logprobs(self, rollout, micro_batches, on_policy):
         """Fill in rollout.logprobs. Returns (their graph or None, the current entropy [B, T]).
@@ -246,12 +246,12 @@ class Updater:
         """
         ratios = []
         pushed = push.any(1).cpu()  # [B]
-        for rows in micro_batches:
-            pushed_rows = rows[pushed[rows]]
-            if len(pushed_rows) == 0:
+        for micro_batch in micro_batches:
+            rows = micro_batch[pushed[micro_batch]]
+            if len(rows) == 0:
                 continue
-            # On policy the ratio is logged: it is 1 only if the same rows run as in `measure`.
-            rows = rows if on_policy else pushed_rows
+            if on_policy:  # the ratio is logged: it is 1 only if the same rows run as in `measure`
+                rows = micro_batch
             logprobs, _ = self.forward(rollout, rows, self.model, with_entropy=False)
             if on_policy:
                 log_ratio = logprobs.detach() - rollout.old_logprobs[rows]
