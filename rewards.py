@@ -174,7 +174,7 @@ SPACE = rf"[{SPACES}]++"  # at least one
 
 
 def any_of(*patterns):
-    """A pattern that matches what the first fitting one of `patterns` matches."""
+    """A pattern that matches any of `patterns`; the first that fits decides."""
     return "(?:" + "|".join(patterns) + ")"
 
 

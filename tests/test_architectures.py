@@ -113,8 +113,8 @@ def test_each_architecture_has_its_layout_and_the_plain_log_probabilities(kind):
         row = COMPLETIONS[i][MASK[i]].tolist()
         alone = plain_logprobs(model, prompt, row)
         torch.testing.assert_close(got[i][MASK[i]], alone, rtol=0, atol=1e-4)
-    limits = {"temperature": 0, "max_new_tokens": 4, "eos_ids": [2], "pad_id": 0}
-    drawn = sample(model, PROMPTS, 2, layout=layout, **limits)
+    generation = {"temperature": 0, "max_new_tokens": 4, "eos_ids": [2], "pad_id": 0}
+    drawn = sample(model, PROMPTS, 2, layout=layout, **generation)
     for prompt, ids, mask in zip(drawn.prompts, drawn.completions, drawn.mask, strict=True):
         row = ids[mask].tolist()
         for t, chosen in enumerate(plain_logprobs(model, prompt, row)):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import rewards
 from rewards import correct, extract_answer, overlong_penalty
 
-# (numeral, the number that must be read). Each is tried after "#### ", in a box, and, lenient, bare.
+# (numeral, the number that must be read). Each is tried after "#### ", in a box and, lenient, bare.
 NUMERALS = [
     # plain, signs, currency
     ("72", 72),
