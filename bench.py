@@ -17,7 +17,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -119,7 +118,12 @@ def peak_bytes(device):
     """The most memory used so far: by CUDA's allocator, or by the whole process on a CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    from trainer.records import peak_mib
+
+    peak = peak_mib(torch.device("cpu"))
+    if peak is None:
+        raise ValueError("this system does not tell the peak memory of a process")
+    return int(peak * 2**20)
 
 
 def clock(device):

@@ -1,4 +1,6 @@
-"""Figures that can be trusted: the interval, pass@k and a whole evaluation against values worked by hand."""
+"""Figures that can be trusted: the interval, pass@k and a whole evaluation against values worked by
+hand.
+"""
 
 import itertools
 import json
@@ -17,7 +19,8 @@ from trainer.policy import Rollout, completion_mask, load_policy
 from trainer.prompts import encode_problems
 
 
-# The intervals of Newcombe's comparison of seven methods, Statistics in Medicine 17 (1998), table I, his method 3.
+# The intervals of Newcombe's comparison of seven methods, Statistics in Medicine 17 (1998), table
+# I, his method 3.
 @pytest.mark.parametrize(
     ("successes", "n", "low", "high"),
     [
@@ -33,7 +36,9 @@ def test_wilson(successes, n, low, high):
 
 
 def test_pass_at_k():
-    """4 completions, 2 right: of the 6 pairs one has none right. In general: the share of subsets with a right one."""
+    """4 completions, 2 right: of the 6 pairs one has none right. In general: the share of subsets
+    with a right one.
+    """
     assert evaluate.pass_at_k(4, 2, 2) == pytest.approx(5 / 6)
     for n in range(1, 7):
         for c, k in itertools.product(range(n + 1), range(1, n + 1)):
@@ -51,8 +56,8 @@ def tiny():
 
 
 def test_evaluate_by_hand(tiny, monkeypatch):
-    """Four problems; greedy: right, right but without the marker, wrong, and cut after what looks right. Samples: 3, 1,
-    0 and 0 of 3 are right; the last but one is cut after what looks right, too.
+    """Four problems; greedy: right, right but without the marker, wrong, and cut after what looks
+    right. Samples: 3, 1, 0 and 0 of 3 are right; the last but one is cut like the greedy one.
     """
     model, tokenizer, generation = tiny
     greedy = ["2+1=3\n#### 3", "2+2=4", "#### 9", "2+2=4\n#### 6"]
@@ -142,7 +147,9 @@ def test_set(tmp_path):
 
 
 def test_eval_only(tiny, by_chance, test_set, tmp_path, capsys):
-    """No train split is needed; figures on stdout and in eval.json, a bar on stderr, and nothing else is written."""
+    """No train split is needed; figures on stdout and in eval.json, a bar on stderr, and nothing
+    else is written.
+    """
     model, tokenizer, generation = tiny
     out = tmp_path / "out"
     words = ["--eval-only", "--model", "tiny", "--data", str(test_set)]
@@ -247,7 +254,9 @@ def test_eval_only_out_of_gpu_memory_is_one_line(test_set, tmp_path, monkeypatch
 
 
 def test_eval_only_goes_by_its_data():
-    """Without a GPU the preset is tiny, but GSM8K asked in 64 tokens and without its prompt would be no evaluation."""
+    """Without a GPU the preset is tiny, but GSM8K asked in 64 tokens and without its prompt would
+    be no evaluation.
+    """
     options = fill({"eval_only": True, "data": "gsm8k", "model": "X"})
     assert options.preset == "gsm8k" and options.max_new_tokens == 512 and "####" in options.prompt
 

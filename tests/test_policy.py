@@ -1,4 +1,6 @@
-"""policy.py: the sampler is the policy, the mask ends at EOS, log-probabilities without logits are the same numbers."""
+"""policy.py: the sampler is the policy, the mask ends at EOS, log-probabilities without logits are
+the same numbers.
+"""
 
 import math
 
@@ -38,7 +40,9 @@ def tiny_gpt2():
 
 
 def by_hand(model, temperature):
-    """Each row alone, unpadded, through the model's own logits: the plainest way there is. [B, T] twice"""
+    """Each row alone, unpadded, through the model's own logits: the plainest way there is. [B, T]
+    twice
+    """
     logprobs, entropy = (
         torch.zeros(MASK.shape, dtype=torch.float64),
         torch.zeros(MASK.shape, dtype=torch.float64),
@@ -112,7 +116,8 @@ def test_a_shared_prompt_is_run_once():
     model, widths = tiny_model(), []
     model.model.embed_tokens.register_forward_pre_hook(lambda m, a: widths.append(a[0].shape))
     token_logprobs(model, PROMPTS, COMPLETIONS, MASK, share_prompts=True)
-    # Three prompts but for their last token; then, a row each, that and the completion but for its own last.
+    # Three prompts but for their last token; then, a row each, that and the completion but for its
+    # own last.
     assert widths == [(3, 4), (5, 4)]
     widths.clear()
     generation = dict(temperature=1.0, max_new_tokens=2, eos_ids=[99], pad_id=0)
@@ -190,10 +195,12 @@ def test_every_eos_that_anything_names_stops():
 
 
 def hidden_defaults(model):
-    """What Qwen2.5 ships, and worse: each of these would make the sampler another distribution than the policy."""
+    """What Qwen2.5 ships, and worse: each of these would make the sampler another distribution than
+    the policy.
+    """
     model.generation_config = GenerationConfig(
-        do_sample=True, top_k=2, top_p=0.3, temperature=0.1, repetition_penalty=5.0, no_repeat_ngram_size=1,
-        min_new_tokens=5, suppress_tokens=[5], eos_token_id=1,
+        do_sample=True, top_k=2, top_p=0.3, temperature=0.1, repetition_penalty=5.0,
+        no_repeat_ngram_size=1, min_new_tokens=5, suppress_tokens=[5], eos_token_id=1,
     )  # fmt: skip
     return model
 
@@ -269,7 +276,7 @@ def test_truncated_is_told_from_ended():
 
 
 def test_our_logprobs_are_those_of_what_generate_sampled_from():
-    """Left-padded with a prompt's neighbours, or right-padded as we lay rows out: the same numbers."""
+    """Left-padded with a prompt's neighbours, or right-padded as in an update: the same numbers."""
     model = tiny_model()
     torch.manual_seed(0)
     rollout = sample(
@@ -300,7 +307,9 @@ def test_micro_batches_put_like_lengths_together_and_lose_no_row():
 
 @pytest.mark.parametrize(("prompt", "want"), [(9, [[1, 0], [3, 2]]), (1, [[1, 3], [0, 2]])])
 def test_micro_batches_share_prompts_where_that_runs_fewer_tokens(prompt, want):
-    """Completions of 6, 2 | 7, 1: by group 2 prompts, 2 x 6 + 2 x 7 tokens; by length 4 prompts, 2 x 2 + 2 x 7."""
+    """Completions of 6, 2 | 7, 1: by group 2 prompts, 2 x 6 + 2 x 7 tokens; by length 4 prompts, 2
+    x 2 + 2 x 7.
+    """
     rollout = of_lengths([[3] * prompt] * 2 + [[4] * prompt] * 2, [6, 2, 7, 1])
     pieces = split_micro_batches(rollout, torch.arange(4), 2, share_prompts=True)
     assert sorted(sorted(p.tolist()) for p in pieces) == sorted(sorted(p) for p in want)

@@ -1,4 +1,6 @@
-"""The embedded checkpoint and its problems: true, disjoint, lossless in tokens, and as weak at the start as is said."""
+"""The embedded checkpoint and its problems: true, disjoint, lossless in tokens, and as weak at the
+start as is said.
+"""
 
 import random
 import re
@@ -68,7 +70,8 @@ def test_splits_are_disjoint_and_drawn_alike_each_time():
 
 
 def test_tokens_are_lossless_and_few(tokenizer, pretrain):
-    # AutoTokenizer makes a Qwen2Tokenizer of it, whatever the folder says: it must be the one that was trained with
+    # AutoTokenizer makes a Qwen2Tokenizer of it, whatever the folder says: it must be the one that
+    # was trained with
     made = pretrain.build_tokenizer()
     assert made.get_vocab() == tokenizer.get_vocab()
     for problem in problems(500, 2, "train"):

@@ -1,4 +1,6 @@
-"""update.py: the gradient in two halves is the plain one, in micro-batches of any size; nothing runs without need."""
+"""update.py: the gradient in two halves is the plain one, in micro-batches of any size; nothing
+runs without need.
+"""
 
 import copy
 import importlib
@@ -46,8 +48,8 @@ def updater(model, algo, loss_options=None, **options):
 
 
 def two_updates(algo, dtype, loss_options=None, r=None, **options):
-    """Measure and update twice, on policy and then off it. Returns the trained model, what update said, and the
-    rollout, `r` if given.
+    """Measure and update twice, on policy and then off it. Returns the trained model, what update
+    returned, and the rollout, `r` if given.
     """
     model, r = tiny_model().to(dtype), rollout(dtype=dtype) if r is None else r
     u = updater(model, algo, loss_options, **options)
@@ -98,7 +100,7 @@ def test_a_micro_batch_does_not_change_the_gradient_in_fp32(algo):
 @pytest.mark.parametrize("one_sided", [False, True])
 @pytest.mark.parametrize(("algo", "loss_options"), KINDS)
 def test_two_halves_are_the_plain_gradient(algo, loss_options, one_sided):
-    """Four optimizer steps against a loop that backpropagates the loss through the whole mini-batch at once.
+    """Four optimizer steps against a loop that backpropagates the whole mini-batch at once.
 
     one_sided: the second group is all wrong; only a KL to the reference pushes its rows.
     """
@@ -190,7 +192,8 @@ def rows_run(monkeypatch):
 
 def test_no_forward_pass_without_need(rows_run):
     two_updates("grpo", torch.float64)
-    # measure: 2 mini-batches; then one pass each, with the graph: the first update takes the old log-probabilities for
+    # measure: 2 mini-batches; then one pass each, with the graph: the first update takes the old
+    # log-probabilities for
     # the current ones, the others fit one micro-batch
     assert rows_run == [(4, False)] * 2 + [(4, True)] * 4
     rows_run.clear()
@@ -219,7 +222,9 @@ def test_rows_without_push_are_not_run(rows_run):
 
 @pytest.mark.parametrize("size", ["8", "3"])
 def test_rows_left_out_do_not_pad_the_others_otherwise(size, monkeypatch):
-    """In bf16 another padding rounds otherwise, and the ratio is off by that: rows run beside the same rows again."""
+    """In bf16 another padding rounds otherwise, and the ratio is off by that: rows run beside the
+    same rows again.
+    """
     runs = []
 
     def recorded(model, prompts, completions, mask, **options):
@@ -275,7 +280,9 @@ def test_clip_frac_is_of_the_policy_term_where_a_kl_pushes_too(loss_options):
 
 
 def test_clip_frac_is_of_the_policy_term_under_the_kl_mask_of_tepo():
-    """Rows 0 and 3 are right, s = e for both: clipped, 6 + 1 tokens, though the KL mask has them all."""
+    """Rows 0 and 3 are right, s = e for both: clipped, 6 + 1 tokens, though the KL mask has them
+    all.
+    """
     model, r = tiny_model(), rollout(dtype=torch.float32)
     u = updater(model, "tepo", {"kl_coef": 0.5}, updates=1)
     u.measure(r, [torch.arange(B)])
@@ -336,7 +343,9 @@ def test_kl_is_the_exact_kl_of_old_and_new_over_an_enumerated_vocabulary(new, mo
 
 
 def test_kl_of_whole_sequences_is_the_sum_of_their_tokens_expectations():
-    """All nine completions of two tokens over three words, each weighted by its chance under pi_old."""
+    """All nine completions of two tokens over three words, each weighted by its chance under
+    pi_old.
+    """
     g = torch.Generator().manual_seed(0)
     old, new = torch.rand(2, 4, 3, generator=g, dtype=torch.float64).log_softmax(-1)
     expected = exact = 0.0
@@ -362,7 +371,7 @@ def test_kl_estimate_is_not_lost_to_rounding_nor_to_overflow():
 
 
 def test_groups_left_out_by_correctness_do_not_pad_the_others_otherwise(monkeypatch):
-    """Shaped rewards: GTPO leaves out group 0, all right with one row punished, and keeps group 1."""
+    """Shaped rewards: GTPO leaves out group 0 (all right, one row punished), and keeps group 1."""
     runs = []
 
     def recorded(model, prompts, completions, mask, **options):
