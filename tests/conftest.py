@@ -7,6 +7,9 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Before torch is imported. The models are tiny: a second thread would only wait, and on a busy
+# machine a test would take many times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # pytest.ini's filters, for the processes that tests start
 os.environ["PYTHONWARNINGS"] = "error::FutureWarning,error::DeprecationWarning"
 ROOT = Path(__file__).resolve().parent.parent
