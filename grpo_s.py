@@ -14,7 +14,7 @@ over the G sequences of a group), `right`, `normalize` and our choices. One more
 completion without tokens is in neither set.
 
 GSPO, but w_i is the ARITHMETIC mean of the token ratios, where GSPO's s_i is their geometric mean.
-Until the clip binds, this loss equals GRPO's in value and gradient.
+With equal advantages, and until the clip binds, this loss equals GRPO's in value and gradient.
 
 Worked example: grpo.py's batch, mean entropies 1 and 0.5. r+ = 1.1 and r- = -1.1, so R+ = {1.1, 0}
 and R- = {0, -1.1}, and A = +-(1.1 - 0.55) / (0.77782 + 1e-4); w_0 = (1.5 + 0.9) / 2 = 1.2, w_1 = 1.

@@ -5,8 +5,9 @@
     loss = - 1/sum_i |o_i| sum_i sum_t min(s A, clamp(s, 1 - eps_low, 1 + eps_high) A)  scalar
 
 GSPO, but averaged over tokens: sequence i has the weight |o_i| / sum_j |o_j| instead of 1/B. With
-one advantage per sequence that is the whole difference. The paper derives s_i from the "Markov
-likelihood", which factorises over tokens and so links a completion's reward to its tokens.
+one advantage per sequence, that and the clip range are the whole difference. The paper derives s_i
+from the "Markov likelihood", which factorises over tokens and so links a completion's reward to its
+tokens.
 
 Our choices, where the source is silent:
 - advantages: GRPO's;

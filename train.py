@@ -1,8 +1,8 @@
 """Train a language model by a method of the GRPO family: `python train.py --algo tepo`.
 
-The lesson is `Trainer.step`, in four numbered steps. The algorithms are the flat files beside this
-one. In trainer/, policy.py samples, logprobs.py computes log-probabilities, update.py takes the
-gradient, and start.py begins or resumes a run. --help lists the options.
+`Trainer.step` is the loop's body, in four numbered steps. The algorithms are the flat files beside
+this one. In trainer/, policy.py samples, logprobs.py computes log-probabilities, update.py takes
+the gradient, and start.py begins or resumes a run. --help lists the options.
 """
 
 import contextlib
@@ -206,6 +206,8 @@ def loop(trainer, out, held_out, done):
             session.write_samples(trainer, out, step, rollout, bad_rows)
             if trainer.updater.bad_steps == BAD_STEPS:
                 break
+            # A resumed run cuts the files here. It makes the evaluation again, and what was written
+            # only because the step was the last may not be due, for --steps may have been raised.
             sizes = checkpoint.line_sizes(out)
             session.write_last_group(trainer, out, step, rollout)
             if session.evaluates(o, step):

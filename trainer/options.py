@@ -84,7 +84,7 @@ class Options:
     # Update
     updates: int = setting(
         4,
-        "mini-batches per rollout, one optimizer step each; with 1 the methods hardly differ",
+        "mini-batches per rollout, one optimizer step each; with 1 no clip acts",
         least=1,
     )
     epochs: int = setting(1, "passes over each rollout", least=1, most=1000)

@@ -17,7 +17,7 @@ RATIO_LIMITS = {"fp32": 1e-3, "bf16": 2e-2}
 
 
 def metrics_line(rollout, sampled, updates, group_size):
-    """The metrics of a step, without its times. The README's table defines each of them.
+    """The metrics of a step, without its times. docs/metrics.md defines each of them.
 
     rollout: the rows trained on. sampled: list of all batches sampled for it. updates: list of what
     Updater.update returned. Each metric is taken over one of these three only.

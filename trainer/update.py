@@ -1,6 +1,6 @@
 """Step 4 of the loop: one optimizer step on a mini-batch, in the memory of one micro-batch.
 
-A loss here depends on the model only through logprobs [B, T], so the chain rule has two halves:
+The gradient of every loss here flows through logprobs [B, T] alone, so it comes in two halves:
 
     dL/dtheta = sum_{i,t} dL/dlogp_{i,t} dlogp_{i,t}/dtheta.
 
@@ -9,7 +9,7 @@ This gives dL/dlogp [B, T]: how strongly the loss pushes each token.
 Second half: run the model again, micro-batch by micro-batch, and backpropagate dL/dlogp through it.
 
 The loss sees the whole mini-batch, however it averages. The size of the micro-batches changes only
-the memory. `Updater._update` is this method, step by step.
+the memory. `Updater._update` does this, step by step.
 """
 
 import copy
