@@ -188,8 +188,6 @@ def loop(trainer, out, held_out, done):
     """
     o = trainer.o
     interrupted = session.on_interrupt()
-    # `sizes`, where a resumed run continues the files, is taken before the lines that depend on
-    # this step being the last: --steps may be raised on --resume.
     if session.evaluates(o, done):
         session.write_evaluation(trainer, out, held_out, done)
         draw(out)
