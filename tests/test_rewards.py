@@ -566,20 +566,21 @@ def _seconds(unit, size):
 def test_two_megabytes_in_linear_time(unit):
     """Ten times the text may take 30 times as long: a quadratic parser would take 100 times."""
     small = _seconds(unit, 2 * 10**5)
-    # Fails here if the time is quadratic, before two megabytes would hang.
-    assert small < 0.5, f"{unit!r}: {small:.2f} s for 200 kB"
+    # Fails here if the time is quadratic, before two megabytes would hang. The ratio below is the
+    # claim; the limits in seconds leave room for a slow machine.
+    assert small < 2, f"{unit!r}: {small:.2f} s for 200 kB"
     large = _seconds(unit, 2 * 10**6)
     message = f"{unit!r}: {small:.2f} s, then {large:.2f} s for ten times as much"
-    assert large < 5 and large < 30 * small + 0.5, message
+    assert large < 20 and large < 30 * small + 0.5, message
 
 
 @pytest.mark.parametrize("unit", SMALL, ids=lambda unit: ascii(unit[:10]))
 def test_300_kilobytes_in_linear_time(unit):
     small = _seconds(unit, 3 * 10**4)
-    assert small < 0.2, f"{unit[:10]!r}: {small:.2f} s for 30 kB"
+    assert small < 1, f"{unit[:10]!r}: {small:.2f} s for 30 kB"
     large = _seconds(unit, 3 * 10**5)
     message = f"{unit[:10]!r}: {small:.3f} s, then {large:.2f} s for ten times as much"
-    assert large < 1 and large < 30 * small + 0.1, message
+    assert large < 10 and large < 30 * small + 0.1, message
 
 
 @pytest.mark.parametrize("unit", ["9", "#### 1\n", " ", "{"])
@@ -587,7 +588,7 @@ def test_correct_takes_two_megabytes(unit):
     start = time.process_time()
     completion = "#### 72\n" + unit * (2 * 10**6 // len(unit))
     assert correct(completion, "72") == (unit != "#### 1\n")
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 20
 
 
 fuzz = settings(derandomize=True, deadline=None, max_examples=300, database=None)
