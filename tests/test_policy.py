@@ -332,3 +332,11 @@ def test_a_pickle_is_not_loaded(tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="cannot load the model"):
         policy.load_policy(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["./nope", "../a/b", "/nope/model", "~/model", "a/b/c"])
+def test_a_model_path_that_is_not_there_is_called_a_path(name):
+    """Not a name of the Hub, whose rules for names would be quoted."""
+    with pytest.raises(ValueError, match="no such folder") as refused:
+        policy.load_policy(name)
+    assert "Hub" not in str(refused.value) and "\n" not in str(refused.value)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.utils import logging as hf_logging
 
 from trainer.checkpoint import find_model
+from trainer.data import is_path
 from trainer.logprobs import PLAIN, cache_argument, left_padded, prefill
 from trainer.prompts import AUTO, Prompts
 
@@ -88,6 +89,10 @@ def load_policy(name, device="cpu", chat=AUTO):
         if not Path(name).is_dir():
             raise ValueError(f"the embedded model is missing: no folder {name}; pass --model")
     name = find_model(name)
+    if is_path(name) and not Path(name).is_dir():
+        raise ValueError(
+            f"cannot load the model {name!r}: no such folder. Pass --model FOLDER, or --preset tiny"
+        )
     try:
         model, tokenizer = read_model(name)
     except Exception as error:  # a dozen types, of transformers, safetensors and the Hub
