@@ -78,11 +78,9 @@ def write_evaluation(trainer, out, held_out, step):
 
 def write_samples(trainer, out, step, rollout, bad_rows):
     """Append to samples.jsonl: a group if one is due, and rows that caused a skipped update."""
-    rows = []
     if shows(trainer.o, step):
-        rows = group_to_show(rollout, trainer.o.group_size)
-    lines = sample_lines(step, rollout, rows, trainer.tokenizer)
-    lines += sample_lines(step, rollout, bad_rows, trainer.tokenizer, skipped=True)
+        write_group(trainer, out, step, rollout)
+    lines = sample_lines(step, rollout, bad_rows, trainer.tokenizer, skipped=True)
     checkpoint.append_lines(out / "samples.jsonl", lines)
 
 
@@ -90,9 +88,14 @@ def write_last_group(trainer, out, step, rollout):
     """Append a group of the last step to samples.jsonl, if none was due."""
     o = trainer.o
     if step == o.steps and o.samples_every > 0 and not shows(o, step):
-        rows = group_to_show(rollout, o.group_size)
-        lines = sample_lines(step, rollout, rows, trainer.tokenizer)
-        checkpoint.append_lines(out / "samples.jsonl", lines)
+        write_group(trainer, out, step, rollout)
+
+
+def write_group(trainer, out, step, rollout):
+    """Append a group of this step to samples.jsonl."""
+    rows = group_to_show(rollout, trainer.o.group_size)
+    lines = sample_lines(step, rollout, rows, trainer.tokenizer)
+    checkpoint.append_lines(out / "samples.jsonl", lines)
 
 
 def save(trainer, out, step, sizes):
