@@ -283,7 +283,8 @@ def rollout(args, device, repeats=2):
     after it; "weights": ms to read every weight once; "ops": of costliest_ops; "rows": completions}
     """
     from trainer import start
-    from trainer.policy import sample, sampling_copy
+    from trainer.policy import sampling_copy
+    from trainer.sampling import sample
 
     o = shared_options(args)
     model, _, generation, problems, _ = start.set_up(o)

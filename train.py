@@ -27,8 +27,9 @@ from trainer.data import problems_at
 from trainer.evaluate import decode, evaluate_only
 from trainer.lock import locked
 from trainer.logprobs import PLAIN
-from trainer.policy import Rollout, sample, sampling_copy
+from trainer.policy import sampling_copy
 from trainer.records import metrics_line, peak_mib, ratio_warning
+from trainer.sampling import Rollout, sample, sampler_weights
 from trainer.session import BAD_STEPS
 from trainer.update import Updater
 
@@ -41,7 +42,7 @@ class Trainer:
     """The state of one run, and what one step does with it."""
 
     def __init__(self, options, model, tokenizer, generation, problems):
-        """generation: the remaining keyword arguments of policy.sample. problems: the training
+        """generation: the remaining keyword arguments of sampling.sample. problems: the training
         problems, each with its "prompt_ids".
         """
         self.o, self.model, self.tokenizer = options, model, tokenizer
@@ -171,7 +172,13 @@ class Trainer:
         inputs = {"entropy": rollout.entropy, "mask": rollout.mask, "right": rollout.right}
         wanted = named(self.algo.advantages, inputs)
         group_size = self.o.group_size
-        return self.algo.advantages(rollout.rewards, group_size, **wanted, **self.advantage_options)
+        advantages = self.algo.advantages(
+            rollout.rewards, group_size, **wanted, **self.advantage_options
+        )
+        if self.o.sampler_correction:
+            weights = sampler_weights(rollout, self.o.sampler_correction)  # [B]
+            advantages = advantages * (weights if advantages.ndim == 1 else weights[:, None])
+        return advantages
 
     def warn_of_ratios(self, step, largest):
         """Print a warning, once per run, if a ratio before the first update is not 1."""

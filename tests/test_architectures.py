@@ -10,10 +10,11 @@ import torch
 from conftest import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from trainer import policy, probes
+from trainer import probes, sampling
 from trainer.logprobs import Layout, token_logprobs
-from trainer.policy import context_length, load_policy, name_outputs, sample, switch_off_randomness
+from trainer.policy import context_length, load_policy, name_outputs, switch_off_randomness
 from trainer.probes import probe
+from trainer.sampling import sample
 from trainer.update import enable_checkpointing, rows_that_fit
 
 PROMPTS = [[5, 9, 17, 30, 4, 8, 21], [11, 6], [7, 33, 12, 19, 40], [11, 6]]
@@ -175,7 +176,7 @@ def test_right_padding_that_reaches_a_row_is_refused():
 def test_a_failure_in_a_probe_says_in_a_line_what_is_given_up(capsys, monkeypatch):
     model = loaded("llama")
 
-    monkeypatch.setattr(policy, "cache_argument", lambda _: "no_such_cache")
+    monkeypatch.setattr(sampling, "cache_argument", lambda _: "no_such_cache")
     assert probe(model, PROMPTS, 6, 0) == PADDED
     (line,) = capsys.readouterr().out.splitlines()
     assert "ValueError" in line and "no_such_cache" in line

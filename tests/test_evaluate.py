@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 import train
 from trainer import evaluate
 from trainer.options import fill
-from trainer.policy import Rollout, completion_mask, load_policy
+from trainer.policy import load_policy
 from trainer.prompts import encode_problems
+from trainer.sampling import Rollout, completion_mask
 
 
 # The intervals of Newcombe's comparison of seven methods, Statistics in Medicine 17 (1998), table

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -15,9 +16,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from trainer import logprobs, policy
+from trainer import logprobs, policy, sampling
 from trainer.logprobs import Layout, token_logprobs
-from trainer.policy import Rollout, completion_mask, sample, special_tokens
+from trainer.policy import special_tokens
+from trainer.sampling import Rollout, completion_mask, sample
 from trainer.update import split_micro_batches
 
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11], [3, 4, 5], [6]]
@@ -292,6 +294,98 @@ def test_our_logprobs_are_those_of_what_generate_sampled_from():
     logits = model(ids, attention_mask=attention, position_ids=positions).logits[:, 4:-1] / 0.9
     theirs = logits.log_softmax(-1).gather(2, rollout.completions[..., None])[..., 0]
     torch.testing.assert_close(ours[rollout.mask], theirs[rollout.mask], rtol=0, atol=1e-5)
+
+
+def without_segments(model, prompts, n, **generation):
+    """`sample` with one generate call for all rows, which runs until the last has ended."""
+    return sample(model, prompts, n, layout=Layout(share_prompts=False), **generation)
+
+
+@pytest.mark.parametrize("segment", [1, 3, 8])
+def test_greedy_in_segments_draws_the_same_tokens(monkeypatch, segment):
+    monkeypatch.setattr(sampling.generate, "__defaults__", (False, segment))
+    prompts = [[a, b] for a in range(3, 9) for b in range(3, 9)] + PROMPTS
+    generation = dict(temperature=0, max_new_tokens=10, eos_ids=[2, 5, 9], pad_id=0)
+    want = without_segments(tiny_model(), prompts, 1, **generation)
+    got = sample(tiny_model(), prompts, 1, layout=Layout(share_prompts=True), **generation)
+    assert 0 < want.truncated.sum() < len(prompts) and len(set(want.mask.sum(1).tolist())) > 2
+    assert torch.equal(got.mask, want.mask)
+    assert torch.equal(got.completions, want.completions)  # both pad what follows an EOS
+    torch.testing.assert_close(got.sampler_logprobs, want.sampler_logprobs)
+
+
+@pytest.mark.parametrize("segment", [1, 2])
+def test_in_segments_each_completion_has_the_probability_of_the_policy(monkeypatch, segment):
+    """All completions of up to three tokens over a vocabulary of 4, of which 1 ends a row."""
+    monkeypatch.setattr(sampling.generate, "__defaults__", (False, segment))
+    model, n, temperature = tiny_model(vocab=4), 20_000, 2.0
+    generation = dict(temperature=temperature, max_new_tokens=3, eos_ids=[1], pad_id=0)
+    torch.manual_seed(0)
+    rollout = sample(model, [[3, 2]], n, layout=Layout(share_prompts=True), **generation)
+    drawn = [tuple(ids[on].tolist()) for ids, on in zip(*rows_of(rollout), strict=True)]
+    want = {}
+    waiting = [((), 1.0)]
+    while waiting:
+        ids, p = waiting.pop()
+        if len(ids) == 3 or ids[-1:] == (1,):
+            want[ids] = p
+            continue
+        logits = model(torch.tensor([[3, 2, *ids]])).logits[0, -1].double() / temperature
+        waiting += [((*ids, v), p * q) for v, q in enumerate(logits.softmax(0).tolist())]
+    assert len(want) == 1 + 3 + 9 * 4 and set(drawn) <= set(want)
+    chi2 = sum((drawn.count(ids) - n * p) ** 2 / (n * p) for ids, p in want.items())
+    assert chi2 < 72.1  # the 99.9% point of chi-square with 39 degrees of freedom
+
+
+def rows_of(rollout):
+    return rollout.completions, rollout.mask
+
+
+def test_ended_rows_are_not_run_again():
+    model, rows = tiny_model(), []
+    generation = dict(temperature=1.0, max_new_tokens=24, eos_ids=[1, 2, 3], pad_id=0)
+    torch.manual_seed(0)
+    model.model.embed_tokens.register_forward_pre_hook(lambda m, a: rows.append(a[0].shape))
+    rollout = sample(model, PROMPTS[:3], 8, layout=Layout(share_prompts=True), **generation)
+    lengths = rollout.mask.sum(1)
+    want = []  # rows of each token's pass: those that had not ended when its segment of 8 began
+    for t in range(int(lengths.max())):
+        want.append((int((lengths > t // 8 * 8).sum()), 1))
+    assert rows[1:] == want and want[-1] < want[0]
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(share_prompts=True)])
+@pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
+def test_the_samplers_logprobs_are_those_of_the_policy(layout, temperature):
+    model = tiny_model()
+    torch.manual_seed(0)
+    generation = dict(max_new_tokens=20, eos_ids=[1, 2], pad_id=0)
+    rollout = sample(model, PROMPTS, 3, temperature=temperature, layout=layout, **generation)
+    ours, _ = token_logprobs(
+        model, rollout.prompts, *rows_of(rollout), temperature=temperature or 1.0
+    )
+    torch.testing.assert_close(rollout.sampler_logprobs, ours.detach(), rtol=0, atol=1e-5)
+
+
+def test_a_cache_with_room_holds_what_a_growing_one_holds():
+    torch.manual_seed(0)
+    plain, roomy = DynamicCache(), DynamicCache()
+    for cache in (plain, roomy):
+        cache.update(torch.ones(3, 2, 4, 5), torch.zeros(3, 2, 4, 5), 0)
+    sampling.with_room(roomy)
+    buffers = set()
+    for step in range(40):
+        new = (
+            torch.randn(len(plain.layers[0].keys), 2, 1, 5),
+            torch.randn(1).expand(len(plain.layers[0].keys), 2, 1, 5),
+        )
+        for want, got in zip(plain.update(*new, 0), roomy.update(*new, 0), strict=True):
+            assert torch.equal(got, want)
+        if step == 20:
+            for cache in (plain, roomy):
+                cache.batch_select_indices(torch.tensor([2, 0]))
+        buffers.add(roomy.layers[0].keys.data_ptr())
+    assert roomy.get_seq_length() == 44 and len(buffers) < 8  # not a new one per token
 
 
 def of_lengths(prompts, completions):

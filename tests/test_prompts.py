@@ -25,8 +25,9 @@ import train
 from trainer import evaluate, start
 from trainer.data import checksum
 from trainer.options import TYPES, fill, parse
-from trainer.policy import Rollout, load_policy
+from trainer.policy import load_policy
 from trainer.prompts import Chat, Prompts, encode_problems, start_line
+from trainer.sampling import Rollout
 
 ASKED = "Mia has 3 eggs. How many?"
 # The options of every run here: one step of four short completions.

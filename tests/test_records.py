@@ -13,8 +13,8 @@ import train
 from trainer import records, update
 from trainer.logprobs import token_logprobs
 from trainer.options import fill, parse
-from trainer.policy import Rollout
 from trainer.records import group_to_show, metrics_line, peak_mib, sample_lines
+from trainer.sampling import Rollout, sampler_weights
 
 G = 2
 X = math.nan  # stands where the mask is off: it must reach nothing
@@ -29,6 +29,7 @@ def rollout(lengths, width, right, rewards, truncated):
         completions=torch.arange(B * width).view(B, width),
         mask=mask,
         truncated=torch.tensor(truncated),
+        sampler_logprobs=torch.zeros(mask.shape),
         problems=problems,
         texts=[f"text {i}" for i in range(B)],
         right=torch.tensor(right),
@@ -51,6 +52,10 @@ def hand_made():
     trained.advantages = torch.tensor(
         [[-0.5, X, X, X], [-1.0, 2, -1, 9], [0.0, 0, 0, 0], [-0.5, 0, 9, 9]]
     )
+    trained.old_logprobs = torch.zeros(4, 4)
+    trained.sampler_logprobs[0] = torch.tensor([-math.log(5), X, X, X])  # pi_old / sampler = 5
+    trained.sampler_logprobs[1, 1] = math.log(2)  # a half
+    trained.sampler_logprobs[3, 2:] = X
     updates = [
         {"signal": 3, "clipped": 1, "kl": 0.2, "ratio": [1.4, 0.6], "grad_norm": 3.0},
         {"signal": 6, "clipped": 2, "kl": 0.3, "ratio": [1.0], "grad_norm": None},
@@ -70,6 +75,8 @@ EXPECTED = {
     "clip_frac": (1 + 2 + 0) / 10,
     "ratio_first": (1.4 + 0.6 + 1.0) / 3,
     "ratio_first_max": 0.4,
+    "sampler_kl": (5 - 1 - math.log(5) + 0.5 - 1 + math.log(2)) / 10,
+    "sampler_ratio_max": 5,
     "grad_norm": (3 + 5) / 2,  # of the updates that were made
     "length": (1 + 3 + 1 + 3 + 4 + 2) / 6,  # all sampled
     "truncated": 1 / 6,  # all sampled
@@ -187,7 +194,13 @@ def sampled_by_hand(t, monkeypatch, lengths=(3, 2, 1, 3, 2, 3, 3, 1)):
     def sample(prompts, n):
         assert len(prompts) == 2 and n == 4
         rows = [prompt for prompt in prompts for _ in range(n)]
-        return Rollout(rows, completions.clone(), mask.clone(), torch.zeros(8, dtype=torch.bool))
+        return Rollout(
+            rows,
+            completions.clone(),
+            mask.clone(),
+            torch.zeros(8, dtype=torch.bool),
+            torch.zeros(mask.shape),
+        )
 
     monkeypatch.setattr(t, "sample", sample)
 
@@ -331,3 +344,30 @@ def test_noise_that_cancels_in_the_mean_ratio_shows_in_the_largest(monkeypatch, 
     assert line["ratio_first_max"] == pytest.approx(math.exp(0.05) - 1, abs=1e-5)
     t.step(2)
     assert capsys.readouterr().out.count("warning: step 1") == 1
+
+
+def test_sampler_correction_weighs_each_row_and_truncates():
+    trained, _, _ = hand_made()
+    log_ratio = trained.old_logprobs - trained.sampler_logprobs
+    want = [
+        min(math.prod(math.exp(x) for x in row[:n]), 2.0)
+        for row, n in zip(log_ratio.tolist(), (1, 3, 4, 2), strict=True)
+    ]
+    weights = sampler_weights(trained, 2.0)
+    assert want == pytest.approx([2.0, 0.5, 1.0, 1.0]) and weights.tolist() == pytest.approx(want)
+
+
+@pytest.mark.parametrize("algo", ["tepo", "gtpo"])  # advantages [B] and [B, T]
+def test_sampler_correction_multiplies_the_advantages(algo):
+    trained, _, _ = hand_made()
+    trained.right = trained.rewards = torch.tensor([1.0, 0, 1, 0])
+    trained.entropy = trained.entropy.masked_fill(~trained.mask, 0)
+    plain = trainer("--algo", algo, "--group-size", "2", "--updates", "1")
+    corrected = trainer(
+        "--algo", algo, "--group-size", "2", "--updates", "1", "--sampler-correction", "2"
+    )
+    want = plain.advantages(trained)
+    weights = torch.tensor([2.0, 0.5, 1.0, 1.0])
+    want = want * (weights if want.ndim == 1 else weights[:, None])
+    torch.testing.assert_close(corrected.advantages(trained), want)
+    assert want.any()

@@ -12,7 +12,7 @@ from conftest import tiny_model
 from trainer import update
 from trainer.logprobs import Layout, cache_argument, token_logprobs
 from trainer.options import ALGORITHMS, fill
-from trainer.policy import Rollout
+from trainer.sampling import Rollout
 from trainer.update import Updater, kl_estimate
 
 B, T, G = 8, 6, 4

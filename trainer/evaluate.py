@@ -12,7 +12,8 @@ from trainer import checkpoint
 from trainer.data import checksum
 from trainer.options import flag
 from trainer.origin import other_inputs, versions, weights_checksum
-from trainer.policy import sample, sampling_copy
+from trainer.policy import sampling_copy
+from trainer.sampling import sample
 
 
 def wilson(successes, n, z=1.959964):
@@ -63,8 +64,8 @@ def evaluate(
     """Greedy accuracy, strict and lenient; if k > 0, also avg@k and pass@k from random samples.
 
     problems: with "prompt_ids" and "answer". samples: completions per problem for avg@k and pass@k.
-    generation: the remaining keyword arguments of policy.sample. Restores torch's random state, so
-    evaluation never changes training. Returns a dict: accuracy, accuracy_lenient, ci95 (of
+    generation: the remaining keyword arguments of sampling.sample. Restores torch's random state,
+    so evaluation never changes training. Returns a dict: accuracy, accuracy_lenient, ci95 (of
     accuracy), avg_at_k, pass_at_k (None if k is 0), k, n (problems), length (mean tokens of the
     greedy completions), truncated (proportion of them).
     """

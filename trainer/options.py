@@ -80,6 +80,10 @@ class Options:
         "DAPO: over this many last tokens before --max-new-tokens the reward falls by up to 1; "
         "0: no penalty",
     )
+    sampler_correction: float = setting(
+        0.0,
+        "multiply a row's advantage by pi_old / sampler of its completion, at most this; 0: never",
+    )
 
     # Update
     updates: int = setting(
@@ -356,7 +360,7 @@ def check_bounds(o):
         value = getattr(o, about.name)
         if about.type is int:
             check_whole_number(about.name, value, about.metadata["least"], about.metadata["most"])
-        if about.type is float and not 0 < value < math.inf:
+        if about.type is float and not (0 < value < math.inf or value == about.default):
             raise ValueError(f"{flag(about.name)} {value}: it must be above 0 and finite")
     if o.seed >= 2**32:
         raise ValueError(f"--seed {o.seed}: it must be below 2**32")

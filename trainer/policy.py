@@ -1,80 +1,23 @@
-"""The policy: load a model, and sample completions from it.
+"""The policy: load a language model and its tokenizer, and make it a function of its input alone.
 
-Sampling and training must use the same distribution: softmax(logits / temperature) over the whole
-vocabulary, without top-k, top-p or penalties. logprobs.py computes its log-probabilities.
+sampling.py samples from it, and logprobs.py computes its log-probabilities.
 """
 
-import contextlib
 import copy
-import itertools
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as hf_logging
 
 from trainer.checkpoint import find_model
 from trainer.data import is_path
-from trainer.logprobs import PLAIN, cache_argument, left_padded, prefill
 from trainer.prompts import AUTO, Prompts
 
 SMALL_MODEL = 10_000_000  # weights; below this a second thread hardly helps
 
 hf_logging.disable_progress_bar()  # "Loading weights" would break up our own lines
-
-
-@dataclass
-class Rollout:
-    """B completions and their data. The group_size rows of one prompt are contiguous."""
-
-    prompts: list  # B lists of token ids, without padding
-    completions: torch.Tensor  # [B, T] token ids, right-padded
-    mask: torch.Tensor  # [B, T] bool, on through the first EOS
-    truncated: torch.Tensor  # [B] bool: no EOS within max_new_tokens
-    problems: list = None  # B problems
-    texts: list = None  # B completions, decoded
-    right: torch.Tensor = None  # [B] 1 where the answer is right
-    rewards: torch.Tensor = None  # [B] what the policy is trained on
-    old_logprobs: torch.Tensor = None  # [B, T] nats, under the policy that sampled
-    entropy: torch.Tensor = None  # [B, T] nats, of the policy that sampled
-    ref_logprobs: torch.Tensor = None  # [B, T] under the start policy, if the loss needs it
-    advantages: torch.Tensor = None  # [B] or [B, T]
-    logprobs: torch.Tensor = None  # [B, T] before the latest update on the row
-
-    @property
-    def lengths(self):
-        """Tokens of each row, prompt and completion together. [B], on the CPU."""
-        return self.mask.sum(1).cpu() + torch.tensor([len(p) for p in self.prompts])
-
-    def groups(self, group_size):
-        """One Rollout per group, with the fields named in SAMPLED."""
-        starts = range(0, len(self.prompts), group_size)
-        return [self.rows(start, start + group_size) for start in starts]
-
-    def rows(self, start, stop):
-        """The rows start to stop - 1, with the fields named in SAMPLED."""
-        return Rollout(*(getattr(self, name)[start:stop] for name in SAMPLED))
-
-    @staticmethod
-    def join(pieces):
-        """Concatenate Rollouts; shorter completions are padded to the longest. Fields: SAMPLED."""
-        width = max(piece.mask.shape[1] for piece in pieces)
-        joined = Rollout(None, None, None, None)
-        for name in SAMPLED:
-            column = [getattr(piece, name) for piece in pieces]
-            if name in ("completions", "mask"):
-                column = [pad(x, (0, width - x.shape[1])) for x in column]
-            is_list = isinstance(column[0], list)
-            setattr(joined, name, sum(column, []) if is_list else torch.cat(column))
-        return joined
-
-
-# The fields that are filled in before the advantages: by sampling and by the reward.
-SAMPLED = ("prompts", "completions", "mask", "truncated", "problems", "texts", "right", "rewards")
 
 
 def load_policy(name, device="cpu", chat=AUTO):
@@ -222,118 +165,6 @@ def sampling_copy(model, dtype):
     of 1e-6 an update is smaller than half a bf16 ulp, and would be rounded away.
     """
     return copy.deepcopy(model).bfloat16() if dtype == "bf16" else model
-
-
-def completion_mask(completions, eos_ids):
-    """Token ids [B, T] -> [B, T] bool, on up to and including the first EOS.
-
-    EOS is included because the policy must learn to stop.
-    """
-    is_eos = torch.isin(completions, torch.tensor(eos_ids, device=completions.device)).long()
-    return is_eos.cumsum(1) - is_eos == 0  # no EOS before this token
-
-
-@torch.no_grad()
-def sample(
-    model,
-    prompts,
-    n,
-    *,
-    temperature,
-    max_new_tokens,
-    eos_ids,
-    pad_id,
-    layout=PLAIN,
-    cache=None,
-    rows_at_once=None,
-    progress=None,
-):
-    """Sample n completions of each prompt with Hugging Face generate; temperature 0 is greedy.
-
-    prompts: P lists of token ids. Returns a Rollout of P * n rows, on the model's device. Prompts
-    of similar length are sampled together. layout: what the model allows (see probes.probe); the
-    completions do not depend on it. rows_at_once: the most rows per generate call; None: all.
-    """
-    settings = sampling_settings(temperature, max_new_tokens, eos_ids, pad_id)
-    settings.cache_implementation = cache  # of generate; None: its default
-    size = len(prompts) if rows_at_once is None else max(1, rows_at_once // n)
-    pieces = [None] * len(prompts)  # each prompt's n completions
-    for chosen in batches(prompts, size, layout.equal_lengths):
-        batch = [prompts[i] for i in chosen]
-        out = generate(model, batch, n, settings, share_prompts=layout.share_prompts)
-        for i, rows in zip(chosen, out.split(n), strict=True):
-            pieces[i] = rows
-        if progress is not None:
-            progress.update(len(chosen))
-    rows = list(itertools.chain(*pieces))
-    completions = pad_sequence(rows, batch_first=True, padding_value=pad_id)  # [P * n, T]
-    ended = torch.isin(completions, torch.tensor(eos_ids, device=completions.device)).any(1)
-    repeated = [prompt for prompt in prompts for _ in range(n)]
-    return Rollout(repeated, completions, completion_mask(completions, eos_ids), ~ended)
-
-
-def sampling_settings(temperature, max_new_tokens, eos_ids, pad_id):
-    """The complete settings of generate: softmax(logits / temperature), and nothing else."""
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=eos_ids,
-        pad_token_id=pad_id,
-        use_cache=True,
-        repetition_penalty=1.0,
-        do_sample=temperature > 0,
-    )
-    if temperature > 0:
-        settings.update(temperature=temperature, top_k=0, top_p=1.0)
-    return settings
-
-
-def batches(prompts, size, equal_lengths):
-    """Indices of prompts, sorted by length, in batches of at most `size`.
-
-    equal_lengths: each batch has prompts of one length only.
-    """
-
-    def length(i):
-        return len(prompts[i])
-
-    order = sorted(range(len(prompts)), key=length)
-    parts = [order]
-    if equal_lengths:
-        parts = [list(part) for _, part in itertools.groupby(order, key=length)]
-    result = []
-    for part in parts:
-        result += [part[start : start + size] for start in range(0, len(part), size)]
-    return result
-
-
-def generate(model, prompts, n, settings, share_prompts=False):
-    """n completions of each prompt in one generate call, its rows contiguous: [P * n, T] ids.
-
-    If settings.return_dict_in_generate is on, returns the ModelOutput of generate instead.
-    """
-    ids, real = left_padded(prompts, settings.pad_token_id, model.device)  # [P, L]
-    which = torch.arange(len(prompts), device=model.device).repeat_interleave(n)  # [P * n]
-    cache = {}
-    if share_prompts and n > 1:
-        cache[cache_argument(model)] = prefill(model, ids, real, which)
-    with generation_config(model, settings):
-        out = model.generate(
-            ids[which], attention_mask=real[which], generation_config=settings, **cache
-        )
-    return out if settings.return_dict_in_generate else out[:, ids.shape[1] :]
-
-
-@contextlib.contextmanager
-def generation_config(model, config):
-    """Replace the model's generation config during the with block.
-
-    generate takes settings that its argument leaves unset from the model's own generation config.
-    """
-    before, model.generation_config = model.generation_config, config
-    try:
-        yield
-    finally:
-        model.generation_config = before
 
 
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")

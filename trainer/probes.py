@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import linear
 
 from trainer.logprobs import Layout, token_logprobs
-from trainer.policy import generate, sampling_settings
+from trainer.sampling import generate, sampling_settings
 
 TOLERANCE = 1e-3  # relative to the range of the compared values; fp32 rounding is below 1e-5
 
@@ -162,16 +162,12 @@ def must_not_be_left_padded(model, rows, pad_id, through_head):
 def generate_agrees(model, prompts, tokens, pad_id, through_head, share_prompts=False):
     """Whether greedy tokens have the same log-probabilities in generate and run row by row."""
     settings = sampling_settings(0, tokens, None, pad_id)
-    settings.update(return_dict_in_generate=True, output_logits=True)
-    out = generate(model, prompts, 2, settings, share_prompts)
-    drawn = out.sequences[:, -tokens:]  # [2 P, tokens], each prompt twice
-    logprobs = torch.stack(out.logits, 1).float().log_softmax(-1)  # [2 P, tokens, V]
-    got = logprobs.gather(2, drawn[..., None]).flatten()
+    drawn, got = generate(model, prompts, 2, settings, share_prompts, segment=1)  # [2 P, tokens]
     mask = torch.ones_like(drawn, dtype=torch.bool)
     repeated = [prompt for prompt in prompts for _ in range(2)]
     rows = Rows(repeated, drawn, mask)
     want = [logprobs_of(model, rows.pick([i]), through_head) for i in range(len(drawn))]
-    return agree(got, torch.cat(want))
+    return agree(got.flatten(), torch.cat(want))
 
 
 def prompts_can_be_shared(model, rows, pad_id):

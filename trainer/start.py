@@ -85,7 +85,7 @@ def set_up(o):
     """Load what the options name: the data, the model, and how its rows can be run.
 
     Returns (model, tokenizer, generation, training problems, held-out problems). generation: the
-    remaining keyword arguments of policy.sample. Each problem has its "prompt_ids".
+    remaining keyword arguments of sampling.sample. Each problem has its "prompt_ids".
     """
     torch.manual_seed(o.seed)
     offline_without_network(o.model, o.data)

@@ -1,0 +1,314 @@
+"""Step 1 of the loop: sample completions with Hugging Face `generate`.
+
+The distribution is softmax(logits / temperature) over the whole vocabulary, without top-k, top-p or
+penalties. The completions of a batch end at different times. `generate` would compute tokens for
+all rows until the longest one has ended. So it is called for SEGMENT tokens at a time, and between
+two calls the rows that have ended leave the batch and the cache of keys and values. A row's
+distribution depends on its own tokens only, so this changes none.
+"""
+
+import contextlib
+import copy
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, LogitsProcessor
+from transformers.cache_utils import DynamicLayer
+
+from trainer.logprobs import PLAIN, cache_argument, left_padded, prefill
+
+SEGMENT = 8  # tokens between two looks at which rows have ended
+
+
+@dataclass
+class Rollout:
+    """B completions and their data. The group_size rows of one prompt are contiguous."""
+
+    prompts: list  # B lists of token ids, without padding
+    completions: torch.Tensor  # [B, T] token ids, right-padded
+    mask: torch.Tensor  # [B, T] bool, on through the first EOS
+    truncated: torch.Tensor  # [B] bool: no EOS within max_new_tokens
+    sampler_logprobs: torch.Tensor = None  # [B, T] nats, under the sampler
+    problems: list = None  # B problems
+    texts: list = None  # B completions, decoded
+    right: torch.Tensor = None  # [B] 1 where the answer is right
+    rewards: torch.Tensor = None  # [B] what the policy is trained on
+    old_logprobs: torch.Tensor = None  # [B, T] nats, under the policy that sampled
+    entropy: torch.Tensor = None  # [B, T] nats, of the policy that sampled
+    ref_logprobs: torch.Tensor = None  # [B, T] under the start policy, if the loss needs it
+    advantages: torch.Tensor = None  # [B] or [B, T]
+    logprobs: torch.Tensor = None  # [B, T] before the latest update on the row
+
+    @property
+    def lengths(self):
+        """Tokens of each row, prompt and completion together. [B], on the CPU."""
+        return self.mask.sum(1).cpu() + torch.tensor([len(p) for p in self.prompts])
+
+    def groups(self, group_size):
+        """One Rollout per group, with the fields named in SAMPLED."""
+        starts = range(0, len(self.prompts), group_size)
+        return [self.rows(start, start + group_size) for start in starts]
+
+    def rows(self, start, stop):
+        """The rows start to stop - 1, with the fields named in SAMPLED."""
+        return Rollout(*(getattr(self, name)[start:stop] for name in SAMPLED))
+
+    @staticmethod
+    def join(pieces):
+        """Concatenate Rollouts; shorter completions are padded to the longest. Fields: SAMPLED."""
+        width = max(piece.mask.shape[1] for piece in pieces)
+        joined = Rollout(None, None, None, None)
+        for name in SAMPLED:
+            column = [getattr(piece, name) for piece in pieces]
+            if name in ("completions", "mask", "sampler_logprobs"):
+                column = [pad(x, (0, width - x.shape[1])) for x in column]
+            is_list = isinstance(column[0], list)
+            setattr(joined, name, sum(column, []) if is_list else torch.cat(column))
+        return joined
+
+
+# The fields that are filled in before the advantages: by sampling and by the reward.
+SAMPLED = (
+    "prompts",
+    "completions",
+    "mask",
+    "truncated",
+    "sampler_logprobs",
+    "problems",
+    "texts",
+    "right",
+    "rewards",
+)
+
+
+@torch.no_grad()
+def sample(
+    model,
+    prompts,
+    n,
+    *,
+    temperature,
+    max_new_tokens,
+    eos_ids,
+    pad_id,
+    layout=PLAIN,
+    rows_at_once=None,
+    progress=None,
+):
+    """Sample n completions of each prompt; temperature 0 is greedy.
+
+    prompts: P lists of token ids. Returns a Rollout of P * n rows, on the model's device. Prompts
+    of similar length are sampled together. layout: what the model allows (see probes.probe); the
+    distribution does not depend on it. rows_at_once: the most rows per generate call; None: all.
+    """
+    settings = sampling_settings(temperature, max_new_tokens, eos_ids, pad_id)
+    size = len(prompts) if rows_at_once is None else max(1, rows_at_once // n)
+    pieces = [None] * len(prompts)  # each prompt's n completions, and their log-probabilities
+    for chosen in batches(prompts, size, layout.equal_lengths):
+        batch = [prompts[i] for i in chosen]
+        drawn, logprobs = generate(model, batch, n, settings, layout.share_prompts)
+        for i, *piece in zip(chosen, drawn.split(n), logprobs.split(n), strict=True):
+            pieces[i] = piece
+        if progress is not None:
+            progress.update(len(chosen))
+    rows, logprobs = (list(itertools.chain(*column)) for column in zip(*pieces, strict=True))
+    completions = pad_sequence(rows, batch_first=True, padding_value=pad_id)  # [P * n, T]
+    logprobs = pad_sequence(logprobs, batch_first=True)
+    mask = completion_mask(completions, eos_ids)
+    ended = torch.isin(completions, torch.tensor(eos_ids, device=completions.device)).any(1)
+    repeated = [prompt for prompt in prompts for _ in range(n)]
+    return Rollout(repeated, completions, mask, ~ended, logprobs * mask)
+
+
+def sampler_weights(rollout, most):
+    """min(pi_old / sampler, most) for each whole completion, [B]: an importance weight.
+
+    In bf16 the sampler is a bf16 copy of the policy, and computes slightly other probabilities.
+    E over the sampler of (pi_old / sampler) f is E over the policy of f. Truncation bounds the
+    variance, at the price of a bias (our choice: one weight per sequence, as its advantage).
+    """
+    log_ratio = rollout.old_logprobs - rollout.sampler_logprobs  # [B, T]
+    return log_ratio.masked_fill(~rollout.mask, 0).sum(1).clamp(max=math.log(most)).exp()
+
+
+def sampling_settings(temperature, max_new_tokens, eos_ids, pad_id):
+    """The complete settings of generate: softmax(logits / temperature), and nothing else."""
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos_ids,
+        pad_token_id=pad_id,
+        use_cache=True,
+        repetition_penalty=1.0,
+        do_sample=temperature > 0,
+    )
+    if temperature > 0:
+        settings.update(temperature=temperature, top_k=0, top_p=1.0)
+    return settings
+
+
+def completion_mask(completions, eos_ids):
+    """Token ids [B, T] -> [B, T] bool, on up to and including the first EOS.
+
+    EOS is included because the policy must learn to stop.
+    """
+    is_eos = torch.isin(completions, torch.tensor(eos_ids, device=completions.device)).long()
+    return is_eos.cumsum(1) - is_eos == 0  # no EOS before this token
+
+
+def batches(prompts, size, equal_lengths):
+    """Indices of prompts, sorted by length, in batches of at most `size`.
+
+    equal_lengths: each batch has prompts of one length only.
+    """
+
+    def length(i):
+        return len(prompts[i])
+
+    order = sorted(range(len(prompts)), key=length)
+    parts = [order]
+    if equal_lengths:
+        parts = [list(part) for _, part in itertools.groupby(order, key=length)]
+    result = []
+    for part in parts:
+        result += [part[start : start + size] for start in range(0, len(part), size)]
+    return result
+
+
+def generate(model, prompts, n, settings, share_prompts=False, segment=SEGMENT):
+    """n completions of each prompt, its rows contiguous, and the log-probability of each token.
+
+    Returns (ids, logprobs), both [P * n, T]: logprobs in nats, under the distribution that the
+    token was drawn from. What follows a row's first EOS is arbitrary. share_prompts: run each
+    prompt once, and drop rows that have ended every `segment` tokens.
+    """
+    ids, real = left_padded(prompts, settings.pad_token_id, model.device)  # [P, L]
+    which = torch.arange(len(prompts), device=model.device).repeat_interleave(n)  # [P * n]
+    with generation_config(model, settings):
+        if not share_prompts:
+            return extend(model, ids[which], real[which], settings)
+        cache = with_room(prefill(model, ids, real, which))
+        return in_segments(model, ids[which], real[which], cache, settings, segment)
+
+
+def in_segments(model, ids, real, cache, settings, segment):
+    """`generate` for rows ids [B, L] whose keys and values are in `cache`, without ended rows."""
+    most, settings = settings.max_new_tokens, copy.copy(settings)
+    completions = ids.new_full((len(ids), most), settings.pad_token_id)
+    logprobs = torch.zeros(completions.shape, device=ids.device)
+    eos = torch.tensor(settings.eos_token_id or [], device=ids.device)
+    rows = torch.arange(len(ids), device=ids.device)  # those that have not ended
+    for start in range(0, most, segment):
+        settings.max_new_tokens = min(segment, most - start)
+        drawn, drawn_logprobs = extend(model, ids, real, settings, cache)  # [rows, <= segment]
+        stop = start + drawn.shape[1]
+        completions[rows, start:stop] = drawn
+        logprobs[rows, start:stop] = drawn_logprobs
+        going = ~torch.isin(drawn, eos).any(1)
+        if not going.any():
+            break
+        ids, real = torch.cat([ids, drawn], 1), torch.cat([real, torch.ones_like(drawn)], 1)
+        if not going.all():
+            rows, ids, real = rows[going], ids[going], real[going]
+            cache.batch_select_indices(going.nonzero()[:, 0])
+    return completions[:, :stop], logprobs[:, :stop]
+
+
+def extend(model, ids, real, settings, cache=None):
+    """One call of model.generate: (new ids, their log-probabilities), both [B, T]."""
+    record = Record(settings.temperature if settings.do_sample else 1.0)
+    given = {} if cache is None else {cache_argument(model): cache}
+    out = model.generate(
+        ids,
+        attention_mask=real,
+        generation_config=settings,
+        logits_processor=[record],
+        **given,
+    )
+    drawn = out[:, ids.shape[1] :]
+    return drawn, record.logprobs_of(drawn)
+
+
+class Record(LogitsProcessor):
+    """Records the log-probability of each token that generate draws.
+
+    generate calls it before each token with the logits, and with all tokens drawn so far.
+    """
+
+    def __init__(self, temperature):
+        self.temperature = temperature
+        self.logits = None  # [B, V], of the token to be drawn next
+        self.columns = []  # [B] each
+
+    def __call__(self, input_ids, logits):
+        if self.logits is not None:
+            self.drawn(input_ids[:, -1])
+        self.logits = logits
+        return logits
+
+    def drawn(self, token):
+        """token [B] was drawn from softmax(self.logits / temperature)."""
+        z = self.logits / self.temperature if self.temperature != 1 else self.logits
+        self.columns.append(z.gather(1, token[:, None])[:, 0] - z.logsumexp(1))
+
+    def logprobs_of(self, drawn):
+        """The log-probabilities of all tokens drawn, [B, T] ids. [B, T]"""
+        if len(self.columns) < drawn.shape[1]:  # generate does not call again after the last token
+            self.drawn(drawn[:, -1])
+        # On a GPU generate may run a token further before it sees that all rows have ended.
+        return torch.stack(self.columns[: drawn.shape[1]], 1)
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer's keys and values, with room for more: a new token rarely copies the earlier ones.
+
+    DynamicLayer copies all of them for every token. Here they are views of the first tokens of
+    larger buffers, whose length doubles when they are full.
+    """
+
+    def __init__(self, layer):
+        super().__init__()
+        vars(self).update(vars(layer))
+        self.buffers = {}
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.keys = self.append("keys", self.keys, key_states)
+        self.values = self.append("values", self.values, value_states)
+        return self.keys, self.values
+
+    def append(self, name, past, new):
+        """past [B, H, n, D] and new [B, H, k, D] -> [B, H, n + k, D], a view of a buffer."""
+        start, stop = past.shape[2], past.shape[2] + new.shape[2]
+        buffer = self.buffers.get(name)
+        # Another address: rows were selected, so `past` is no longer the start of the buffer.
+        full = buffer is None or buffer.data_ptr() != past.data_ptr() or stop > buffer.shape[2]
+        if full:
+            batch, heads, _, size = new.shape
+            buffer = self.buffers[name] = new.new_empty(batch, heads, 2 * stop, size)
+            buffer[:, :, :start] = past
+        buffer[:, :, start:stop] = new
+        return buffer[:, :, :stop]
+
+
+def with_room(cache):
+    """The cache, with its plain layers as RoomyLayer; others, such as sliding windows, stay."""
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.get_seq_length() > 0:
+            cache.layers[i] = RoomyLayer(layer)
+    return cache
+
+
+@contextlib.contextmanager
+def generation_config(model, config):
+    """Replace the model's generation config during the with block.
+
+    generate takes settings that its argument leaves unset from the model's own generation config.
+    """
+    before, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = before
