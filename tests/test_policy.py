@@ -303,7 +303,7 @@ def without_segments(model, prompts, n, **generation):
 
 @pytest.mark.parametrize("segment", [1, 3, 8])
 def test_greedy_in_segments_draws_the_same_tokens(monkeypatch, segment):
-    monkeypatch.setattr(sampling.generate, "__defaults__", (False, segment))
+    monkeypatch.setattr(sampling.generate, "__defaults__", (Layout(), segment))
     prompts = [[a, b] for a in range(3, 9) for b in range(3, 9)] + PROMPTS
     generation = dict(temperature=0, max_new_tokens=10, eos_ids=[2, 5, 9], pad_id=0)
     want = without_segments(tiny_model(), prompts, 1, **generation)
@@ -317,7 +317,7 @@ def test_greedy_in_segments_draws_the_same_tokens(monkeypatch, segment):
 @pytest.mark.parametrize("segment", [1, 2])
 def test_in_segments_each_completion_has_the_probability_of_the_policy(monkeypatch, segment):
     """All completions of up to three tokens over a vocabulary of 4, of which 1 ends a row."""
-    monkeypatch.setattr(sampling.generate, "__defaults__", (False, segment))
+    monkeypatch.setattr(sampling.generate, "__defaults__", (Layout(), segment))
     model, n, temperature = tiny_model(vocab=4), 20_000, 2.0
     generation = dict(temperature=temperature, max_new_tokens=3, eos_ids=[1], pad_id=0)
     torch.manual_seed(0)
@@ -386,6 +386,23 @@ def test_a_cache_with_room_holds_what_a_growing_one_holds():
                 cache.batch_select_indices(torch.tensor([2, 0]))
         buffers.add(roomy.layers[0].keys.data_ptr())
     assert roomy.get_seq_length() == 44 and len(buffers) < 8  # not a new one per token
+
+
+def test_a_static_cache_draws_the_same_and_is_kept_for_the_next_call():
+    """On the CPU generate runs it without compiling."""
+    generation = dict(temperature=0, max_new_tokens=10, eos_ids=[1, 2], pad_id=0)
+    dynamic, static = (Layout(share_prompts=True, static_cache=on) for on in (False, True))
+    want = sample(tiny_model(), PROMPTS, 4, layout=dynamic, **generation)
+    model, caches = tiny_model(), []
+    for _ in range(2):
+        got = sample(model, PROMPTS, 4, layout=static, **generation)
+        caches.append(model.kept_cache[1])
+        assert torch.equal(got.completions * got.mask, want.completions * want.mask)
+        torch.testing.assert_close(got.sampler_logprobs, want.sampler_logprobs)
+    assert caches[0] is caches[1] and caches[0].is_compileable
+    assert caches[0].layers[0].keys.shape[2] == 128  # 5 + 10 tokens, rounded up
+    sample(model, PROMPTS[:2], 4, layout=static, **generation)
+    assert model.kept_cache[1] is not caches[0]  # other shapes need another cache
 
 
 def of_lengths(prompts, completions):

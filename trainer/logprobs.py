@@ -27,6 +27,7 @@ class Layout:
     through_head: bool = False  # the logits are a linear head on the last hidden states
     share_prompts: bool = False  # run a prompt once for all of its completions
     equal_lengths: bool = False  # sample only prompts of equal length in one batch
+    static_cache: bool = False  # sample with a cache of fixed shape (--cache static)
 
 
 PLAIN = Layout()

@@ -109,6 +109,11 @@ class Options:
         "auto", "rows per pass of an update; the gradient stays the same; auto: what fits"
     )
     sample_batch: str = detail("auto", "rows per generate call; auto: all that fit in GPU memory")
+    cache: str = detail(
+        "dynamic",
+        "keys and values in sampling: dynamic, or static (fixed shape, which generate compiles on "
+        "CUDA; rows that have ended stay in the batch)",
+    )
     gradient_checkpointing: bool = detail(False, "use less memory; updates take longer")
 
     # Evaluation and output
@@ -428,6 +433,8 @@ def check_machine(o):
         raise ValueError(f"--device {o.device}: {found}")
     if o.dtype not in ("fp32", "bf16"):
         raise ValueError(f"--dtype {o.dtype}: auto, fp32 or bf16")
+    if o.cache not in ("dynamic", "static"):
+        raise ValueError(f"--cache {o.cache}: dynamic or static")
     cores = os.cpu_count() or 1
     if o.threads != "auto" and not (is_count(o.threads) and int(o.threads) <= cores):
         raise ValueError(f"--threads {o.threads}: 1 to {cores}, the cores of this machine, or auto")

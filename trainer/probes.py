@@ -46,8 +46,8 @@ def probe_rows(prompts, max_new_tokens, device):
 
 
 @torch.no_grad()
-def probe(model, prompts, max_new_tokens, pad_id):
-    """The Layout for a run on these prompts (lists of token ids).
+def probe(model, prompts, max_new_tokens, pad_id, cache="dynamic"):
+    """The Layout for a run on these prompts (lists of token ids). cache: --cache.
 
     Prints each shortcut that cannot be used, and why. Raises Refused, a ValueError of one line, if
     no layout is right: the model is not causal, right padding or the length of a row changes its
@@ -67,7 +67,10 @@ def probe(model, prompts, max_new_tokens, pad_id):
     if versions != [weight._version for weight in model.parameters()]:
         raise Refused("cannot train this model: its forward pass changes its own weights")
     share_prompts = through_head and prompts_can_be_shared(model, rows, pad_id)
-    return Layout(through_head, share_prompts, equal_lengths)
+    layout = Layout(through_head, share_prompts, equal_lengths, cache == "static")
+    if layout.static_cache:
+        check_static_cache(model, rows, pad_id, layout)
+    return layout
 
 
 def head_is_plain(model, rows):
@@ -144,10 +147,11 @@ def must_not_be_left_padded(model, rows, pad_id, through_head):
     Raises Refused if it differs for a single prompt too.
     """
     tokens = min(3, rows.completions.shape[1])
-    if generate_agrees(model, rows.prompts, tokens, pad_id, through_head):
+    plain = Layout(through_head)
+    if generate_agrees(model, rows.prompts, tokens, pad_id, plain):
         return False
     for prompt in rows.prompts:
-        if not generate_agrees(model, [prompt], tokens, pad_id, through_head):
+        if not generate_agrees(model, [prompt], tokens, pad_id, plain):
             raise Refused(
                 "generate samples from another distribution than this model's forward pass "
                 "computes (does its cache change the result?): it cannot be trained on its samples"
@@ -159,14 +163,14 @@ def must_not_be_left_padded(model, rows, pad_id, through_head):
     return True
 
 
-def generate_agrees(model, prompts, tokens, pad_id, through_head, share_prompts=False):
+def generate_agrees(model, prompts, tokens, pad_id, layout):
     """Whether greedy tokens have the same log-probabilities in generate and run row by row."""
     settings = sampling_settings(0, tokens, None, pad_id)
-    drawn, got = generate(model, prompts, 2, settings, share_prompts, segment=1)  # [2 P, tokens]
+    drawn, got = generate(model, prompts, 2, settings, layout, segment=1)  # [2 P, tokens]
     mask = torch.ones_like(drawn, dtype=torch.bool)
     repeated = [prompt for prompt in prompts for _ in range(2)]
     rows = Rows(repeated, drawn, mask)
-    want = [logprobs_of(model, rows.pick([i]), through_head) for i in range(len(drawn))]
+    want = [logprobs_of(model, rows.pick([i]), layout.through_head) for i in range(len(drawn))]
     return agree(got.flatten(), torch.cat(want))
 
 
@@ -180,13 +184,26 @@ def prompts_can_be_shared(model, rows, pad_id):
         three = rows.pick([0, 1, 1])
         shared = logprobs_of(model, three, True, share_prompts=True)
         same = agree(shared, logprobs_of(model, three, True))
-        if same and generate_agrees(model, rows.prompts, tokens, pad_id, True, share_prompts=True):
+        layout = Layout(through_head=True, share_prompts=True)
+        if same and generate_agrees(model, rows.prompts, tokens, pad_id, layout):
             return True
         why = "sharing prompts changes this model's log-probabilities"
     except Exception as error:  # an architecture may fail in any way
         why = f"this model cannot continue from a copied cache ({described(error)})"
     print(f"{why}: running each prompt once per completion, which takes more time")
     return False
+
+
+def check_static_cache(model, rows, pad_id, layout):
+    """Raise Refused if generate with a cache of fixed shape samples from another distribution."""
+    tokens = min(3, rows.completions.shape[1])
+    why = "the log-probabilities differ" if layout.share_prompts else "prompts cannot be shared"
+    try:
+        if layout.share_prompts and generate_agrees(model, rows.prompts, tokens, pad_id, layout):
+            return
+    except Exception as error:  # an architecture may fail in any way
+        why = described(error)
+    raise Refused(f"--cache static does not work with this model ({why}): leave it out")
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from trainer.logprobs import PLAIN, cache_argument, left_padded, prefill
@@ -110,7 +110,7 @@ def sample(
     pieces = [None] * len(prompts)  # each prompt's n completions, and their log-probabilities
     for chosen in batches(prompts, size, layout.equal_lengths):
         batch = [prompts[i] for i in chosen]
-        drawn, logprobs = generate(model, batch, n, settings, layout.share_prompts)
+        drawn, logprobs = generate(model, batch, n, settings, layout)
         for i, *piece in zip(chosen, drawn.split(n), logprobs.split(n), strict=True):
             pieces[i] = piece
         if progress is not None:
@@ -178,20 +178,25 @@ def batches(prompts, size, equal_lengths):
     return result
 
 
-def generate(model, prompts, n, settings, share_prompts=False, segment=SEGMENT):
+def generate(model, prompts, n, settings, layout=PLAIN, segment=SEGMENT):
     """n completions of each prompt, its rows contiguous, and the log-probability of each token.
 
     Returns (ids, logprobs), both [P * n, T]: logprobs in nats, under the distribution that the
-    token was drawn from. What follows a row's first EOS is arbitrary. share_prompts: run each
-    prompt once, and drop rows that have ended every `segment` tokens.
+    token was drawn from. What follows a row's first EOS is arbitrary. Rows that
+    have ended are dropped every `segment` tokens, if layout.share_prompts, and with a cache that is
+    not static.
     """
     ids, real = left_padded(prompts, settings.pad_token_id, model.device)  # [P, L]
     which = torch.arange(len(prompts), device=model.device).repeat_interleave(n)  # [P * n]
     with generation_config(model, settings):
-        if not share_prompts:
+        if not layout.share_prompts:
             return extend(model, ids[which], real[which], settings)
-        cache = with_room(prefill(model, ids, real, which))
-        return in_segments(model, ids[which], real[which], cache, settings, segment)
+        cache = prefill(model, ids, real, which)
+        ids, real = ids[which], real[which]
+        if layout.static_cache:
+            cache = static_cache(model, cache, len(ids), ids.shape[1] + settings.max_new_tokens)
+            return extend(model, ids, real, settings, cache)
+        return in_segments(model, ids, real, with_room(cache), settings, segment)
 
 
 def in_segments(model, ids, real, cache, settings, segment):
@@ -298,6 +303,24 @@ def with_room(cache):
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.get_seq_length() > 0:
             cache.layers[i] = RoomyLayer(layer)
+    return cache
+
+
+def static_cache(model, filled, rows, tokens):
+    """A cache for `rows` rows of `tokens` tokens, with the keys and values of the cache `filled`.
+
+    On CUDA, generate compiles the model if its cache has a fixed shape, and compiles it again for
+    other tensors. So the model keeps this cache, and gets the same one for equal shapes.
+    """
+    tokens = -(-tokens // 128) * 128  # rounded up: fewer shapes
+    shape, cache = vars(model).get("kept_cache", (None, None))
+    if shape != (rows, tokens):
+        cache = StaticCache(config=model.config, max_cache_len=tokens)
+        model.kept_cache = (rows, tokens), cache
+    cache.reset()
+    for i, layer in enumerate(filled.layers):
+        if layer.get_seq_length() > 0:
+            cache.update(layer.keys, layer.values, i)
     return cache
 
 

@@ -110,7 +110,7 @@ def set_up(o):
     print(start_line(tokenizer, chat, eos_ids))
 
     prompts = [problem["prompt_ids"] for problem in train + held_out]
-    layout = probe(model, prompts, o.max_new_tokens, pad_id)
+    layout = probe(model, prompts, o.max_new_tokens, pad_id, o.cache)
     generation = {"max_new_tokens": o.max_new_tokens, "eos_ids": eos_ids, "pad_id": pad_id}
     generation["layout"] = layout
     return model, tokenizer, generation, train, held_out
