@@ -265,6 +265,7 @@ def prepare(given, out, argv):
         return None
     config.update(start.made_from(o, model, problems + held_out, config))
     trainer, done = Trainer(o, model, tokenizer, generation, problems), 0
+    config["micro_batch"] = trainer.updater.keep_micro_batch(config.get("micro_batch"))
     if resume:
         state = checkpoint.load(out, model, trainer.updater.optimizer, say=print)
         done, trainer.cursor = state["step"], state["cursor"]

@@ -195,3 +195,10 @@ def true_reward():
     import train
 
     train.correct = rewards.correct
+
+
+def little_memory():
+    """--micro-batch auto finds memory for one row only."""
+    from trainer import memory
+
+    memory.free_bytes = lambda device: 0

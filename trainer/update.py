@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from grpo import constant
 from trainer.logprobs import token_logprobs
+from trainer.memory import rows_that_fit
 from trainer.options import flag
 from trainer.probes import train_mode_agrees
 
@@ -51,12 +52,39 @@ class Updater:
             enable_checkpointing(model)
         self.at_once = {"micro_batch": options.micro_batch, "sample_batch": options.sample_batch}
         if options.micro_batch == "auto":
-            fit = rows_that_fit(model, longest, checkpointing=options.gradient_checkpointing)
-            self.at_once["micro_batch"] = min(fit, options.rows // options.updates)
+            self.at_once["micro_batch"] = self.choose_micro_batch(longest)
         if options.sample_batch == "auto":
             self.at_once["sample_batch"] = options.rows
         self.at_once = {name: int(size) for name, size in self.at_once.items()}
         self.bad_steps = 0  # optimizer steps skipped in a row (loss or gradient not finite)
+
+    def choose_micro_batch(self, longest):
+        """Rows of `longest` tokens that fit, at most a mini-batch. Prints the choice in a line."""
+        fit, row, budget = rows_that_fit(
+            self.model,
+            longest,
+            dtype=self.o.dtype,
+            through_head=self.through_head,
+            checkpointing=self.o.gradient_checkpointing,
+        )
+        rows = min(fit, self.o.rows // self.o.updates)
+        print(
+            f"micro-batch: {rows} rows (auto: {row / 2**20:,.1f} MiB per row of {longest} tokens, "
+            f"{budget / 2**20:,.0f} MiB for rows); --micro-batch N changes it"
+        )
+        return rows
+
+    def keep_micro_batch(self, rows):
+        """Take the micro-batch that a resumed run began with; None: a new run keeps its own.
+
+        What fits depends on what else is in memory, and another size rounds differently: without
+        this, the resumed run would not equal the uninterrupted one. Returns the micro-batch.
+        """
+        own = self.at_once["micro_batch"]
+        if rows not in (None, own):
+            print(f"micro-batch: {rows} rows instead of {own}, because the run began with {rows}")
+            self.at_once["micro_batch"] = rows
+        return self.at_once["micro_batch"]
 
     def with_smaller_batches(self, name, work):
         """work(size), with size = at_once[name]; retries with half the size when out of GPU memory.
@@ -333,32 +361,6 @@ def enable_checkpointing(model):
             "--gradient-checkpointing needs train mode, in which this model computes other "
             "log-probabilities than in eval mode (randomness or a clamp): leave it out"
         )
-
-
-def rows_that_fit(model, tokens, budget=7 * 2**28, checkpointing=False):
-    """How many rows of `tokens` tokens fit into one forward and backward pass.
-
-    budget: bytes of activations. A conservative estimate from the model's shapes, for any
-    architecture (our choice). On CUDA, with_smaller_batches corrects it when memory runs out.
-    """
-    config = model.config.get_text_config()
-    embedding_size = model.get_input_embeddings().weight.shape[-1]
-    hidden = stated_size(config, "hidden_size", embedding_size)
-    inner = stated_size(config, "intermediate_size", 4 * hidden)
-    layers = stated_size(config, "num_hidden_layers", 32)
-    # Bytes per token in fp32: norms, q, k, v and attention take 16 hidden, the MLP 6 inner.
-    layer = 4 * (16 * hidden + 6 * inner)
-    kept = 4 * hidden if checkpointing else layer  # per layer, until the backward pass
-    per_token = layer + layers * kept
-    return max(1, int(budget // (per_token * max(1, tokens))))
-
-
-def stated_size(config, name, default):
-    """config.name; the largest if it is a list with one entry per layer; else the default."""
-    value = getattr(config, name, None)
-    if isinstance(value, (list, tuple)):
-        value = max(value, default=None)
-    return value if isinstance(value, int) and value > 0 else default
 
 
 def split_micro_batches(rollout, rows, size, share_prompts=False):
