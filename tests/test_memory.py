@@ -9,6 +9,7 @@ from test_architectures import KINDS, loaded
 from trainer import memory
 from trainer.logprobs import token_logprobs
 from trainer.memory import bytes_per_token, bytes_to_come, kept_bytes, rows_that_fit
+from trainer.policy import sampling_copy
 
 MIB = 2**20
 DTYPES = "fp32", "bf16"
@@ -68,6 +69,31 @@ def test_the_estimate_covers_every_architecture(kind, dtype):
     estimate = bytes_per_token(model, dtype, head, False)
     assert kept < estimate < 2 * kept  # two layers, and one of them counted twice
     assert bytes_per_token(model, dtype, head, True) < estimate
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_copy_that_samples_is_the_model_loaded_in_bf16(tied, tmp_path):
+    """Tied weights stay tied, buffers are what from_pretrained makes of them, and no fp32 copy of
+    the weights is made on the way.
+    """
+    model = loaded("llama", **LLAMA, tie_word_embeddings=tied)
+    if tied:
+        model.tie_weights()
+    copies = []
+    peak = allocated_peak(lambda: copies.append(sampling_copy(model, "bf16")))
+    weights = sum(p.numel() for p in model.parameters())
+    assert 2 * weights <= peak < 2.2 * weights
+    copy = copies[0]
+    model.save_pretrained(tmp_path)
+    want = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for kind in ("named_parameters", "named_buffers"):
+        found, wanted = dict(getattr(copy, kind)()), dict(getattr(want, kind)())
+        assert found.keys() == wanted.keys() and found
+        for name, tensor in wanted.items():
+            assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    assert (copy.lm_head.weight is copy.model.embed_tokens.weight) == tied
+    assert not copy.training and sampling_copy(model, "fp32") is model
+    assert model.dtype == torch.float32 and all(p.requires_grad for p in model.parameters())
 
 
 def test_what_else_an_update_allocates():

@@ -53,6 +53,9 @@ def two_updates(algo, dtype, loss_options=None, r=None, keep_graph=False, **opti
     """
     model, r = tiny_model().to(dtype), rollout(dtype=dtype) if r is None else r
     u = updater(model, algo, loss_options, **options)
+    u.optimizer.register_step_pre_hook(
+        lambda *_: setattr(r, "gradient", [p.grad for p in model.parameters()])
+    )
     if u.reference is not None:
         torch.manual_seed(1)
         for p in u.reference.parameters():
@@ -103,8 +106,8 @@ def test_one_pass_that_measures_and_learns_changes_no_bit(algo, loss_options, ch
 def test_a_micro_batch_does_not_change_the_gradient_in_fp32(algo):
     grads = {}
     for size in ("auto", "1", "3"):
-        model, _, _ = two_updates(algo, torch.float32, micro_batch=size, lr=1e-6)
-        grads[size] = [p.grad for p in model.parameters()]
+        _, _, r = two_updates(algo, torch.float32, micro_batch=size, lr=1e-6)
+        grads[size] = r.gradient
         assert max(g.abs().max() for g in grads[size]) > 1e-3
     for size in ("1", "3"):
         for a, b in zip(grads["auto"], grads[size], strict=True):
@@ -476,6 +479,16 @@ def test_out_of_memory_halves_and_loses_nothing(monkeypatch, capsys):
     assert "--micro-batch goes from 4 to 2" in capsys.readouterr().out
     with pytest.raises(MemoryError, match="--micro-batch 4"):
         two_updates("tepo", torch.float64, micro_batch="4")
+
+
+@pytest.mark.parametrize("fault", [0.0, float("nan")])
+def test_no_gradient_is_held_after_an_update(fault):
+    model, r = tiny_model(), rollout(dtype=torch.float32)
+    u = updater(model, "grpo", updates=1)
+    u.measure(r, [torch.arange(B)])
+    r.advantages = u.algo.advantages(r.rewards, G) + fault
+    assert u.update(r, torch.arange(B), on_policy=True)["moved"] == (fault == 0)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_what_is_not_finite_is_skipped_and_blamed():

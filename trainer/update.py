@@ -213,7 +213,6 @@ class Updater:
 
     def _update(self, rollout, rows, on_policy, size):
         """`update` in micro-batches of at most `size` rows."""
-        self.optimizer.zero_grad()
         # transformers checkpoints in train mode only; load_policy has switched off dropout.
         self.model.train(self.o.gradient_checkpointing)
         micro_batches = self.with_signal(rollout, rows, size)
@@ -233,6 +232,7 @@ class Updater:
         self.graphs.clear()
         self.model.eval()
         self.apply_or_skip(rollout, rows, push, result)
+        self.optimizer.zero_grad()  # now, not before the next pass: no rollout has to hold them
         return result
 
     def with_signal(self, rollout, rows, size):
