@@ -73,7 +73,7 @@ class Trainer:
         # pass, not from generate: the ratio is 1 before the first update only if both of its sides
         # come from the same code, rows and padding.
         mini_batches = torch.arange(o.rows).split(o.rows // o.updates)
-        updater.measure(rollout, mini_batches)
+        updater.measure(rollout, mini_batches, keep_graph=step > 1)  # step 1 compares two passes
         rollout.advantages = self.advantages(rollout)
 
         # 4 Update the policy: one optimizer step on each mini-batch.
@@ -272,6 +272,7 @@ def prepare(given, out, argv):
         return None
     config.update(start.made_from(o, model, problems + held_out, config))
     trainer, done = Trainer(o, model, tokenizer, generation, problems), 0
+    config["micro_batch"] = trainer.updater.keep_micro_batch(config.get("micro_batch"))
     if resume:
         state = checkpoint.load(out, model, trainer.updater.optimizer, say=print)
         done, trainer.cursor = state["step"], state["cursor"]

@@ -154,6 +154,20 @@ def test_interrupt(whole, data, tmp_path):
     assert_same(tmp_path / "a run", whole)
 
 
+def test_other_free_memory(whole, data, tmp_path):
+    """--micro-batch auto: a resumed run keeps what the run began with, though 1 row fits now."""
+    words = [*WORDS, "--data", data, "--out", tmp_path / "run"]
+    status, log = child.run(words, tmp_path / "log", "interrupt_in_step", 3, 1)
+    assert status == 130 and "micro-batch: 4 rows (auto" in log, log
+    status, log = child.run(["--resume", tmp_path / "run"], tmp_path / "log", "little_memory")
+    assert status == 0 and "micro-batch: 4 rows instead of 1" in log, log
+    assert_same(tmp_path / "run", whole)
+    one = [*words, "--overwrite"]  # and with 1 row it would differ
+    status, log = child.run(one, tmp_path / "log", "little_memory")
+    assert status == 0 and "micro-batch: 1 rows" in log, log
+    assert metrics(tmp_path / "run") != metrics(whole)
+
+
 def test_second_interrupt(whole, data, tmp_path):
     """A second Ctrl-C exits at once: its step is not written, and --resume does it again."""
     run = tmp_path / "run"

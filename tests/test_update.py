@@ -47,18 +47,21 @@ def updater(model, algo, loss_options=None, **options):
     )
 
 
-def two_updates(algo, dtype, loss_options=None, r=None, **options):
+def two_updates(algo, dtype, loss_options=None, r=None, keep_graph=False, **options):
     """Measure and update twice, on policy and then off it. Returns the trained model, what update
     returned, and the rollout, `r` if given.
     """
     model, r = tiny_model().to(dtype), rollout(dtype=dtype) if r is None else r
     u = updater(model, algo, loss_options, **options)
+    u.optimizer.register_step_pre_hook(
+        lambda *_: setattr(r, "gradient", [p.grad for p in model.parameters()])
+    )
     if u.reference is not None:
         torch.manual_seed(1)
         for p in u.reference.parameters():
             p.data += 0.05 * torch.randn_like(p)
     mini_batches = torch.arange(B).split(B // 2)
-    u.measure(r, mini_batches)
+    u.measure(r, mini_batches, keep_graph)
     r.advantages = u.algo.advantages(r.rewards, G, entropy=r.entropy, mask=r.mask)
     return (
         model,
@@ -85,12 +88,26 @@ def test_a_micro_batch_does_not_change_the_parameters(algo, loss_options):
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=1e-10)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("algo", "loss_options"), KINDS)
+def test_one_pass_that_measures_and_learns_changes_no_bit(algo, loss_options, checkpointing):
+    how = {"gradient_checkpointing": checkpointing, "micro_batch": "4"}
+    twice, said, first = two_updates(algo, torch.float32, loss_options, **how)
+    once, said_once, second = two_updates(algo, torch.float32, loss_options, keep_graph=True, **how)
+    for a, b in zip(twice.parameters(), once.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(first.old_logprobs, second.old_logprobs) and not once.training
+    assert said[0]["ratio"] and said_once[0]["ratio"] == []  # 1 by construction: not measured
+    for a, b in zip(said, said_once, strict=True):
+        assert {**a, "ratio": []} == {**b, "ratio": []}
+
+
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_a_micro_batch_does_not_change_the_gradient_in_fp32(algo):
     grads = {}
     for size in ("auto", "1", "3"):
-        model, _, _ = two_updates(algo, torch.float32, micro_batch=size, lr=1e-6)
-        grads[size] = [p.grad for p in model.parameters()]
+        _, _, r = two_updates(algo, torch.float32, micro_batch=size, lr=1e-6)
+        grads[size] = r.gradient
         assert max(g.abs().max() for g in grads[size]) > 1e-3
     for size in ("1", "3"):
         for a, b in zip(grads["auto"], grads[size], strict=True):
@@ -200,6 +217,44 @@ def test_no_forward_pass_without_need(rows_run):
     two_updates("grpo", torch.float64, micro_batch="2")
     first, second = rows_run[4:6], rows_run[6:10]
     assert first == [(2, True)] * 2 and second == [(2, False)] * 2 + [(2, True)] * 2
+
+
+def test_the_pass_that_measures_is_the_pass_that_learns_where_it_fits(rows_run):
+    two_updates("gtpo", torch.float64, keep_graph=True, micro_batch="4")
+    assert rows_run == [(4, True), (4, False)] + [(4, True)] * 3
+    rows_run.clear()
+    two_updates("gtpo", torch.float64, keep_graph=True, micro_batch="2")
+    assert rows_run[:6] == [(2, False)] * 4 + [(2, True)] * 2
+
+
+def test_micro_batches_of_several_kinds_keep_their_graphs_together(rows_run):
+    """The first group is all wrong, so its rows are a micro-batch of their own."""
+    r = rollout(dtype=torch.float32)
+    r.rewards = torch.tensor([0.0, 0, 0, 0, 0, 1, 0, 0])
+    u = updater(tiny_model(), "grpo", {"beta": 0.1}, updates=1, micro_batch="8")
+    u.measure(r, [torch.arange(B)], keep_graph=True)
+    r.advantages = u.algo.advantages(r.rewards, G)
+    assert rows_run == [(G, False)] * 2 + [(G, True)] * 2 and len(u.graphs) == 2
+    assert u.update(r, torch.arange(B), on_policy=True)["moved"]
+    assert len(rows_run) == 4 and not u.graphs
+
+
+def test_no_graph_outlives_a_skipped_step_or_an_error_of_memory():
+    r = rollout(dtype=torch.float32)
+    u = updater(tiny_model(), "grpo", updates=1, micro_batch="auto")
+    u.measure(r, [torch.arange(B)], keep_graph=True)
+    r.advantages = u.algo.advantages(r.rewards, G)
+    r.advantages[0] = float("nan")
+    assert u.graphs and u.update(r, torch.arange(B), on_policy=True)["bad_rows"] == [0]
+    assert not u.graphs
+    u.measure(r, [torch.arange(B)], keep_graph=True)
+
+    def work(size):
+        if u.graphs:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return size
+
+    assert u.with_smaller_batches("micro_batch", work) == B // 2
 
 
 def test_rows_without_push_are_not_run(rows_run):
@@ -424,6 +479,16 @@ def test_out_of_memory_halves_and_loses_nothing(monkeypatch, capsys):
     assert "--micro-batch goes from 4 to 2" in capsys.readouterr().out
     with pytest.raises(MemoryError, match="--micro-batch 4"):
         two_updates("tepo", torch.float64, micro_batch="4")
+
+
+@pytest.mark.parametrize("fault", [0.0, float("nan")])
+def test_no_gradient_is_held_after_an_update(fault):
+    model, r = tiny_model(), rollout(dtype=torch.float32)
+    u = updater(model, "grpo", updates=1)
+    u.measure(r, [torch.arange(B)])
+    r.advantages = u.algo.advantages(r.rewards, G) + fault
+    assert u.update(r, torch.arange(B), on_policy=True)["moved"] == (fault == 0)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_what_is_not_finite_is_skipped_and_blamed():

@@ -163,8 +163,19 @@ def sampling_copy(model, dtype):
     generate reads every weight once per token, and bf16 halves the bytes. Each rollout makes a new
     copy, so no update has to keep it in memory. The trained weights stay fp32: at a learning rate
     of 1e-6 an update is smaller than half a bf16 ulp, and would be rounded away.
+
+    What from_pretrained(dtype=bfloat16) leaves in fp32 stays fp32: the buffers that are not saved,
+    such as the frequencies of rotary embeddings.
     """
-    return copy.deepcopy(model).bfloat16() if dtype == "bf16" else model
+    if dtype != "bf16":
+        return model
+    copies = {}  # {id: copy}, for deepcopy: it takes these and makes no fp32 copy of its own
+    for weight in model.state_dict(keep_vars=True).values():
+        bf16 = weight.detach().to(torch.bfloat16) if weight.is_floating_point() else weight.clone()
+        if isinstance(weight, torch.nn.Parameter):
+            bf16 = torch.nn.Parameter(bf16, requires_grad=False)
+        copies.setdefault(id(weight), bf16)  # a tied weight comes twice
+    return copy.deepcopy(model, copies)
 
 
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
