@@ -128,7 +128,7 @@ class Trainer:
 
         def work(rows_at_once):
             return sample(
-                sampling_copy(self.model, self.o.dtype),
+                sampling_copy(self.model, self.o.dtype, keep=self.o.cache == "static"),
                 prompts,
                 n,
                 temperature=self.o.temperature,

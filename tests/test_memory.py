@@ -4,6 +4,7 @@ from itertools import accumulate
 
 import pytest
 import torch
+from conftest import tiny_model
 from test_architectures import KINDS, loaded
 
 from trainer import memory
@@ -93,6 +94,18 @@ def test_the_copy_that_samples_is_the_model_loaded_in_bf16(tied, tmp_path):
             assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
     assert (copy.lm_head.weight is copy.model.embed_tokens.weight) == tied
     assert not copy.training and sampling_copy(model, "fp32") is model
+
+
+def test_a_kept_copy_is_the_same_object_with_the_new_weights():
+    model = tiny_model()
+    kept = sampling_copy(model, "bf16", keep=True)
+    torch.nn.init.normal_(model.lm_head.weight)
+    assert not torch.equal(kept.lm_head.weight, model.lm_head.weight.bfloat16())
+    assert sampling_copy(model, "bf16", keep=True) is kept
+    for got, want in zip(kept.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(got, want.to(got.dtype))
+    assert sampling_copy(model, "bf16") is not kept  # without keep, another copy
+    assert "kept_copy" not in dict(model.named_modules())
     assert model.dtype == torch.float32 and all(p.requires_grad for p in model.parameters())
 
 

@@ -59,7 +59,7 @@ def write_evaluation(trainer, out, held_out, step):
 
     def work(rows_at_once):
         return evaluate(
-            sampling_copy(trainer.model, o.dtype),
+            sampling_copy(trainer.model, o.dtype, keep=o.cache == "static"),
             trainer.tokenizer,
             held_out,
             k=k,
