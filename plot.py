@@ -19,7 +19,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from PIL import Image  # a dependency of matplotlib
 
 from trainer import options
 from trainer.runs import average, finite, group, read_log, read_runs, rows_of
@@ -76,6 +75,8 @@ def save(figure, out):
     try:
         figure.savefig(part, dpi=160)
         if part.suffix == ".png" and part.stat().st_size > MAX_BYTES:
+            from PIL import Image  # a dependency of matplotlib
+
             image = Image.open(part).convert("RGB")
             image.quantize(256, kmeans=1, dither=Image.Dither.NONE).save(part)
         os.replace(part, out)

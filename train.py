@@ -217,7 +217,7 @@ def loop(trainer, out, held_out, done):
             session.write_last_group(trainer, out, step, rollout)
             if session.evaluates(o, step):
                 session.write_evaluation(trainer, out, held_out, step)
-            if session.evaluates(o, step) or session.shows(o, step):
+            if session.draws(o, out, step):
                 draw(out)
             if session.saves(o, step, interrupted):
                 session.save(trainer, out, step, sizes)

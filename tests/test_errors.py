@@ -245,12 +245,12 @@ def test_long_prompts_are_dropped_and_counted(capsys, tmp_path):
     So a prompt of 248 tokens is kept, and one of 249 is dropped.
     """
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    encode = Prompts(tokenizer).encoder()
+    encode = Prompts(tokenizer).encode
     asked = {248: None, 249: None}
     for n in asked:
         text = "5" * n
-        text = text[: n - (len(encode(text)) - n)]
-        assert len(encode(text)) == n
+        text = text[: n - (len(encode([text])[0]) - n)]
+        assert len(encode([text])[0]) == n
         asked[n] = {"question": text, "answer": "5"}
     rows = [*asked.values(), {"question": "5" * 9000, "answer": "5"}]
     write(tmp_path / "train.jsonl", [*rows, {"question": "1+1?", "answer": "2"}])
@@ -295,7 +295,7 @@ def test_text_in_any_script(tmp_path, capsys):
     held_out = [{"question": text + "2", "answer": "2"} for text in SCRIPTS.values()]
     write(tmp_path / "test.jsonl", held_out)
     for row in data.load_problems(str(tmp_path), "train"):
-        text = tokenizer.decode(Prompts(tokenizer).encoder()(row["question"]))
+        text = tokenizer.decode(Prompts(tokenizer).encode([row["question"]])[0])
         assert text == unicodedata.normalize("NFC", row["question"]) + "\n"
     words = [*WORDS, *f"--steps 1 --prompts {len(rows)} --samples-every 1 --eval-n 9".split()]
     words += ["--data", tmp_path, "--out", tmp_path / "run"]
@@ -358,13 +358,13 @@ def test_chat_template(model_folder, file, tmp_path, capsys):
     """Used where there is one, plain text where not; one that fails is a line."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     assert tokenizer.chat_template is None
-    plain = Prompts(tokenizer, "{question} Go.").encoder()("1+1?")
+    plain = Prompts(tokenizer, "{question} Go.").encode(["1+1?"])[0]
     assert plain == tokenizer("1+1? Go.\n").input_ids
     template = "{% for m in messages %}U: {{ m.content }}. {% endfor %}"
     template += "{% if add_generation_prompt %}A: {% endif %}"
     change(model_folder / "tokenizer_config.json", chat_template=template)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    chat = Prompts(tokenizer, "{question} Go.").encoder()("1+1?")
+    chat = Prompts(tokenizer, "{question} Go.").encode(["1+1?"])[0]
     assert chat == tokenizer("U: 1+1? Go.. A: ").input_ids
     template = "{{ raise_exception('a system turn is wanted') }}"
     change(model_folder / "tokenizer_config.json", chat_template=template)

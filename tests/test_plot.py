@@ -262,6 +262,16 @@ def test_a_value_that_one_seed_lacks_is_left_out_of_the_mean_at_that_step_alone(
     np.testing.assert_allclose(mean[:2], [0.215, 0.24])
 
 
+def test_of_two_rows_of_one_step_the_last_counts():
+    """Of step 2 the last row has no value, so nothing is drawn there."""
+    blank = dict.fromkeys(COLUMNS)
+    steps = [(1, 0.25), (1, 0.5), (2, 0.75), (2, None), (3, 0.125)]
+    rows = [{**blank, "phase": "train", "step": n, "length": x} for n, x in steps]
+    found = average([{"rows": rows}], "train", "length")
+    want = [[1, 3], [0.5, 0.125], [0.5, 0.125], [0.5, 0.125], [1, 1]]
+    assert [column.tolist() for column in found] == want
+
+
 def test_what_is_drawn_is_the_mean_over_seeds_and_no_median(tmp_path):
     from matplotlib.figure import Figure
 

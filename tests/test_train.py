@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -39,7 +40,9 @@ def test_each_algorithm_trains_two_steps(algo, tmp_path):
     out = tmp_path / "run"
     done = command("--algo", algo, "--steps", 2, "--out", out, *SMALL)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("preset tiny (as asked)") and "held-out problems" in done.stdout
+    first, second, *_ = done.stdout.splitlines()
+    assert first == "loading torch and transformers" and second.startswith("preset tiny (as asked)")
+    assert "held-out problems" in done.stdout
     lines = read(out / "metrics.jsonl")
     assert [line["phase"] for line in lines] == ["eval", "train", "train", "eval"]
     for line in lines:
@@ -78,6 +81,17 @@ def test_evaluations_draw_before_and_after_and_halve_their_rows(tmp_path, monkey
     assert [line["pass_at_k"] is None for line in lines] == [False, True, False]
     assert rows == [8, 4, 4, 4]
     assert "--sample-batch goes from 8 to 4" in capsys.readouterr().out
+
+
+def test_the_picture_is_drawn_after_an_evaluation_or_when_it_is_a_minute_old(tmp_path):
+    o = fill(parse(["--eval-every", "3", "--steps", "7", *SMALL]))
+    assert all(session.draws(o, tmp_path, step) for step in range(1, 8))  # there is none yet
+    picture = tmp_path / "curves.png"
+    picture.touch()
+    assert [step for step in range(1, 8) if session.draws(o, tmp_path, step)] == [3, 6, 7]
+    old = time.time() - session.PICTURE_AGE - 1
+    os.utime(picture, (old, old))
+    assert all(session.draws(o, tmp_path, step) for step in range(1, 8))
 
 
 def trainer(tmp_path, *args):

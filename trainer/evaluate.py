@@ -90,8 +90,9 @@ def accuracy(tokenizer, greedy, problems, k):
     """The dict of `evaluate` from the greedy completions alone."""
     answers = [problem["answer"] for problem in problems]
     n = len(problems)
-    strict = sum(grade(correct, tokenizer, greedy, answers))
-    lenient = sum(grade(matches, tokenizer, greedy, answers))
+    texts = decode(tokenizer, greedy)
+    strict = sum(grade(correct, texts, answers, greedy))
+    lenient = sum(grade(matches, texts, answers, greedy))
     return {
         "accuracy": strict / n,
         "accuracy_lenient": lenient / n,
@@ -108,7 +109,7 @@ def accuracy(tokenizer, greedy, problems, k):
 def at_k(tokenizer, drawn, problems, k, samples):
     """avg@k and pass@k from `samples` completions of each problem, as a dict."""
     answers = [problem["answer"] for problem in problems for _ in range(samples)]
-    right = grade(correct, tokenizer, drawn, answers)
+    right = grade(correct, decode(tokenizer, drawn), answers, drawn)
     starts = range(0, len(right), samples)
     counts = [int(sum(right[start : start + samples])) for start in starts]  # right per problem
     return {
@@ -117,12 +118,11 @@ def at_k(tokenizer, drawn, problems, k, samples):
     }
 
 
-def grade(measure, tokenizer, rollout, answers):
+def grade(measure, texts, answers, rollout):
     """measure(text, answer, truncated) for each completion, as a list.
 
-    measure: `correct` or `matches`.
+    measure: `correct` or `matches`. texts: the decoded completions of the rollout.
     """
-    texts = decode(tokenizer, rollout)
     rows = zip(texts, answers, rollout.truncated.tolist(), strict=True)
     return [measure(text, answer, cut) for text, answer, cut in rows]
 

@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 
 from trainer import checkpoint
 from trainer.evaluate import evaluate
@@ -12,6 +13,7 @@ from trainer.policy import sampling_copy
 from trainer.records import group_to_show, sample_lines
 
 BAD_STEPS = 3  # this many skipped updates in a row stop the run
+PICTURE_AGE = 60  # seconds until curves.png is drawn again between two evaluations
 
 
 def on_interrupt():
@@ -40,6 +42,17 @@ def evaluates(o, step):
 def shows(o, step):
     """Whether samples.jsonl gets a group of this step, whether or not it is the last step."""
     return o.samples_every > 0 and (step == 1 or step % o.samples_every == 0)
+
+
+def draws(o, out, step):
+    """Whether curves.png is drawn after this step: after an evaluation, else when it is old.
+
+    A picture takes a third of a second, as long as a small model's step.
+    """
+    picture = out / "curves.png"
+    if evaluates(o, step) or not picture.exists():
+        return True
+    return time.time() - picture.stat().st_mtime > PICTURE_AGE
 
 
 def saves(o, step, interrupted):

@@ -1,5 +1,6 @@
 """Start or resume a run: its folder, its config.json, its model and its problems."""
 
+import gc
 import json
 import platform
 import re
@@ -15,6 +16,10 @@ from trainer.options import CHANGEABLE_ON_RESUME, fill, flag
 from trainer.policy import context_length, load_policy, use_threads
 from trainer.probes import probe
 from trainer.prompts import Chat, encode_problems, show, start_line
+
+# Python's garbage collector need not look through the imported libraries again and again: they
+# stay. This saves half a second of the start.
+gc.freeze()
 
 
 def run_folder(given):
