@@ -65,12 +65,14 @@ def test_each_algorithm_trains_two_steps(algo, tmp_path):
 
 
 def test_evaluations_draw_before_and_after_and_halve_their_rows(tmp_path, monkeypatch, capsys):
-    """Memory for four rows at once: the first evaluation tries 8, then 4, and the others keep 4."""
+    """Memory for 16 rows: the first evaluation tries 32, four times the step's 8, then 16; the
+    others keep 16.
+    """
     real, rows = session.evaluate, []
 
     def small(*args, rows_at_once, **kwargs):
         rows.append(rows_at_once)
-        if rows_at_once > 4:
+        if rows_at_once > 16:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*args, rows_at_once=rows_at_once, **kwargs)
 
@@ -79,7 +81,7 @@ def test_evaluations_draw_before_and_after_and_halve_their_rows(tmp_path, monkey
     assert train.main(["--steps", "2", "--eval-every", "1", "--out", str(out), *SMALL]) == 0
     lines = [line for line in read(out / "metrics.jsonl") if line["phase"] == "eval"]
     assert [line["pass_at_k"] is None for line in lines] == [False, True, False]
-    assert rows == [8, 4, 4, 4]
+    assert rows == [32, 16, 16, 16]
     assert "--sample-batch goes from 8 to 4" in capsys.readouterr().out
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 
 from trainer import checkpoint
-from trainer.evaluate import evaluate
+from trainer.evaluate import evaluate, rows_of_evaluation
 from trainer.policy import sampling_copy
 from trainer.records import group_to_show, sample_lines
 
@@ -79,7 +79,7 @@ def write_evaluation(trainer, out, held_out, step):
             samples=o.draws,
             temperature=o.temperature,
             seed=o.seed + 10_000,
-            rows_at_once=rows_at_once,
+            rows_at_once=rows_of_evaluation(o, rows_at_once),
             quiet=False,
             **trainer.generation,
         )
