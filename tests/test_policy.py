@@ -69,7 +69,7 @@ def test_logprobs_without_logits_are_the_plain_ones(
     model = (tiny_gpt2() if kind == "gpt2" else tiny_model()).double()
     if kind == "bias":  # an output head with a bias, and not tied to the embedding
         model.lm_head = torch.nn.Linear(16, 24).double()
-    monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", chunk * 24)
+    monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", {"cpu": chunk * 24})
     push = (
         torch.randn(MASK.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         * MASK
@@ -88,6 +88,11 @@ def test_logprobs_without_logits_are_the_plain_ones(
         torch.testing.assert_close(p.grad, grad, rtol=0, atol=1e-10)
 
 
+def test_a_chunk_of_logits_is_larger_on_a_gpu_and_a_cpus_on_other_devices():
+    cpu, cuda, other = map(logprobs.logits_at_once, ("cpu", "cuda", "mps"))
+    assert cuda > cpu == other
+
+
 def test_under_bf16_the_gradient_of_the_head_adds_up_in_fp32(monkeypatch):
     """1000 equal rows, one per chunk: in bf16 the sum would stand still at 256 of them."""
     generator = torch.Generator().manual_seed(0)
@@ -95,7 +100,7 @@ def test_under_bf16_the_gradient_of_the_head_adds_up_in_fp32(monkeypatch):
     hidden = torch.randn(1, 16, generator=generator).expand(1000, 16)
     grads = []
     for rows_per_chunk in (1, 1000):
-        monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", rows_per_chunk * 24)
+        monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", {"cpu": rows_per_chunk * 24})
         with torch.autocast("cpu", torch.bfloat16):
             targets = torch.full((1000,), 5)
             got, _ = logprobs.HeadLogprobs.apply(hidden, weight, None, targets, 1.0, False)

@@ -14,7 +14,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-LOGITS_AT_ONCE = 2**24  # elements of one chunk of logits: 64 MiB in fp32
+# Elements of one chunk of logits, by device: 64 MiB in fp32 on a CPU, 256 MiB on a GPU. Each chunk,
+# [n, V], launches a dozen kernels and goes over the head's whole gradient, [V, D]. With Qwen2.5's
+# vocabulary 2**24 elements are n = 110 rows, fewer than D = 896. On a GPU, where memory traffic
+# takes the time, the gradient would then cost more than the logits: arithmetic, not measured.
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**26}
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class HeadLogprobs(torch.autograd.Function):
         if torch.is_autocast_enabled(kind):  # cast here: backward runs outside autocast
             dtype = torch.get_autocast_dtype(kind)
         h, head = hidden.to(dtype), weight.to(dtype)
-        chunk = max(1, LOGITS_AT_ONCE // len(weight))  # rows
+        chunk = max(1, logits_at_once(kind) // len(weight))  # rows
         result_dtype = torch.promote_types(dtype, torch.float32)
         logprobs = torch.empty(len(h), dtype=result_dtype, device=h.device)
         logsumexp = torch.empty_like(logprobs)
@@ -91,6 +95,11 @@ class HeadLogprobs(torch.autograd.Function):
             elif grad_weight is not None:
                 grad_weight += z.T @ h[rows]
         return grad_h, grad_weight, grad_bias, None, None, None
+
+
+def logits_at_once(kind):
+    """Elements of one chunk of logits on a device of this type, such as "cpu"."""
+    return LOGITS_AT_ONCE.get(kind, LOGITS_AT_ONCE["cpu"])
 
 
 def chunk_logits(hidden, head, bias, temperature):
