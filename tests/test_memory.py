@@ -54,6 +54,15 @@ def test_the_estimate_is_a_little_above_the_memory_of_a_real_update(dtype):
     assert update_peak(model, 9, dtype, share_prompts=True) < nine
 
 
+def test_shared_prompts_hold_no_second_gradient_of_the_weights():
+    """One row of few tokens: as one graph, the peak grew by the layers' weights."""
+    model = loaded("llama", **{**LLAMA, "hidden_size": 128, "num_hidden_layers": 8})
+    layers = 4 * sum(p.numel() for p in model.model.layers.parameters())
+    apart = update_peak(model, 1, "fp32", tokens=8)
+    shared = update_peak(model, 1, "fp32", share_prompts=True, tokens=8)
+    assert shared < apart + layers / 4
+
+
 def test_the_estimate_of_bf16_is_below_that_of_fp32():
     model = loaded("llama", **LLAMA)
     fp32, bf16 = (bytes_per_token(model, dtype, True, False) for dtype in DTYPES)

@@ -203,6 +203,19 @@ def test_bf16_samples_from_a_copy_and_trains_fp32(tmp_path):
     assert torch.equal(copy.lm_head.weight, t.model.lm_head.weight.bfloat16())
 
 
+@pytest.mark.parametrize(
+    ("flags", "slow"),
+    [("fpu avx2", True), ("fpu avx512_bf16", False), ("amx_bf16 fpu", False), (None, False)],
+)
+def test_bf16_without_instructions_for_it_is_said_to_be_slow(flags, slow, tmp_path, capsys):
+    if flags:
+        (tmp_path / "cpuinfo").write_text(f"processor: 0\nflags\t\t: {flags}\nbugs: none\n")
+    for dtype in ("bf16", "fp32"):
+        o = fill(parse(["--dtype", dtype, "--device", "cpu"]))
+        start.warn_of_slow_bf16(o, tmp_path / "cpuinfo")
+        assert ("several times as long" in capsys.readouterr().out) == (slow and dtype == "bf16")
+
+
 def test_options_of_an_algorithm_are_typed_and_known():
     typed = {"eps_high": 0.3, "kl_coef": 0.05}
     assert checked_options("tepo", {"eps_high": "0.3", "kl_coef": "0.05"}) == typed

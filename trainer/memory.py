@@ -93,7 +93,7 @@ def bytes_to_come(model, dtype):
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     head = model.get_input_embeddings().weight
     head = head.numel() * head.element_size()
-    chunks = 3 * 4 * logprobs.LOGITS_AT_ONCE
+    chunks = 3 * 4 * logprobs.logits_at_once(model.device.type)
     total = 3 * weights + head + chunks
     if dtype == "bf16":
         total += weights // 2 + head // 2 + head
