@@ -231,6 +231,16 @@ def test_dppo_mask_starts_at_delta(a, p, divergence):
     assert one_row([p / q], -a, name="dppo", **options).item() != 0
 
 
+def test_dppo_divergence_stays_finite_where_a_probability_is_1():
+    old = torch.tensor([[0.999]], dtype=torch.float64).log()
+    D = 0.999 * math.log(0.999) + 0.001 * math.log((0.001 + 1e-8) / 1e-8)  # 0.0105
+    for delta, silent in ((D + 1e-6, False), (D - 1e-6, True)):
+        options = {"divergence": "kl", "delta_high": delta}
+        args = (old, torch.ones(1, dtype=torch.float64), torch.ones(1, 1))
+        _, grad = value_and_grad(MODULE["dppo"].loss, 0 * old, *args, **options)
+        assert (grad == 0).item() == silent
+
+
 @pytest.mark.parametrize(
     ("name", "options", "zero"),
     [
