@@ -73,7 +73,7 @@ class Trainer:
         # pass, not from generate: the ratio is 1 before the first update only if both of its sides
         # come from the same code, rows and padding.
         mini_batches = torch.arange(o.rows).split(o.rows // o.updates)
-        updater.measure(rollout, mini_batches, keep_graph=step > 1)  # step 1 compares two passes
+        updater.measure(rollout, mini_batches, step > 1, self.advantages)  # step 1: two passes
         rollout.advantages = self.advantages(rollout)
 
         # 4 Update the policy: one optimizer step on each mini-batch.

@@ -61,7 +61,7 @@ def error_line(capsys, *argv, status=2):
 def one_line(text):
     assert "Traceback" not in text, text
     # Progress bars, and what a run prints at its start.
-    usual = re.compile(r"^(\s|\x1b\[A)*$|\d+%\||^(prompt|CPU threads): |are held out$")
+    usual = re.compile(r"^(\s|\x1b\[A)*$|\d+%\||^(prompt|CPU threads|micro-batch): |are held out$")
     lines = [line for line in re.split("[\r\n]", text) if not usual.search(line)]
     assert len(lines) == 1 and lines[0].startswith("train.py: "), lines
     return lines[0]

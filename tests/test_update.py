@@ -61,8 +61,13 @@ def two_updates(algo, dtype, loss_options=None, r=None, keep_graph=False, **opti
         for p in u.reference.parameters():
             p.data += 0.05 * torch.randn_like(p)
     mini_batches = torch.arange(B).split(B // 2)
-    u.measure(r, mini_batches, keep_graph)
-    r.advantages = u.algo.advantages(r.rewards, G, entropy=r.entropy, mask=r.mask)
+
+    def advantages(r):
+        return u.algo.advantages(r.rewards, G, entropy=r.entropy, mask=r.mask)
+
+    u.measure(r, mini_batches, keep_graph, advantages)
+    r.advantages = advantages(r)
+    r.updater = u
     return (
         model,
         [u.update(r, rows, on_policy=i == 0) for i, rows in enumerate(mini_batches * 2)],
@@ -88,16 +93,22 @@ def test_a_micro_batch_does_not_change_the_parameters(algo, loss_options):
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=1e-10)
 
 
+@pytest.mark.parametrize("size", ["4", "3"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("algo", "loss_options"), KINDS)
-def test_one_pass_that_measures_and_learns_changes_no_bit(algo, loss_options, checkpointing):
-    how = {"gradient_checkpointing": checkpointing, "micro_batch": "4"}
+def test_one_pass_that_measures_and_learns_changes_no_bit(algo, loss_options, checkpointing, size):
+    """Size 4 keeps the graph of the mini-batch of 4 rows; size 3 guesses its gradient."""
+    how = {"gradient_checkpointing": checkpointing, "micro_batch": size}
     twice, said, first = two_updates(algo, torch.float32, loss_options, **how)
     once, said_once, second = two_updates(algo, torch.float32, loss_options, keep_graph=True, **how)
     for a, b in zip(twice.parameters(), once.parameters(), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(first.old_logprobs, second.old_logprobs) and not once.training
-    assert said[0]["ratio"] and said_once[0]["ratio"] == []  # 1 by construction: not measured
+    guessed = algo in ("grpo", "dapo", "gspo", "tepo") and not loss_options
+    in_one_pass = size == "4" or guessed
+    # 1 by construction where it was one pass: not measured
+    assert said[0]["ratio"] and (said_once[0]["ratio"] == []) == in_one_pass
+    assert second.updater.guesses == (algo != "trgrpo" and not loss_options)
     for a, b in zip(said, said_once, strict=True):
         assert {**a, "ratio": []} == {**b, "ratio": []}
 
@@ -225,6 +236,22 @@ def test_the_pass_that_measures_is_the_pass_that_learns_where_it_fits(rows_run):
     rows_run.clear()
     two_updates("gtpo", torch.float64, keep_graph=True, micro_batch="2")
     assert rows_run[:6] == [(2, False)] * 4 + [(2, True)] * 2
+    rows_run.clear()
+    two_updates("dapo", torch.float64, keep_graph=True, micro_batch="2")
+    assert rows_run[:4] == [(2, True)] * 2 + [(2, False)] * 2
+    assert rows_run[4:6] == [(2, False)] * 2  # already the second update, off policy
+
+
+def test_a_wrong_guess_is_undone(monkeypatch, rows_run):
+    """TR-GRPO's gradient depends on the probabilities themselves."""
+    how = {"keep_graph": True, "micro_batch": "2"}
+    want, _, _ = two_updates("trgrpo", torch.float64, **how)
+    monkeypatch.setattr(update, "takes_ratios_only", lambda *_: True)
+    rows_run.clear()
+    got, said, _ = two_updates("trgrpo", torch.float64, **how)
+    assert rows_run[:6] == [(2, True)] * 2 + [(2, False)] * 2 + [(2, True)] * 2 and said[0]["ratio"]
+    for a, b in zip(want.parameters(), got.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_micro_batches_of_several_kinds_keep_their_graphs_together(rows_run):

@@ -57,6 +57,8 @@ class Updater:
             self.at_once["sample_batch"] = options.rows
         self.at_once = {name: int(size) for name, size in self.at_once.items()}
         self.graphs = {}  # {rows of a micro-batch: its log-probabilities with their graph}
+        self.learned = None  # dL/dlogp [B, T] that `measure` has backpropagated already
+        self.guesses = takes_ratios_only(algo, loss_options)  # see guessed_push
         self.bad_steps = 0  # optimizer steps skipped in a row (loss or gradient not finite)
 
     def choose_micro_batch(self, longest):
@@ -107,6 +109,7 @@ class Updater:
             tqdm.write(f"out of GPU memory: {option} goes from {size} to {size // 2}")
             self.model.eval()
             self.graphs.clear()
+            self.learned = None
             self.optimizer.zero_grad()
             torch.cuda.empty_cache()
 
@@ -150,41 +153,78 @@ class Updater:
         groups = values.view(-1, self.o.group_size)
         return ~constant(groups).expand_as(groups).flatten().cpu()
 
-    def measure(self, rollout, mini_batches, keep_graph=False):
+    def measure(self, rollout, mini_batches, keep_graph=False, advantages=None):
         """Fill in the rollout's old_logprobs, entropy and, if needed, ref_logprobs, all [B, T].
 
         Runs the micro-batches of the updates, so the first ratio compares equal computations.
-        keep_graph: the first update backpropagates through this pass and does not run the model
-        again, if its mini-batch fits into one micro-batch. Its ratio is then 1 by construction.
+        keep_graph: where possible, the first update learns from this pass and does not run the
+        model again: if its mini-batch fits into one micro-batch, or if `advantages`, a function of
+        the rollout, allows guessed_push. Its ratio is then 1 by construction.
         """
 
-        def measured(model, kept):
+        def measured(model, first, guess):
             def work(size):
-                return self.logprobs_by(model, rollout, mini_batches, size, kept)
+                return self.logprobs_by(model, rollout, mini_batches, size, first, guess)
 
             return self.with_smaller_batches("micro_batch", work)
 
         if self.reference is not None:
-            rollout.ref_logprobs, _ = measured(self.reference, None)
-        kept = mini_batches[0] if keep_graph else None
-        rollout.old_logprobs, rollout.entropy = measured(self.model, kept)
+            rollout.ref_logprobs, _ = measured(self.reference, None, None)
+        first = mini_batches[0] if keep_graph else None
+        guess = None
+        if keep_graph and advantages is not None and self.guesses:
+            guess = self.guessed_push(rollout, first, advantages)
+        rollout.old_logprobs, rollout.entropy = measured(self.model, first, guess)
         rollout.logprobs = rollout.old_logprobs.clone()
 
-    def logprobs_by(self, model, rollout, mini_batches, size, kept=None):
+    def logprobs_by(self, model, rollout, mini_batches, size, first, guess):
         """(log-probabilities, entropy in nats) under `model`, [B, T] each, without a graph.
 
-        kept: the mini-batch whose graph is put into self.graphs, if it has at most `size` rows.
+        first: the mini-batch to learn from, or None. If it has at most `size` rows, self.graphs
+        gets its graphs. Else, if there is a guess = dL/dlogp, it is backpropagated at once.
         """
         dtype = torch.promote_types(model.dtype, torch.float32)
         logprobs = torch.zeros(rollout.mask.shape, dtype=dtype, device=rollout.mask.device)
         entropy = torch.zeros_like(logprobs)
         for mini_batch in mini_batches:
-            keep = mini_batch is kept and len(mini_batch) <= size
-            model.train(keep and self.o.gradient_checkpointing)
+            keep = mini_batch is first and len(mini_batch) <= size
+            push = guess if mini_batch is first and not keep else None
+            model.train(mini_batch is first and self.o.gradient_checkpointing)
             for rows in self.micro_batches(rollout, mini_batch, size):
-                logprobs[rows], entropy[rows] = self.run(rollout, rows, model, keep)
+                learn = push is not None and bool(push[rows].any())
+                logprobs[rows], entropy[rows] = self.run(rollout, rows, model, keep or learn)
+                if learn:
+                    self.graphs.pop(tuple(rows.tolist())).backward(gradient=push[rows])
+            self.learned = push if mini_batch is first else self.learned
         model.eval()
         return logprobs, entropy
+
+    def guessed_push(self, rollout, rows, advantages):
+        """dL/dlogp [B, T] of the first update before anything is measured; None if not possible.
+
+        On policy each ratio is 1. A loss that takes the log-probabilities only for their ratio then
+        has the same gradient at all of them, so also at 0. `has_learned` checks it against the
+        gradient at the measured ones. Advantages that need the entropy raise an error here.
+        """
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        zeros = torch.zeros(rollout.mask.shape, dtype=dtype, device=rollout.mask.device)
+        rollout.logprobs = rollout.old_logprobs = zeros
+        try:
+            rollout.advantages = advantages(rollout)
+        except (ValueError, TypeError, AttributeError):
+            return None
+        _, push = self.loss_gradient(rollout, rows, self.loss_options)
+        return push
+
+    def has_learned(self, push):
+        """Whether `measure` has backpropagated just this push; if another one, it is undone."""
+        learned, self.learned = self.learned, None
+        if learned is None:
+            return False
+        same = torch.equal(learned, push)
+        if not same:
+            self.optimizer.zero_grad()
+        return same
 
     def run(self, rollout, rows, model, keep_graph, with_entropy=True):
         """`forward` of a micro-batch, detached. keep_graph: self.graphs gets its graph."""
@@ -224,8 +264,10 @@ class Updater:
         result = self.statistics(rollout, rows, push, loss_inputs)
 
         # Second half: dlogp/dtheta.
+        learned = self.has_learned(push)
         if loss.isfinite() and push.isfinite().all():
-            result["ratio"] = self.backward(rollout, micro_batches, push, on_policy)
+            if not learned:
+                result["ratio"] = self.backward(rollout, micro_batches, push, on_policy)
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.o.max_grad_norm)
             result["grad_norm"] = norm.item()
 
@@ -338,6 +380,23 @@ class Updater:
             "bad_rows": [],
             "moved": False,
         }
+
+
+def takes_ratios_only(algo, loss_options):
+    """Whether the loss takes log-probabilities only for their ratios, tried out on a toy batch.
+
+    Then its gradient on policy does not depend on them. A loss that needs more inputs does not.
+    """
+    if any(loss_options.get(name) for name in KL_COEFFICIENTS):
+        return False
+    advantages, mask = torch.tensor([1.0, -1.0]), torch.ones(2, 4)
+    gradients = []
+    for logprobs in (torch.zeros(2, 4), -torch.arange(8.0).view(2, 4)):
+        old_logprobs = logprobs.clone()
+        logprobs.requires_grad_()
+        loss = algo.loss(logprobs, old_logprobs, advantages, mask, **loss_options)
+        gradients += torch.autograd.grad(loss, logprobs)
+    return torch.equal(*gradients)
 
 
 def nonzero_advantages(rollout):
