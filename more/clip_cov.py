@@ -43,8 +43,7 @@ NEEDS_ALL_ROWS = True
 
 
 def covariance(logp, A, mask):
-    """(A - mean A) (logp - mean logp), the means over all tokens; no gradient. [B, T]"""
-    logp = logp.detach()
+    """(A - mean A) (logp - mean logp), the means over all tokens. It only chooses tokens. [B, T]"""
     return (A - token_mean(A, mask)) * (logp - token_mean(logp, mask))
 
 
@@ -67,11 +66,10 @@ def loss(
     clipped = (A > 0) & (ratio > 1 + eps_high) | (A < 0) & (ratio < 1 - eps_low)
     in_range = (cov > cov_low) & (cov < cov_high)
     candidates = (in_range & ~clipped & (mask > 0)).nonzero()  # [n, 2], row by row
+    k = max(1, int(cov_ratio * int(mask.sum())))
+    order = torch.randperm(len(candidates))[:k].to(candidates.device)
+    i, t = candidates[order].T  # of the chosen
     x = torch.ones_like(A)
-    if len(candidates):
-        k = max(1, int(cov_ratio * int(mask.sum())))
-        order = torch.randperm(len(candidates))[:k].to(candidates.device)
-        i, t = candidates[order].T
-        x[i, t] = 0
+    x[i, t] = 0
     # - 1/sum_i |o_i| sum_{i,t} x min(w A, clamp(w, 1 - eps_low, 1 + eps_high) A)
     return -token_mean(x * clip_term(ratio, A, eps_low, eps_high), mask)

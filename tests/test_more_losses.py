@@ -24,6 +24,8 @@ NAMES = (
 MODULE = {name: importlib.import_module(f"more.{name}") for name in NAMES}
 REFERENCE = {name: getattr(more_reference, f"{name}_loss") for name in NAMES}
 SEQUENCE_MEAN = ("ha_dw", "dr_grpo", "sapo", "rloo", "gmpo")  # the others average over tokens
+CLIPPING = ("clip_cov", "aspo", "reweight", "raft", "ha_dw", "ktae", "dhpo", "dr_grpo")
+CLIPPING += ("rloo", "gmpo")  # a token far enough from 1 has no gradient
 ONE_ADVANTAGE = ("rloo", "gmpo")  # take advantages [B] only
 ALL_ROWS = ("clip_cov", "kl_cov")  # need the logprobs of rows without an advantage
 
@@ -199,39 +201,44 @@ def test_weight_of_one_token(name, a):
     assert [g == 0 for g in got] == [w == 0 for w in want]
 
 
-@every_method
 @pytest.mark.parametrize("a", [2.0, -2.0])
+@pytest.mark.parametrize("name", CLIPPING)
 def test_a_clipped_token_starts_exactly_at_the_edge(name, a):
-    """Just inside and just outside the range, for each method that clips a ratio to nothing."""
-    eps_low, eps_high = DEFAULTS[name].get("eps_low"), DEFAULTS[name].get("eps_high")
-    if name in ("kl_cov", "cispo", "sapo", "dppo", "ce_gppo"):
-        pytest.skip("no token of these has gradient 0 because of its ratio")
-    options = {"seq_eps_low": eps_low, "seq_eps_high": eps_high} if name == "dhpo" else {}
+    eps_low, eps_high = 0.3, 0.4
+    options = {"eps_low": eps_low, "eps_high": eps_high}
+    if name == "dhpo":
+        options |= {"seq_eps_low": eps_low, "seq_eps_high": eps_high}
     edge, step = (1 + eps_high, 1e-6) if a > 0 else (1 - eps_low, -1e-6)
-    if name == "gmpo":
+    if name == "gmpo":  # a range of log w
         edge = math.exp(eps_high if a > 0 else -eps_low)
-    if name == "clip_cov" and a < 0:
-        return  # 1 - eps_low is 0: no ratio is below
     assert one_row([edge - step], a, name=name, **options).item() != 0
     assert one_row([edge + step], a, name=name, **options).item() == 0
 
 
-def test_dppo_mask_starts_at_delta():
-    for a, high in ((1.0, 0.25), (-1.0, -0.05)):  # pi_old is 0.1: D = 0.15
-        for divergence, delta in (("tv", 0.15), ("kl", None)):
-            q, p = 0.1, 0.1 + high if a > 0 else 0.05
-            D = abs(p - q)
-            if divergence == "kl":
-                D = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
-            del delta
-            for edge, silent in ((D * 1.001, False), (D * 0.999, True)):
-                options = {"divergence": divergence, "delta_low": 9.0, "delta_high": 9.0}
-                options["delta_high" if a > 0 else "delta_low"] = edge
-                grad = one_row([p / q], a, name="dppo", **options).item()
-                assert (grad == 0) == silent
-            # the other direction is never masked
-            options = {"divergence": divergence, "delta_low": 0.0, "delta_high": 0.0}
-            assert one_row([p / q], -a, name="dppo", **options).item() != 0
+@pytest.mark.parametrize("divergence", ["tv", "kl"])
+@pytest.mark.parametrize(("a", "p"), [(1.0, 0.35), (-1.0, 0.05)])
+def test_dppo_mask_starts_at_delta(a, p, divergence):
+    q = 0.1
+    D = abs(p - q)
+    if divergence == "kl":
+        D = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+    mine, other = ("delta_high", "delta_low") if a > 0 else ("delta_low", "delta_high")
+    for delta, silent in ((D * 1.001, False), (D * 0.999, True)):
+        options = {"divergence": divergence, mine: delta, other: 9.0}
+        assert (one_row([p / q], a, name="dppo", **options).item() == 0) == silent
+    # moving against the advantage is never masked
+    options = {"divergence": divergence, "delta_low": 0.0, "delta_high": 0.0}
+    assert one_row([p / q], -a, name="dppo", **options).item() != 0
+
+
+def test_dppo_divergence_stays_finite_where_a_probability_is_1():
+    old = torch.tensor([[0.999]], dtype=torch.float64).log()
+    D = 0.999 * math.log(0.999) + 0.001 * math.log((0.001 + 1e-8) / 1e-8)  # 0.0105
+    for delta, silent in ((D + 1e-6, False), (D - 1e-6, True)):
+        options = {"divergence": "kl", "delta_high": delta}
+        args = (old, torch.ones(1, dtype=torch.float64), torch.ones(1, 1))
+        _, grad = value_and_grad(MODULE["dppo"].loss, 0 * old, *args, **options)
+        assert (grad == 0).item() == silent
 
 
 @pytest.mark.parametrize(
@@ -279,8 +286,6 @@ def test_clamps_at_20_what_enters_exp_and_only_that():
     assert value("dppo", [-100.0], -1, old, divergence="kl", delta_low=10.0)[1].item() != 0
     assert value("sapo", [1e4], -1)[0].isfinite()
     # tokens that keep a gradient by design keep it there too
-    for name in ("ce_gppo", "cispo", "dppo"):
-        assert value(name, [-30.0], -1, delta_low=9.0)[1].item() > 0 if name == "dppo" else True
     close(value("ce_gppo", [-30.0], -1)[1], [[0.4]])
     close(value("cispo", [30.0], 1)[1], [[-5.0]])
     close(value("aspo", [-30.0], 1)[1], [[-3.0]])
@@ -364,6 +369,14 @@ def test_clip_cov_takes_the_push_from_k_random_candidates():
             assert silent.sum() == k
             close(grad[batch["mask"] & ~silent], (-batch["[B, T]"] / N)[batch["mask"] & ~silent])
     assert not torch.equal(chosen[0, 0.05], chosen[1, 0.05])
+
+
+def test_clip_cov_takes_no_token_whose_cov_is_a_bound():
+    one = torch.ones(1, 1, dtype=torch.float64)  # alone, a token has cov 0
+    for cov_low, cov_high, chosen in ((-1.0, 1.0, True), (-1.0, 0.0, False), (0.0, 1.0, False)):
+        options = {"cov_low": cov_low, "cov_high": cov_high}
+        _, grad = value_and_grad(MODULE["clip_cov"].loss, -one, -one, one[0], one, **options)
+        assert (grad == 0).item() == chosen
 
 
 def test_clip_cov_counts_with_a_float_product():
@@ -688,10 +701,10 @@ def test_dtype_of_the_loss_is_that_of_logprobs(name, options, form, dtype):
     close(value.double(), run(name, batch, form, options)[0], rtol=1e-3, atol=1e-5)
 
 
-@every_case
+@pytest.mark.parametrize(  # these two count tokens, which meta tensors cannot
+    ("name", "options", "form"), [case for case in CASES if case[0] not in ALL_ROWS]
+)
 def test_nothing_moves_devices(name, options, form):
-    if name in ALL_ROWS:
-        pytest.skip("it counts tokens, which meta tensors cannot")
     batch = {k: x.to("meta") for k, x in batch_of(17).items()}
     value, grad = run(name, batch, form, options)
     assert value.device.type == grad.device.type == "meta"
