@@ -371,7 +371,9 @@ def check_name(algo):
 
 
 def algorithm_names(text):
-    """ "tepo,grpo" -> ["tepo", "grpo"], for argparse. Raises ArgumentTypeError for another name."""
+    """ "tepo,grpo" -> ["tepo", "grpo"]; "all" -> all 22. For argparse: raises ArgumentTypeError."""
+    if text == "all":
+        return [*ALGORITHMS, *MORE]
     names = list(dict.fromkeys(text.split(",")))
     for name in names:
         try:

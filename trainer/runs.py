@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from trainer.options import DEFAULTS, Options
+from trainer.options import DEFAULTS, MORE, Options
 
-ORDER = ("grpo", "dapo", "gspo", "tepo", "gtpo", "grpo_s", "trgrpo")  # in figures and tables
+# In figures and tables.
+ORDER = ("grpo", "dapo", "gspo", "tepo", "gtpo", "grpo_s", "trgrpo", *MORE)
 COLUMNS = (
     "accuracy",
     "accuracy_trained",
