@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from plot import Parser, method_name, plot_runs
-from trainer.options import ALGORITHMS, fill, parse
+from trainer.options import ALGORITHMS, algorithm_names, fill, parse
 from trainer.runs import group, read_runs, write_csv
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
@@ -38,6 +38,7 @@ EXAMPLES = """examples:
   python compare.py --off-policy 1,4,16              1, 4, 16 updates per rollout, at equal samples
   python compare.py --eps 0.2/0.28,3e-4/4e-4         the clip range, of TEPO
   python compare.py --algos tepo,gspo -- --steps 20  shorter, two algorithms
+  python compare.py --algos all                      all 22, as small multiples
   python compare.py --table docs/methods.csv         the table of earlier runs; trains nothing
 """
 
@@ -307,16 +308,6 @@ def table(runs):
 # Command line
 
 
-def algorithms(text):
-    """ "tepo,grpo" -> ["tepo", "grpo"]. Raises ArgumentTypeError for a name that is none."""
-    names = list(dict.fromkeys(text.split(",")))
-    for name in names:
-        if name not in ALGORITHMS:
-            known = ", ".join(ALGORITHMS)
-            raise argparse.ArgumentTypeError(f"no algorithm {name!r}; there are {known}")
-    return names
-
-
 def counts(text):
     """ "0,1,2" -> [0, 1, 2]. Raises ArgumentTypeError."""
     parts = text.split(",")
@@ -351,8 +342,8 @@ def build_parser():
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    text = "default: all seven; with --eps: tepo"
-    parser.add_argument("--algos", type=algorithms, metavar="A,B", help=text)
+    text = "any of the 22, or all; default: the seven at the top; with --eps: tepo"
+    parser.add_argument("--algos", type=algorithm_names, metavar="A,B", help=text)
     text = "default: 0,1,2"
     parser.add_argument("--seeds", type=counts, metavar="N,N", default=[0, 1, 2], help=text)
     text = "updates per rollout, each a variant"

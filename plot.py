@@ -9,7 +9,6 @@ without them. pyplot is not used: within a trainer there is neither a display no
 """
 
 import argparse
-import importlib
 import math
 import os
 import re
@@ -17,14 +16,17 @@ import sys
 import textwrap
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 from trainer import options
-from trainer.runs import average, finite, group, read_log, read_runs, rows_of
+from trainer.runs import ORDER, average, finite, group, read_log, read_runs, rows_of
 
-# Colours of Okabe and Ito, without their yellow, which is lost on white. Dashes and markers
-# distinguish the methods in grey.
+# The seven have the colours of Okabe and Ito, without their yellow, which is lost on white. The
+# others have the fifteen colours that are furthest (in CIELAB) from these and from one another.
+# Dashes and markers distinguish the methods in grey.
+DASHED = (0, (6, 1))
 STYLES = {  # algo: name, colour, dashes, marker
     "grpo": ("GRPO", "#000000", (0, (5, 2)), "s"),
     "dapo": ("DAPO", "#E69F00", (0, (5, 1.5, 1, 1.5)), "^"),
@@ -33,7 +35,24 @@ STYLES = {  # algo: name, colour, dashes, marker
     "gtpo": ("GTPO", "#009E73", (0, (1, 1)), "v"),
     "grpo_s": ("GRPO-S", "#56B4E9", (0, (5, 1.5, 1, 1.5, 1, 1.5)), "P"),
     "trgrpo": ("TR-GRPO", "#CC79A7", (0, (2.5, 1.5)), "X"),
+    "clip_cov": ("Clip-Cov", "#0000FF", "-", "<"),
+    "kl_cov": ("KL-Cov", "#00CC00", "-", ">"),
+    "ce_gppo": ("CE-GPPO", "#FF00DD", "-", "p"),
+    "aspo": ("ASPO", "#FF0066", "-", "*"),
+    "dppo": ("DPPO", "#0066FF", "-", "h"),
+    "reweight": ("Reweighting", "#667700", "-", "d"),
+    "raft": ("RAFT", "#771188", "-", "8"),
+    "ha_dw": ("HA-DW", "#882222", "-", "H"),
+    "ktae": ("KTAE", "#CC88FF", DASHED, "<"),
+    "dhpo": ("DHPO", "#EE9977", DASHED, ">"),
+    "dr_grpo": ("Dr. GRPO", "#AA44FF", DASHED, "p"),
+    "rloo": ("RLOO", "#FF0022", DASHED, "*"),
+    "cispo": ("CISPO", "#CC1188", DASHED, "h"),
+    "sapo": ("SAPO", "#88BB00", DASHED, "d"),
+    "gmpo": ("GMPO", "#663355", DASHED, "8"),
 }
+TOGETHER = 7  # methods in one panel; more are drawn as small multiples
+BEHIND = {"grpo": "#777777", "dapo": "#B0B0B0"}  # in grey behind every other method
 PANELS = (  # metric, title, unit
     ("accuracy", "Accuracy", "share correct"),
     ("entropy", "Entropy", "nats per token"),
@@ -198,24 +217,31 @@ def plot_runs(runs, out):
 
     runs: folders, .csv files, or what `read_runs` returns. Runs that differ in the seed alone are
     averaged, at each step over those that have a value; variants of one algorithm stand side by
-    side. A run without lines yet makes empty panels. Raises ValueError for what is no run.
+    side. More than TOGETHER methods make small multiples. A run without lines yet makes empty
+    panels. Raises ValueError for what is no run.
     """
     found = []
     for item in runs:
         found += [item] if isinstance(item, dict) else read_runs([item])
     groups = group(found)
-    figure, columns = variant_panels(groups) if len(groups) > 1 else large_panels()
-    for algos, axes in zip(groups.values(), columns, strict=True):
-        for (metric, _, _), ax in zip(PANELS, axes, strict=True):
-            draw_metric(ax, metric, algos)
-            finish_panel(ax, metric)
     used = dict.fromkeys(algo for algos in groups.values() for algo in algos)
-    add_legend(figure, used)
+    figure = curves(groups, used) if len(used) <= TOGETHER else small_multiples(groups)
     accuracy = (
         "markers are greedy, on held-out problems; thin lines are the sampled training rollouts"
     )
     figure.supxlabel(f"Accuracy: {accuracy}.\n{seeds_note(groups)}", fontsize=8)
     save(figure, out)
+
+
+def curves(groups, used):
+    """A figure of {variant: {algo: runs}} in which the methods of `used` share their panels."""
+    figure, columns = variant_panels(groups) if len(groups) > 1 else large_panels()
+    for algos, axes in zip(groups.values(), columns, strict=True):
+        for (metric, _, _), ax in zip(PANELS, axes, strict=True):
+            draw_metric(ax, metric, algos)
+            finish_panel(ax, metric)
+    add_legend(figure, used)
+    return figure
 
 
 def large_panels():
@@ -239,6 +265,69 @@ def variant_panels(variants):
     for ax in axes[-1]:
         ax.set_xlabel("training step")
     return figure, axes.T
+
+
+def small_multiples(groups):
+    """A figure of {variant: {algo: runs}}: one method per cell, GRPO and DAPO in grey behind it.
+
+    A cell has two panels, accuracy over entropy. Length and clip fraction are left to the .csv.
+    """
+    cells = []
+    for variant, algos in groups.items():
+        behind = {algo: algos[algo] for algo in BEHIND if algo in algos}
+        for algo, runs in algos.items():
+            if algo not in BEHIND:
+                cells.append((method_name(algo, variant), {algo: runs}, behind))
+    wide = 5
+    high = math.ceil(len(cells) / wide)
+    figure = new_figure(8, 2.1 * high + 0.9)
+    axes = figure.subplots(2 * high, wide, sharex=True, squeeze=False)
+    for k, (metric, title, unit) in enumerate(PANELS[:2]):
+        panels = axes[k::2].flatten()  # of this metric, cell by cell
+        for ax, (name, method, behind) in zip(panels, cells, strict=False):
+            for algo, runs in behind.items():
+                draw_behind(ax, metric, algo, runs)
+            draw_metric(ax, metric, method)
+            finish_small_panel(ax, metric, panels[0])
+            if metric == "accuracy":
+                ax.set_title("\n".join(textwrap.wrap(name, 24)), fontsize=8.5)
+        for ax in panels[::wide]:
+            ax.set_ylabel(f"{title}\n[{unit}]", fontsize=7.5)
+            ax.tick_params(labelleft=True)
+        for ax in panels[len(cells) :]:
+            ax.set_axis_off()
+    for ax in axes[1::2].flatten()[max(0, len(cells) - wide) : len(cells)]:
+        ax.set_xlabel("training step", fontsize=7.5)
+        ax.tick_params(labelbottom=True)
+    add_grey_legend(figure, [algo for algo in BEHIND if any(algo in cell[2] for cell in cells)])
+    return figure
+
+
+def draw_behind(ax, metric, algo, runs):
+    """Draw the mean of a method's runs as a grey line, for comparison."""
+    phase = "eval" if metric == "accuracy" else "train"
+    steps, mean, *_ = average(runs, phase, metric)
+    ax.plot(steps, mean, color=BEHIND[algo], ls=style(algo)[2], lw=1.1, zorder=2)
+
+
+def finish_small_panel(ax, metric, first):
+    """finish_panel, with the axis of the first panel of the metric and labels at the edges only."""
+    finish_panel(ax, metric)
+    if ax is not first:
+        ax.sharey(first)
+    ax.tick_params(labelsize=7, labelleft=False, labelbottom=False)
+
+
+def add_grey_legend(figure, algos):
+    """The names of the methods in grey, above the small multiples."""
+    from matplotlib.lines import Line2D
+
+    lines = []
+    for algo in algos:
+        look = {"color": BEHIND[algo], "ls": style(algo)[2], "lw": 1.1}
+        lines.append(Line2D([], [], label=f"{style(algo)[0]}, in every panel", **look))
+    look = {"frameon": False, "fontsize": 9, "handlelength": 3.2}
+    figure.legend(handles=lines, loc="outside upper center", ncols=2, **look)
 
 
 def finish_panel(ax, metric):
@@ -349,29 +438,52 @@ NOTES = {
     "gtpo": "right rows by entropy, wrong rows by 1 / entropy, position by position",
     "grpo_s": "rows weighted by their mean entropy",
     "trgrpo": "probable tokens up to 1.4 times the push",
+    "clip_cov": "DAPO with a wide clip; a few random tokens of high covariance get nothing",
+    "kl_cov": "no clip; the tokens of highest covariance are pulled back to the old policy",
+    "ce_gppo": "what DAPO would clip keeps a push of a fixed size",
+    "aspo": "right rows by 1 / w: what has become rarer gets more",
+    "dppo": "a token gets nothing once its probability has moved too far",
+    "reweight": "improbable tokens down to 0.8 times the push",
+    "raft": "right rows only; the advantage is the reward itself",
+    "ha_dw": "GRPO, times a weight for the group's difficulty; here, alone, 1.5",
+    "ktae": "DAPO, plus a value for each token that right or wrong rows have more often",
+    "dhpo": "half DAPO, half TEPO with GSPO's clip range",
+    "dr_grpo": "no std and no length of a row: every token of the group weighs the same",
+    "rloo": "the ratio of a row is the product of its tokens'; rows are clipped whole",
+    "cispo": "DAPO, but the ratio is clipped and not the push: no token gets nothing",
+    "sapo": "GRPO, but the push fades out smoothly where w leaves 1",
+    "gmpo": "each token clipped, then one ratio a row",
 }
 
 
-def push(algo, rewards, right, entropy, logprobs, old_logprobs, mask):
+def push(algo, group):
     """How the algorithm, with its default options, pushes the tokens of one group.
 
-    rewards and right (1 where the answer is right) [G], the others [G, T].
+    group: a namespace with rewards and right (1 where the answer is right) [G], and with entropy,
+    logprobs, old_logprobs, mask and completions [G, T]; history and ref_logprobs are None.
 
     Returns -dloss/dlogprobs [G, T], above 0 where the update makes a token more likely, and clipped
     [G, T], where the advantage is not 0 and yet the gradient is exactly 0.
     """
     import torch
 
-    from trainer.algorithm import named
+    from trainer.algorithm import inputs, load_algorithm
 
-    module = importlib.import_module(algo)
-    inputs = named(module.advantages, {"entropy": entropy, "mask": mask, "right": right})
-    advantages = module.advantages(rewards, len(rewards), **inputs)  # [G] or [G, T]
-    logprobs = logprobs.detach().clone().requires_grad_()
-    loss = module.loss(logprobs, old_logprobs, advantages, mask)
+    module = load_algorithm(algo)
+    G, T = group.mask.shape
+
+    def filled(function):
+        return inputs(function, group, slice(None), group.entropy, T)
+
+    advantages = module.advantages(group.rewards, G, **filled(module.advantages))  # [G] or [G, T]
+    logprobs = group.logprobs.detach().clone().requires_grad_()
+    batch = logprobs, group.old_logprobs, advantages, group.mask
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # Clip-Cov draws its tokens: every picture shows the same
+        loss = module.loss(*batch, **filled(module.loss))
     (gradient,) = torch.autograd.grad(loss, logprobs)  # [G, T]
-    has_advantage = advantages.reshape(len(rewards), -1) != 0  # [G, 1] or [G, T]
-    clipped = has_advantage & (mask != 0) & (gradient == 0)
+    has_advantage = advantages.reshape(G, -1) != 0  # [G, 1] or [G, T]
+    clipped = has_advantage & (group.mask != 0) & (gradient == 0)
     return -gradient, clipped
 
 
@@ -439,10 +551,10 @@ def pick(rows, shown):
     return picked
 
 
-def credit_panels(rows):
-    """The entropy, then how each method pushes the tokens of a group.
+def tensors(rows):
+    """The namespace that `push` takes, of the completions of one group, in fp64.
 
-    Returns [(name, note, values [G, T], clipped [G, T]), ...].
+    samples.jsonl has the texts of the tokens and not their ids: equal texts get equal ids.
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
@@ -451,28 +563,44 @@ def credit_panels(rows):
         tensors = [torch.tensor(values).double() for values in lists]
         return pad_sequence(tensors, batch_first=True)  # [G, T]
 
-    rewards = torch.tensor([row["reward"] for row in rows]).double()  # [G]
-    right = torch.tensor([row["right"] for row in rows])  # [G]
-    entropy = padded(row["entropy"] for row in rows)
-    logprobs = padded(row["logprobs"] for row in rows)
-    old_logprobs = padded(row["old_logprobs"] for row in rows)
-    mask = padded([1.0] * len(row["tokens"]) for row in rows).float()
-    nowhere = torch.zeros_like(mask, dtype=torch.bool)
-    panels = [("Entropy", "of the policy that sampled, nats", entropy, nowhere)]
-    for algo, note in NOTES.items():
-        pushed = push(algo, rewards, right, entropy, logprobs, old_logprobs, mask)
-        panels.append((STYLES[algo][0], note, *pushed))
+    ids = {}  # {text of a token: its id}
+    for row in rows:
+        for token in row["tokens"]:
+            ids.setdefault(token, len(ids))
+    return SimpleNamespace(
+        rewards=torch.tensor([row["reward"] for row in rows]).double(),
+        right=torch.tensor([row["right"] for row in rows]),
+        entropy=padded(row["entropy"] for row in rows),
+        logprobs=padded(row["logprobs"] for row in rows),
+        old_logprobs=padded(row["old_logprobs"] for row in rows),
+        mask=padded([1.0] * len(row["tokens"]) for row in rows).float(),
+        completions=padded([ids[token] for token in row["tokens"]] for row in rows).long(),
+        history=None,
+        ref_logprobs=None,
+    )
+
+
+def credit_panels(rows, algos):
+    """The entropy, then how each method pushes the tokens of a group.
+
+    Returns [(name, note, values [G, T], clipped [G, T]), ...].
+    """
+    group = tensors(rows)
+    nowhere = group.mask < 0
+    panels = [("Entropy", "of the policy that sampled, nats", group.entropy, nowhere)]
+    for algo in sorted(algos, key=ORDER.index):
+        panels.append((STYLES[algo][0], NOTES[algo], *push(algo, group)))
     return panels
 
 
-def plot_credit(path, out, step=None, shown=2):
-    """Draw one group of completions under the seven algorithms.
+def plot_credit(path, out, step=None, shown=2, algos=options.ALGORITHMS):
+    """Draw one group of completions under some algorithms.
 
     Of its right and of its wrong ones, `shown` each are drawn; advantages and losses are those of
     the whole group. path: a run folder or a samples.jsonl. Raises ValueError.
     """
     rows = read_group(Path(path), step)
-    panels = credit_panels(rows)
+    panels = credit_panels(rows, algos)
     picked = pick(rows, shown)
     cells = 0.19 * len(picked)  # inches; a panel is its title and its rows of cells
     panel = 0.29 + cells
@@ -572,7 +700,7 @@ EXAMPLES = """examples:
   python plot.py docs/methods.csv --out curves.png  the same from the metrics that compare.py keeps
   python plot.py --entropy runs/*-tiny-s*           accuracy against entropy; R = -a exp(H) + b
   python plot.py --credit runs/tepo-tiny-s0 --step 20
-      how each of the seven losses pushes each token of one group
+      how each of the seven losses pushes each token of one group; --algos all: all 22
 """
 
 
@@ -598,10 +726,12 @@ def build_parser():
     kind = parser.add_mutually_exclusive_group()
     text = "accuracy against entropy, with the fit of arXiv 2505.22617"
     kind.add_argument("--entropy", action="store_true", help=text)
-    text = "one group of RUN's samples.jsonl (or of that file) under the seven losses"
+    text = "one group of RUN's samples.jsonl (or of that file) under several losses"
     kind.add_argument("--credit", action="store_true", help=text)
     text = "with --credit: the group of this step; default: where the policy had moved most"
     parser.add_argument("--step", type=int, metavar="N", help=text)
+    text = "with --credit: these methods, or all; default: the seven"
+    parser.add_argument("--algos", type=options.algorithm_names, metavar="A,B", help=text)
     return parser
 
 
@@ -626,10 +756,13 @@ def main(argv=None):
         parser.error("--credit draws one RUN")
     if args.step is not None and not args.credit:
         parser.error("--step goes with --credit")
+    if args.algos and not args.credit:
+        parser.error("--algos goes with --credit")
     out = picture(args)
     try:
         if args.credit:
-            plot_credit(args.runs[0], out, args.step)
+            algos = args.algos or options.ALGORITHMS
+            plot_credit(args.runs[0], out, args.step, algos=algos)
         elif args.entropy:
             plot_entropy(read_runs(args.runs), out)
         else:

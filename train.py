@@ -6,7 +6,6 @@ the gradient, and start.py begins or resumes a run. --help lists the options.
 """
 
 import contextlib
-import importlib
 import sys
 import time
 
@@ -22,14 +21,14 @@ from grpo import constant
 from plot import plot_runs
 from rewards import correct, overlong_penalty
 from trainer import checkpoint, session, start
-from trainer.algorithm import named, split_options
+from trainer.algorithm import inputs, load_algorithm, split_options
 from trainer.data import problems_at
 from trainer.evaluate import decode, evaluate_only
 from trainer.lock import locked
 from trainer.logprobs import PLAIN
 from trainer.policy import sampling_copy
 from trainer.records import metrics_line, peak_mib, ratio_warning
-from trainer.sampling import Rollout, sample, sampler_weights
+from trainer.sampling import Rollout, corrected, sample
 from trainer.session import BAD_STEPS
 from trainer.update import Updater
 
@@ -47,13 +46,14 @@ class Trainer:
         """
         self.o, self.model, self.tokenizer = options, model, tokenizer
         self.generation, self.problems = generation, problems
-        self.algo = importlib.import_module(options.algo)
+        self.algo = load_algorithm(options.algo)
         self.advantage_options, loss_options = split_options(self.algo, options.option)
         longest = max(len(p["prompt_ids"]) for p in problems) + options.max_new_tokens
         self.updater = Updater(
             model, self.algo, loss_options, options, longest, generation.get("layout", PLAIN)
         )
         self.cursor = 0  # prompts drawn so far
+        self.history = []  # the mean reward of each step so far
         self.warned = False  # of ratios that are not 1 before the first update
 
     def step(self, step):
@@ -168,17 +168,13 @@ class Trainer:
 
     def advantages(self, rollout):
         """The algorithm's advantages of the rollout, [B] or [B, T]."""
-        # An algorithm's `advantages` gets those of these inputs that it has a parameter for.
-        inputs = {"entropy": rollout.entropy, "mask": rollout.mask, "right": rollout.right}
-        wanted = named(self.algo.advantages, inputs)
-        group_size = self.o.group_size
-        advantages = self.algo.advantages(
-            rollout.rewards, group_size, **wanted, **self.advantage_options
-        )
-        if self.o.sampler_correction:
-            weights = sampler_weights(rollout, self.o.sampler_correction)  # [B]
-            advantages = advantages * (weights if advantages.ndim == 1 else weights[:, None])
-        return advantages
+        rollout.history = self.history
+        self.history = [*self.history, rollout.rewards.mean().item()]
+        function, rows = self.algo.advantages, slice(None)  # all rows
+        filled = inputs(function, rollout, rows, rollout.entropy, self.o.max_new_tokens)
+        options = {**filled, **self.advantage_options}
+        advantages = function(rollout.rewards, self.o.group_size, **options)
+        return corrected(advantages, rollout, self.o.sampler_correction)
 
     def warn_of_ratios(self, step, largest):
         """Print a warning, once per run, if a ratio before the first update is not 1."""
@@ -274,10 +270,7 @@ def prepare(given, out, argv):
     trainer, done = Trainer(o, model, tokenizer, generation, problems), 0
     config["micro_batch"] = trainer.updater.keep_micro_batch(config.get("micro_batch"))
     if resume:
-        state = checkpoint.load(out, model, trainer.updater.optimizer, say=print)
-        done, trainer.cursor = state["step"], state["cursor"]
-        trainer.updater.bad_steps = state["bad_steps"]
-        print(f"resuming {out} after step {done} of {o.steps}")
+        done = session.restore(trainer, out)
     else:
         checkpoint.clear(out, o.model)
     checkpoint.write_json(out / "config.json", config)

@@ -1,5 +1,6 @@
 """Errors of the user or the machine: one line that says what to do, status 2, and nothing lost."""
 
+import importlib
 import json
 import os
 import pickle
@@ -652,7 +653,7 @@ def spoil(monkeypatch, calls, how):
     how: "loss", its value is NaN; "push", only the gradient of the first row is; "gradient", the
     gradient's entries are finite, but its norm over the weights overflows.
     """
-    grpo = train.importlib.import_module("grpo")
+    grpo = importlib.import_module("grpo")
     real, count = grpo.loss, [0]
 
     def loss(logprobs, old_logprobs, *args, **options):

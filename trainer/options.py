@@ -13,6 +13,10 @@ import sys
 from dataclasses import dataclass, field, fields
 
 ALGORITHMS = ("tepo", "grpo", "dapo", "gspo", "gtpo", "grpo_s", "trgrpo")
+MORE = (  # in the folder more/
+    *("clip_cov", "kl_cov", "ce_gppo", "aspo", "dppo", "reweight", "raft", "ha_dw"),
+    *("ktae", "dhpo", "dr_grpo", "rloo", "cispo", "sapo", "gmpo"),
+)
 MOST = 10**9  # a larger whole number is a typing error
 MOST_ROWS = 65_536  # completions of one step: all of them are held in memory
 
@@ -39,7 +43,7 @@ class Options:
     preset: str = detail("auto", "set of defaults: tiny, gsm8k, or auto (gsm8k on a CUDA GPU)")
 
     # What is trained
-    algo: str = detail("tepo", f"the method: {', '.join(ALGORITHMS)}")
+    algo: str = detail("tepo", f"the method: {', '.join(ALGORITHMS)}; in more/: {', '.join(MORE)}")
     model: str = setting(
         "tiny", "tiny (embedded), the folder of a model or of a run, or a Hub name"
     )
@@ -363,12 +367,31 @@ def check_values(o):
 
 
 def check_algorithm(o):
-    if o.algo in ALGORITHMS:
+    check_name(o.algo)
+
+
+def check_name(algo):
+    """Raise ValueError if there is no such method."""
+    names = [*ALGORITHMS, *MORE]
+    if algo in names:
         return
-    name = o.algo.lower().replace("-", "_")
-    near = difflib.get_close_matches(name, ALGORITHMS, n=1, cutoff=0.4)
+    name = algo.lower().replace("-", "_")
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     meant = f"did you mean {near[0]}? " if near else ""
-    raise ValueError(f"no algorithm {o.algo!r}; {meant}There are {', '.join(ALGORITHMS)}")
+    raise ValueError(f"no algorithm {algo!r}; {meant}There are {', '.join(names)}")
+
+
+def algorithm_names(text):
+    """ "tepo,grpo" -> ["tepo", "grpo"]; "all" -> all 22. For argparse: raises ArgumentTypeError."""
+    if text == "all":
+        return [*ALGORITHMS, *MORE]
+    names = list(dict.fromkeys(text.split(",")))
+    for name in names:
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(error) from None
+    return names
 
 
 def check_bounds(o):

@@ -5,13 +5,16 @@ other data and other start weights, and compare.py reuses a finished run only if
 have the same four.
 """
 
-import importlib
+import inspect
 import platform
+import sys
 import zlib
 from pathlib import Path
 
 import torch
 import transformers
+
+from trainer.algorithm import load_algorithm
 
 ROOT = Path(__file__).resolve().parents[1]
 ONLY_READS = "trainer/runs.py"  # reads finished runs, so it changes no number of a run
@@ -39,14 +42,26 @@ def code_checksums(algo):
     for path in (ROOT / "trainer").glob("*.py"):
         names.add(f"trainer/{path.name}")
     names.discard(ONLY_READS)
-    imported = vars(importlib.import_module(algo)).values()
-    for module in [algo, *(getattr(value, "__module__", "") for value in imported)]:
-        if (ROOT / f"{module}.py").is_file():  # the algorithm, or a file that it imports from
-            names.add(f"{module}.py")
+    names.update(own_files(load_algorithm(algo)))
     checksums = {}
     for name in sorted(names):
         checksums[name] = f"{zlib.crc32((ROOT / name).read_bytes()):08x}"
     return checksums
+
+
+def own_files(module):
+    """Our files that a module is made of: its own, and those that it imports from, and so on."""
+    files, waiting = set(), [module.__name__]
+    while waiting:
+        name = waiting.pop()
+        file = name.replace(".", "/") + ".py"
+        if file in files or not (ROOT / file).is_file():
+            continue
+        files.add(file)
+        for value in vars(sys.modules[name]).values():
+            is_module = inspect.ismodule(value)
+            waiting.append(value.__name__ if is_module else getattr(value, "__module__", ""))
+    return files
 
 
 def versions():

@@ -16,9 +16,10 @@ from statistics import fmean
 
 import numpy as np
 
-from trainer.options import DEFAULTS, Options
+from trainer.options import DEFAULTS, MORE, Options
 
-ORDER = ("grpo", "dapo", "gspo", "tepo", "gtpo", "grpo_s", "trgrpo")  # in figures and tables
+# In figures and tables.
+ORDER = ("grpo", "dapo", "gspo", "tepo", "gtpo", "grpo_s", "trgrpo", *MORE)
 COLUMNS = (
     "accuracy",
     "accuracy_trained",

@@ -40,6 +40,7 @@ class Rollout:
     old_logprobs: torch.Tensor = None  # [B, T] nats, under the policy that sampled
     entropy: torch.Tensor = None  # [B, T] nats, of the policy that sampled
     ref_logprobs: torch.Tensor = None  # [B, T] under the start policy, if the loss needs it
+    history: list = None  # the mean rewards of the steps before this one, oldest first
     advantages: torch.Tensor = None  # [B] or [B, T]
     logprobs: torch.Tensor = None  # [B, T] before the latest update on the row
 
@@ -133,6 +134,14 @@ def sampler_weights(rollout, most):
     """
     log_ratio = rollout.old_logprobs - rollout.sampler_logprobs  # [B, T]
     return log_ratio.masked_fill(~rollout.mask, 0).sum(1).clamp(max=math.log(most)).exp()
+
+
+def corrected(advantages, rollout, most):
+    """The advantages [B] or [B, T], times their row's sampler_weights unless `most` is 0."""
+    if not most:
+        return advantages
+    weights = sampler_weights(rollout, most)  # [B]
+    return advantages * (weights if advantages.ndim == 1 else weights[:, None])
 
 
 def sampling_settings(temperature, max_new_tokens, eos_ids, pad_id):

@@ -113,9 +113,23 @@ def write_group(trainer, out, step, rollout):
 
 def save(trainer, out, step, sizes):
     """Write a checkpoint. sizes: checkpoint.line_sizes before this step's evaluation."""
-    counters = {"cursor": trainer.cursor, "bad_steps": trainer.updater.bad_steps}
+    counters = {
+        "cursor": trainer.cursor,
+        "history": trainer.history,
+        "bad_steps": trainer.updater.bad_steps,
+    }
     optimizer = trainer.updater.optimizer
     checkpoint.save(out, step, trainer.model, trainer.tokenizer, optimizer, sizes, **counters)
+
+
+def restore(trainer, out):
+    """Take up the run at its latest checkpoint. Returns the step after which it goes on."""
+    state = checkpoint.load(out, trainer.model, trainer.updater.optimizer, say=print)
+    trainer.cursor = state["cursor"]
+    trainer.history = state.get("history", [])  # older checkpoints are of methods without it
+    trainer.updater.bad_steps = state["bad_steps"]
+    print(f"resuming {out} after step {state['step']} of {trainer.o.steps}")
+    return state["step"]
 
 
 def stopped_by_bad_steps(out, step):

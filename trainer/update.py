@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from grpo import constant
+from trainer.algorithm import inputs, parameters
 from trainer.logprobs import token_logprobs
 from trainer.memory import rows_that_fit
 from trainer.options import flag
@@ -44,7 +45,11 @@ class Updater:
         self.reference = None  # the frozen start policy
         if loss_options.get("beta", 0) > 0:
             self.reference = copy.deepcopy(model)
-        self.needs_entropy = loss_options.get("kl_coef", 0) > 0
+        # A KL term is switched on by its coefficient, and may push any row of the mini-batch.
+        has_kl = any(loss_options.get(name, 0) > 0 for name in KL_COEFFICIENTS)
+        self.needs_all_rows = has_kl or getattr(algo, "NEEDS_ALL_ROWS", False)
+        takes = parameters(algo.loss)
+        self.needs_entropy = "entropy" in takes and (has_kl or "kl_coef" not in takes)
         self.through_head = layout.through_head
         # Checkpointing runs each layer again without the cache that a shared prompt needs.
         self.share_prompts = layout.share_prompts and not options.gradient_checkpointing
@@ -278,12 +283,9 @@ class Updater:
         return result
 
     def with_signal(self, rollout, rows, size):
-        """The micro-batches of `rows` that have a gradient.
-
-        They contain a nonzero advantage. A KL to the reference pushes every row: it needs them all.
-        """
+        """The micro-batches of `rows` with a nonzero advantage; all, if the loss needs all rows."""
         micro_batches = self.micro_batches(rollout, rows, size)
-        if self.reference is not None:
+        if self.needs_all_rows:
             return micro_batches
         signal = nonzero_advantages(rollout).any(1).cpu()  # [B]
         return [micro_batch for micro_batch in micro_batches if signal[micro_batch].any()]
@@ -305,14 +307,10 @@ class Updater:
         return entropy
 
     def loss_inputs(self, rollout, rows, entropy):
-        """The keyword arguments of the algorithm's loss: its options, and the tensors they need."""
-        inputs = dict(self.loss_options)
-        if self.needs_entropy:
-            inputs["entropy"] = entropy[rows]
-            inputs["old_entropy"] = rollout.entropy[rows]
-        if self.reference is not None:
-            inputs["ref_logprobs"] = rollout.ref_logprobs[rows]
-        return inputs
+        """The keyword arguments of the algorithm's loss: its inputs and its options."""
+        current = entropy[rows] if self.needs_entropy else None
+        filled = inputs(self.algo.loss, rollout, rows, current, self.o.max_new_tokens)
+        return {**filled, **self.loss_options}
 
     def loss_gradient(self, rollout, rows, loss_inputs):
         """(the loss of the mini-batch, dL/dlogp [B, T], which is 0 in all other rows)."""
