@@ -72,9 +72,11 @@ class Trainer:
         # 3 Compute the advantages. Old log-probabilities and entropies come from our own forward
         # pass, not from generate: the ratio is 1 before the first update only if both of its sides
         # come from the same code, rows and padding.
+        rollout.history = self.history
         mini_batches = torch.arange(o.rows).split(o.rows // o.updates)
         updater.measure(rollout, mini_batches, step > 1, self.advantages)  # step 1: two passes
         rollout.advantages = self.advantages(rollout)
+        self.history = [*self.history, rollout.rewards.mean().item()]
 
         # 4 Update the policy: one optimizer step on each mini-batch.
         updates = []
@@ -168,8 +170,6 @@ class Trainer:
 
     def advantages(self, rollout):
         """The algorithm's advantages of the rollout, [B] or [B, T]."""
-        rollout.history = self.history
-        self.history = [*self.history, rollout.rewards.mean().item()]
         function, rows = self.algo.advantages, slice(None)  # all rows
         filled = inputs(function, rollout, rows, rollout.entropy, self.o.max_new_tokens)
         options = {**filled, **self.advantage_options}

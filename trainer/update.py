@@ -63,7 +63,9 @@ class Updater:
         self.at_once = {name: int(size) for name, size in self.at_once.items()}
         self.graphs = {}  # {rows of a micro-batch: its log-probabilities with their graph}
         self.learned = None  # dL/dlogp [B, T] that `measure` has backpropagated already
-        self.guesses = takes_ratios_only(algo, loss_options)  # see guessed_push
+        self.guesses = False  # see guessed_push; the correction needs the measured ones
+        if not self.needs_all_rows and not options.sampler_correction:
+            self.guesses = takes_ratios_only(algo, loss_options)
         self.bad_steps = 0  # optimizer steps skipped in a row (loss or gradient not finite)
 
     def choose_micro_batch(self, longest):
@@ -218,7 +220,7 @@ class Updater:
             rollout.advantages = advantages(rollout)
         except (ValueError, TypeError, AttributeError):
             return None
-        _, push = self.loss_gradient(rollout, rows, self.loss_options)
+        _, push = self.loss_gradient(rollout, rows, self.loss_inputs(rollout, rows, None))
         return push
 
     def has_learned(self, push):
