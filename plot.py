@@ -284,11 +284,14 @@ def small_multiples(groups):
     axes = figure.subplots(2 * high, wide, sharex=True, squeeze=False)
     for k, (metric, title, unit) in enumerate(PANELS[:2]):
         panels = axes[k::2].flatten()  # of this metric, cell by cell
+        for ax in panels[1:]:
+            ax.sharey(panels[0])
         for ax, (name, method, behind) in zip(panels, cells, strict=False):
             for algo, runs in behind.items():
                 draw_behind(ax, metric, algo, runs)
             draw_metric(ax, metric, method)
-            finish_small_panel(ax, metric, panels[0])
+            finish_panel(ax, metric)
+            ax.tick_params(labelsize=7, labelleft=False, labelbottom=False)
             if metric == "accuracy":
                 ax.set_title("\n".join(textwrap.wrap(name, 24)), fontsize=8.5)
         for ax in panels[::wide]:
@@ -308,14 +311,6 @@ def draw_behind(ax, metric, algo, runs):
     phase = "eval" if metric == "accuracy" else "train"
     steps, mean, *_ = average(runs, phase, metric)
     ax.plot(steps, mean, color=BEHIND[algo], ls=style(algo)[2], lw=1.1, zorder=2)
-
-
-def finish_small_panel(ax, metric, first):
-    """finish_panel, with the axis of the first panel of the metric and labels at the edges only."""
-    finish_panel(ax, metric)
-    if ax is not first:
-        ax.sharey(first)
-    ax.tick_params(labelsize=7, labelleft=False, labelbottom=False)
 
 
 def add_grey_legend(figure, algos):
@@ -560,8 +555,8 @@ def tensors(rows):
     from torch.nn.utils.rnn import pad_sequence
 
     def padded(lists):
-        tensors = [torch.tensor(values).double() for values in lists]
-        return pad_sequence(tensors, batch_first=True)  # [G, T]
+        values = [torch.tensor(row, dtype=torch.float64) for row in lists]
+        return pad_sequence(values, batch_first=True)  # [G, T]
 
     ids = {}  # {text of a token: its id}
     for row in rows:

@@ -88,7 +88,10 @@ def test_every_other_command_answers_so_too(words, status, text):
         ("--seeds 1,,2", "argument --seeds: '1,,2': whole numbers with commas"),
         ("--off-policy 4,1.5", "argument --off-policy: '4,1.5': whole numbers with commas"),
         ("--seed 1", "no option --seed; did you mean --seeds?"),
-        ("--algos tepo,gppo", "argument --algos: no algorithm 'gppo'; there are tepo, grpo"),
+        (
+            "--algos tepo,gppo",
+            "argument --algos: no algorithm 'gppo'; did you mean gtpo? There are tepo, grpo",
+        ),
     ],
 )
 def test_compare_says_what_an_option_wants(words, text, capsys):

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 import train
 from tiny.problems import problems
 from trainer import checkpoint, data, start
-from trainer.options import ALGORITHMS, DEFAULTS, fill
+from trainer.options import ALGORITHMS, DEFAULTS, MORE, fill
 from trainer.policy import load_policy
 from trainer.prompts import Prompts, encode_problems
 
@@ -78,6 +78,10 @@ def one_line(text):
         ("--algo GRPO-S", "did you mean grpo_s?"),
         ("--algo trgpro", "did you mean trgrpo?"),
         ("--algo zzzz", "no algorithm 'zzzz'; There are tepo,"),
+        ("--algo zzzz", "gtpo, grpo_s, trgrpo, clip_cov, kl_cov, ce_gppo, aspo, dppo, reweight,"),
+        ("--algo cipso", "did you mean cispo?"),
+        ("--algo Clip-Cov", "did you mean clip_cov?"),
+        ("--algo more.dr_grpo", "did you mean dr_grpo?"),
         ("--group-size 1", "--group-size 1: the least is 2 (one completion has no group"),
         (
             "--prompts 3 --group-size 3 --updates 4",
@@ -122,6 +126,13 @@ def one_line(text):
         ("--option eps_high=-1", "--option eps_high=-1: a finite number, not negative"),
         ("--algo dapo --beta 0.1", "dapo has no option 'beta'"),
         ("--algo gtpo --option normalize=sideways", "normalize"),
+        ("--algo cispo --option eps=1", "cispo has no option 'eps'; it has eps_low=1.0, eps_high="),
+        ("--algo ha_dw --option history=1", "ha_dw has no option 'history'; it has scale=1.5"),
+        ("--algo ha_dw --option window=0", "window must be at least 1"),
+        ("--algo ha_dw --option window=2.5", "window=2.5: a whole number, not negative"),
+        ("--algo dr_grpo --option max_length=-5", "max_length=-5: a whole number, not negative"),
+        ("--algo dppo --option divergence=js", "divergence"),
+        ("--algo raft --option variant=raft+++", "variant must be"),
     ],
 )
 def test_nonsense_options(capsys, monkeypatch, tmp_path, words, line):
@@ -142,7 +153,7 @@ def test_every_number_is_checked():
 
 
 def test_defaults_are_no_nonsense():
-    for algo in ALGORITHMS:
+    for algo in (*ALGORITHMS, *MORE):
         for preset in DEFAULTS:
             fill({"algo": algo, "preset": preset})
 

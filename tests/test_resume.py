@@ -392,6 +392,23 @@ def test_resume_of_a_finished_run(whole, tmp_path, capsys):
     assert contents(run) == before
 
 
+def test_the_history_of_ha_dw_survives(data, tmp_path):
+    """Its advantages depend on the rewards of earlier steps: they are saved with a checkpoint."""
+    words = [*WORDS, *"--algo ha_dw --option window=4 --steps 6 --eval-every 0 --k 0".split()]
+    words += ["--data", data, "--save-every", 1]
+    status, log = child.run([*words, "--out", tmp_path / "whole"], tmp_path / "log")
+    assert status == 0, log
+    run = tmp_path / "run"
+    status, log = child.run([*words, "--out", run], tmp_path / "log", "interrupt_in_step", 4, 1)
+    assert status == 130, log
+    rewards = [row["reward"] for row in metrics(run) if row["phase"] == "train"]
+    state = torch.load(run / "checkpoints/step-000004/state.pt", weights_only=True)
+    assert len(set(rewards)) > 1 and len(state["history"]) == 4
+    status, log = child.run(["--resume", run], tmp_path / "log")
+    assert status == 0 and "after step 4 of 6" in log, log
+    assert_same(run, tmp_path / "whole")
+
+
 def test_killed_before_the_first_checkpoint(whole, data, tmp_path):
     run = tmp_path / "run"
     words = [*WORDS, "--data", data, "--save-every", 0, "--out", run]

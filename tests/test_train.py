@@ -5,15 +5,18 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import child
 import pytest
 import torch
 from conftest import ROOT, tiny_model
 
+import grpo
 import train
 from trainer import session, start
-from trainer.algorithm import checked_options
-from trainer.options import ALGORITHMS, DEFAULTS, fill, parse
+from trainer.algorithm import checked_options, inputs, keywords, load_algorithm
+from trainer.options import ALGORITHMS, DEFAULTS, MORE, fill, parse
 from trainer.policy import sampling_copy
 
 # A step that takes a second: 2 prompts x 4 completions of 12 tokens, 2 updates of 4 rows each.
@@ -62,6 +65,125 @@ def test_each_algorithm_trains_two_steps(algo, tmp_path):
     words = ["--eval-only", "--model", out / "model", "--eval-n", 4, "--out", tmp_path / "eval"]
     again = command(*words, "--preset", "tiny")
     assert again.returncode == 0 and json.loads((tmp_path / "eval/eval.json").read_text())["n"] == 4
+
+
+# For each method an option that is not its default.
+OPTIONS = {
+    "tepo": ("kl_coef", 0.1),
+    "grpo": ("beta", 0.1),
+    "dapo": ("eps_high", 0.3),
+    "gspo": ("eps_low", 0.1),
+    "gtpo": ("normalize", "joint"),
+    "grpo_s": ("eps_low", 0.1),
+    "trgrpo": ("weight_inside_clip", True),
+    "clip_cov": ("cov_ratio", 0.1),
+    "kl_cov": ("cov_ratio", 0.2),
+    "ce_gppo": ("beta1", 0.75),
+    "aspo": ("cap", 2.0),
+    "dppo": ("divergence", "kl"),
+    "reweight": ("alpha", 0.3),
+    "raft": ("variant", "reinforce_rej"),
+    "ha_dw": ("window", 2),
+    "ktae": ("ignore_id", 0),
+    "dhpo": ("weight", 0.25),
+    "dr_grpo": ("max_length", 100),
+    "rloo": ("eps_high", 0.3),
+    "cispo": ("eps_high", 0.2),
+    "sapo": ("tau_neg", 2.0),
+    "gmpo": ("eps_low", 0.2),
+}
+
+
+@pytest.mark.parametrize("algo", [*ALGORITHMS, *MORE])
+def test_all_22_train_two_steps_with_an_option(algo, tmp_path, monkeypatch):
+    """In this process, without pictures, and with rewards that differ within a group."""
+    monkeypatch.setattr(train, "correct", child.parity)
+    monkeypatch.setattr(train, "plot_runs", lambda *_: None)
+    (name, value), out = OPTIONS[algo], tmp_path / "run"
+    words = f"--algo {algo} --option {name}={value} --steps 2 --eval-n 4 --k 0 --save-every 0"
+    assert train.main([*SMALL, *words.split(), "--out", str(out)]) == 0
+    options = json.loads((out / "config.json").read_text())["options"]
+    assert (options["algo"], options["option"]) == (algo, {name: value})
+    lines = [line for line in read(out / "metrics.jsonl") if line["phase"] == "train"]
+    assert len(lines) == 2
+    assert lines[0]["ratio_first_max"] < 1e-3  # step 2 may learn from the pass that measures
+    for line in lines:
+        assert line["skipped"] == 0 and line["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("given", [(), ("--option", "max_length=5")])
+def test_a_keyword_with_a_known_name_is_filled_in(given, tmp_path, monkeypatch):
+    """A hand-made method in place of sapo.py: what its functions get in two steps."""
+    seen = {"advantages": [], "loss": []}
+
+    def advantages(
+        rewards,
+        group_size,
+        *,
+        entropy=None,
+        mask=None,
+        right=None,
+        history=None,
+        completions=None,
+        max_length=None,
+    ):
+        seen["advantages"].append(dict(locals()))
+        return grpo.advantages(rewards, group_size)
+
+    def loss(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        *,
+        completions=None,
+        history=None,
+        entropy=None,
+        old_entropy=None,
+        ref_logprobs=None,
+        max_length=0,
+    ):
+        seen["loss"].append(dict(locals()))
+        return grpo.loss(logprobs, old_logprobs, advantages, mask)
+
+    module = SimpleNamespace(advantages=advantages, loss=loss)
+    monkeypatch.setitem(sys.modules, "more.sapo", module)
+    monkeypatch.setattr(train, "correct", child.parity)
+    t = trainer(tmp_path, "--algo", "sapo", "--lr", "0.01", *given)
+    for calls in seen.values():
+        calls.clear()  # of try_out
+    torch.manual_seed(0)
+    (_, first, _), (_, second, _) = t.step(1), t.step(2)
+    means = [first.rewards.mean().item(), second.rewards.mean().item()]
+    assert [call["history"] for call in seen["advantages"]] == [[], means[:1]]
+    assert t.history == means
+    for call, rollout in zip(seen["advantages"], (first, second), strict=True):
+        for name in ("completions", "mask", "right", "entropy"):
+            assert torch.equal(call[name], getattr(rollout, name))
+        assert call["max_length"] == (5 if given else 12)  # 12: --max-new-tokens of SMALL
+    assert len(seen["loss"]) == 4
+    for i, call in enumerate(seen["loss"]):
+        rollout, rows = (first, second)[i // 2], slice(4 * (i % 2), 4 * (i % 2) + 4)
+        assert torch.equal(call["completions"], rollout.completions[rows])
+        assert torch.equal(call["old_entropy"], rollout.entropy[rows])
+        # Of the current policy: the same before the first update, another after it.
+        assert torch.equal(call["entropy"], call["old_entropy"]) == (i % 2 == 0)
+        assert call["history"] == means[: i // 2] and call["ref_logprobs"] is None
+        assert call["max_length"] == (5 if given else 12)
+
+
+def test_each_input_of_the_22_is_filled_in():
+    """A keyword without a default that a user could set is one that the trainer knows."""
+    ones = torch.ones(2, 1)
+    batch = SimpleNamespace(
+        mask=ones, completions=ones, right=ones, history=[], entropy=ones, ref_logprobs=ones
+    )
+    for algo in (*ALGORITHMS, *MORE):
+        module = load_algorithm(algo)
+        for function in (module.advantages, module.loss):
+            given = inputs(function, batch, slice(None), ones, 1)
+            for name, parameter in keywords(function).items():
+                assert parameter.default is not None or given[name] is not None, (algo, name)
 
 
 def test_evaluations_draw_before_and_after_and_halve_their_rows(tmp_path, monkeypatch, capsys):
@@ -220,6 +342,8 @@ def test_options_of_an_algorithm_are_typed_and_known():
     typed = {"eps_high": 0.3, "kl_coef": 0.05}
     assert checked_options("tepo", {"eps_high": "0.3", "kl_coef": "0.05"}) == typed
     assert checked_options("trgrpo", {"weight_inside_clip": "true"}) == {"weight_inside_clip": True}
+    assert checked_options("dr_grpo", {"max_length": "9"}) == {"max_length": 9}
+    assert checked_options("ktae", {"ignore_id": "-2"}) == {"ignore_id": -2}
     typed = {"normalize": "joint", "alpha2": 0.2}
     assert checked_options("gtpo", {"normalize": "joint", "alpha2": "0.2"}) == typed
     for algo, given, message in (

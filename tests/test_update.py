@@ -3,13 +3,13 @@ runs without need.
 """
 
 import copy
-import importlib
 
 import pytest
 import torch
 from conftest import tiny_model
 
 from trainer import update
+from trainer.algorithm import load_algorithm
 from trainer.logprobs import Layout, cache_argument, token_logprobs
 from trainer.options import ALGORITHMS, fill
 from trainer.sampling import Rollout
@@ -42,9 +42,7 @@ def updater(model, algo, loss_options=None, **options):
         "device": "cpu",
     }
     o = fill(given | {"dtype": "fp32", "temperature": 0.9} | options)
-    return Updater(
-        model, importlib.import_module(algo), loss_options or {}, o, 16, Layout(True, True)
-    )
+    return Updater(model, load_algorithm(algo), loss_options or {}, o, 16, Layout(True, True))
 
 
 def two_updates(algo, dtype, loss_options=None, r=None, keep_graph=False, **options):
@@ -68,6 +66,7 @@ def two_updates(algo, dtype, loss_options=None, r=None, keep_graph=False, **opti
     u.measure(r, mini_batches, keep_graph, advantages)
     r.advantages = advantages(r)
     r.updater = u
+    torch.manual_seed(2)  # Clip-Cov draws tokens
     return (
         model,
         [u.update(r, rows, on_policy=i == 0) for i, rows in enumerate(mini_batches * 2)],
@@ -78,6 +77,8 @@ def two_updates(algo, dtype, loss_options=None, r=None, keep_graph=False, **opti
 KINDS = [(algo, None) for algo in ALGORITHMS] + [
     ("grpo", {"beta": 0.1}),
     ("tepo", {"kl_coef": 0.5}),
+    ("clip_cov", {"cov_ratio": 0.3, "cov_low": 0.0}),
+    ("kl_cov", {"cov_ratio": 0.3}),
 ]
 
 
@@ -130,7 +131,7 @@ def test_a_micro_batch_does_not_change_the_gradient_in_fp32(algo):
 def test_two_halves_are_the_plain_gradient(algo, loss_options, one_sided):
     """Four optimizer steps against a loop that backpropagates the whole mini-batch at once.
 
-    one_sided: the second group is all wrong; only a KL to the reference pushes its rows.
+    one_sided: the second group is all wrong; only a KL to the reference, or KL-Cov, pushes it.
     """
     r = rollout()
     if one_sided:
@@ -142,14 +143,19 @@ def test_two_halves_are_the_plain_gradient(algo, loss_options, one_sided):
     for p in reference.parameters():
         p.data += 0.05 * torch.randn_like(p)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    torch.manual_seed(2)
     for rows in torch.arange(B).split(B // 2) * 2:
         where = ([r.prompts[i] for i in rows], r.completions[rows], r.mask[rows])
         logprobs, entropy = token_logprobs(model, *where, temperature=0.9)
+        # Two passes of the same weights differ by rounding, and KL-Cov's |log w| has its kink at 0.
+        old = r.old_logprobs[rows]
+        same = (logprobs - old).abs() < 1e-12
+        logprobs = torch.where(same, old + (logprobs - logprobs.detach()), logprobs)
         if "kl_coef" in options:
             options |= {"entropy": entropy, "old_entropy": r.entropy[rows]}
         if "beta" in options:
             options["ref_logprobs"] = token_logprobs(reference, *where, temperature=0.9)[0].detach()
-        loss = importlib.import_module(algo).loss
+        loss = load_algorithm(algo).loss
         loss = loss(logprobs, r.old_logprobs[rows], r.advantages[rows], r.mask[rows], **options)
         optimizer.zero_grad()
         loss.backward()
@@ -300,6 +306,64 @@ def test_rows_without_push_are_not_run(rows_run):
     )  # nothing to learn from: no pass, no step on momentum alone
     assert rows_run == [] and said["grad_norm"] == 0 and said["signal"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_file_that_needs_all_rows_has_current_logprobs_of_rows_without_advantage(monkeypatch):
+    """KL-Cov with every token in S, by hand: 0.5 |log w| / N pushes by 0.5 sign(log w) / N."""
+    model, r = tiny_model(), rollout(dtype=torch.float32)
+    r.rewards = r.right = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0])  # the second group is all wrong
+    u = updater(model, "kl_cov", {"cov_ratio": 1.0, "cov_coef": 0.5}, updates=1)
+    u.measure(r, [torch.arange(B)])
+    r.advantages = u.algo.advantages(r.rewards, G)
+    current = r.old_logprobs.clone()
+    r.old_logprobs[4] += 1.0  # log w = -1 on 3 tokens
+    r.old_logprobs[5] -= 1.0  # log w = 1 on 6 tokens
+    r.logprobs[:] = -9.0  # what an earlier update left here
+    said, pushes, real = None, [], u.loss_gradient
+
+    def recorded(*args):
+        loss, push = real(*args)
+        pushes.append(push)
+        return loss, push
+
+    monkeypatch.setattr(u, "loss_gradient", recorded)
+    said = u.update(r, torch.arange(B), on_policy=False)
+    torch.testing.assert_close(r.logprobs[r.mask], current[r.mask], rtol=0, atol=1e-6)
+    want = torch.zeros(4, T)
+    want[0, :3], want[1, :6] = -0.5 / 29, 0.5 / 29  # N is 29
+    torch.testing.assert_close(pushes[0][4:6], want[:2], rtol=0, atol=1e-9)
+    assert said["signal"] == r.mask[:G].sum() and said["clipped"] == 0
+    # Without any advantage the penalty alone moves the weights, and only off policy.
+    r.rewards = torch.zeros(B)
+    r.advantages = u.algo.advantages(r.rewards, G)
+    said = u.update(r, torch.arange(B), on_policy=False)
+    assert said["moved"] and said["signal"] == 0 and said["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("algo", "loss_options", "rows"),
+    [
+        ("dapo", {}, G),
+        ("clip_cov", {}, B),
+        ("kl_cov", {}, B),
+        ("tepo", {}, G),
+        ("tepo", {"kl_coef": 0.5}, B),
+        ("grpo", {"beta": 0.0}, G),
+        ("grpo", {"beta": 0.1}, B),
+        ("ha_dw", {"beta": 0.1}, B),
+    ],
+)
+def test_one_rule_says_which_rows_are_run(algo, loss_options, rows, rows_run):
+    """Those with an advantage, half of them here; all for NEEDS_ALL_ROWS and for any KL."""
+    r = rollout(dtype=torch.float32)
+    r.rewards = r.right = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0])
+    u = updater(tiny_model(), algo, loss_options, updates=1, micro_batch="8")
+    u.measure(r, [torch.arange(B)])
+    r.advantages = u.algo.advantages(r.rewards, G)
+    rows_run.clear()
+    u.update(r, torch.arange(B), on_policy=False)
+    current = [count for count, _ in rows_run]
+    assert sum(current[: 1 + (rows == B)]) == rows  # the pass that measures; groups run apart
 
 
 @pytest.mark.parametrize("size", ["8", "3"])

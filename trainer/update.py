@@ -179,7 +179,8 @@ class Updater:
             rollout.ref_logprobs, _ = measured(self.reference, None, None)
         first = mini_batches[0] if keep_graph else None
         guess = None
-        if keep_graph and advantages is not None and self.guesses:
+        too_large = len(mini_batches[0]) > self.at_once["micro_batch"]
+        if keep_graph and too_large and advantages is not None and self.guesses:
             guess = self.guessed_push(rollout, first, advantages)
         rollout.old_logprobs, rollout.entropy = measured(self.model, first, guess)
         rollout.logprobs = rollout.old_logprobs.clone()
