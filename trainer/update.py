@@ -63,9 +63,6 @@ class Updater:
         self.at_once = {name: int(size) for name, size in self.at_once.items()}
         self.graphs = {}  # {rows of a micro-batch: its log-probabilities with their graph}
         self.learned = None  # dL/dlogp [B, T] that `measure` has backpropagated already
-        self.guesses = False  # see guessed_push; the correction needs the measured ones
-        if not self.needs_all_rows and not options.sampler_correction:
-            self.guesses = takes_ratios_only(algo, loss_options)
         self.bad_steps = 0  # optimizer steps skipped in a row (loss or gradient not finite)
 
     def choose_micro_batch(self, longest):
@@ -169,20 +166,19 @@ class Updater:
         the rollout, allows guessed_push. Its ratio is then 1 by construction.
         """
 
-        def measured(model, first, guess):
+        def measured(model, first):
             def work(size):
+                guess = None
+                if first is not None and len(first) > size and advantages is not None:
+                    guess = self.guessed_push(rollout, first, advantages)
                 return self.logprobs_by(model, rollout, mini_batches, size, first, guess)
 
             return self.with_smaller_batches("micro_batch", work)
 
         if self.reference is not None:
-            rollout.ref_logprobs, _ = measured(self.reference, None, None)
+            rollout.ref_logprobs, _ = measured(self.reference, None)
         first = mini_batches[0] if keep_graph else None
-        guess = None
-        too_large = len(mini_batches[0]) > self.at_once["micro_batch"]
-        if keep_graph and too_large and advantages is not None and self.guesses:
-            guess = self.guessed_push(rollout, first, advantages)
-        rollout.old_logprobs, rollout.entropy = measured(self.model, first, guess)
+        rollout.old_logprobs, rollout.entropy = measured(self.model, first)
         rollout.logprobs = rollout.old_logprobs.clone()
 
     def logprobs_by(self, model, rollout, mini_batches, size, first, guess):
@@ -214,6 +210,10 @@ class Updater:
         has the same gradient at all of them, so also at 0. `has_learned` checks it against the
         gradient at the measured ones. Advantages that need the entropy raise an error here.
         """
+        if self.needs_all_rows or self.o.sampler_correction:
+            return None  # they need the measured log-probabilities
+        if not takes_ratios_only(self.algo, self.loss_options):
+            return None
         dtype = torch.promote_types(self.model.dtype, torch.float32)
         zeros = torch.zeros(rollout.mask.shape, dtype=dtype, device=rollout.mask.device)
         rollout.logprobs = rollout.old_logprobs = zeros
