@@ -583,8 +583,8 @@ def credit_panels(rows, algos):
     group = tensors(rows)
     nowhere = group.mask < 0
     panels = [("Entropy", "of the policy that sampled, nats", group.entropy, nowhere)]
-    for algo in sorted(algos, key=ORDER.index):
-        panels.append((STYLES[algo][0], NOTES[algo], *push(algo, group)))
+    for algo in sorted(algos, key=[*ORDER, *algos].index):
+        panels.append((style(algo)[0], NOTES.get(algo, ""), *push(algo, group)))
     return panels
 
 

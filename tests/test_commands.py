@@ -11,7 +11,7 @@ from conftest import ROOT
 from trainer import options, policy
 
 NO_OPTION = "train.py: error: no option"
-THERE_ARE = f"There are {', '.join(options.ALGORITHMS)}"
+THERE_ARE = f"There are {', '.join([*options.ALGORITHMS, *options.MORE])}"
 SLOW = "torch", "transformers", "matplotlib", "pandas", "datasets", "trl"  # to import
 
 
