@@ -64,7 +64,6 @@ class Trainer:
         o, updater, started = self.o, self.updater, time.perf_counter()
         lr = o.lr * min(1.0, step / max(1, o.warmup))
         updater.optimizer.param_groups[0]["lr"] = lr
-
         # 1 Sample G completions of each prompt, and 2 reward them.
         rollout, sampled = self.sample_and_reward()
         rollout_s = time.perf_counter() - started
@@ -72,11 +71,11 @@ class Trainer:
         # 3 Compute the advantages. Old log-probabilities and entropies come from our own forward
         # pass, not from generate: the ratio is 1 before the first update only if both of its sides
         # come from the same code, rows and padding.
-        rollout.history = self.history
+        mean_reward = rollout.rewards.mean().item()
+        rollout.history, self.history = self.history, [*self.history, mean_reward]
         mini_batches = torch.arange(o.rows).split(o.rows // o.updates)
         updater.measure(rollout, mini_batches, step > 1, self.advantages)  # step 1: two passes
         rollout.advantages = self.advantages(rollout)
-        self.history = [*self.history, rollout.rewards.mean().item()]
 
         # 4 Update the policy: one optimizer step on each mini-batch.
         updates = []
