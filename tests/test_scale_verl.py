@@ -147,7 +147,9 @@ def test_loss_and_gradient_equal_those_of_verl_for_the_methods_of_more(algo, spr
     a row's weights and we take their mean, so they agree where all weights of a row are equal.
     """
     logp, old, A, mask = double(*batch(spread))
-    weights = torch.linspace(0.5, 2, 8)[:, None].expand(8, 7) if weighed else None
+    weights = torch.linspace(0, 2, 56).view(8, 7) if weighed else None
+    if weighed and algo == "gmpo":
+        weights = weights[:, :1].expand(8, 7)
     peer, settings = PEERS[algo]
     config = actor_config(algo, **settings)
     config.global_batch_info["loss_scale_factor"] = config.loss_scale_factor  # as ppo_loss does
