@@ -5,6 +5,7 @@
   rollout    generate as it comes, with a static cache, and with each prompt run only once;
              and the time per token beside the time to read every weight once
   step       training steps of train.py; with --peer also of TRL's GRPOTrainer
+  qwen       one training step of a Qwen2.5-0.5B-shaped model with random weights
   run        with --against FOLDER: `train.py --algo tepo --preset tiny` from start to exit, in this
              checkout and in that of another commit, alternately
 
@@ -28,7 +29,7 @@ from pathlib import Path
 
 from plot import Parser
 
-PARTS = ("logprobs", "weights", "rollout", "step", "run")
+PARTS = ("logprobs", "weights", "rollout", "step", "qwen", "run")
 
 
 def build_parser():
@@ -53,7 +54,7 @@ def build_parser():
         add(name, type=int, default=default, metavar="N", help=text)
     text = "timed training steps, after one warm-up step (default 3)"
     add("--steps", type=int, default=3, metavar="N", help=text)
-    text = "compute type of rollout and step (default fp32)"
+    text = "compute type of rollout, step and qwen (default fp32)"
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help=text)
     text = "for run: the folder of another checkout (git worktree add FOLDER COMMIT)"
     add("--against", metavar="FOLDER", help=text)
@@ -429,6 +430,40 @@ def summary(seconds, tokens, model):
     }
 
 
+def qwen(args, device, prompts=4, group_size=8, prompt_tokens=100, most_tokens=200):
+    """One training step of a model of Qwen2.5-0.5B's shape; every other completion is right.
+
+    It is the second step, which every later one equals in cost. Random weights rarely sample the
+    one EOS of 151,936 words, so nearly all completions have most_tokens tokens. Returns
+    {"rollout_s", "update_s", "length": mean tokens, "micro_batch", "peak_mib": of the process}.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    import train
+    from trainer.logprobs import Layout
+    from trainer.options import fill, parse
+
+    class Graded(train.Trainer):
+        def grade(self, batch, problems):
+            batch.problems = batch.texts = [None] * self.o.rows
+            batch.right = batch.rewards = torch.arange(self.o.rows, device=device) % 2.0
+
+    line = f"--preset gsm8k --algo grpo --device {device} --dtype {args.dtype} --prompts {prompts}"
+    line += f" --group-size {group_size} --max-new-tokens {most_tokens}"
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**QWEN)).to(device).eval()
+    ids = torch.randint(QWEN["vocab_size"], (prompts, prompt_tokens)).tolist()
+    problems = [{"prompt_ids": prompt} for prompt in ids]
+    generation = {"max_new_tokens": most_tokens, "eos_ids": [0], "pad_id": 0}
+    generation["layout"] = Layout(through_head=True, share_prompts=True)
+    trainer = Graded(fill(parse(line.split())), model, None, generation, problems)
+    found, _, _ = trainer.step(2)
+    found = {name: found[name] for name in ("rollout_s", "update_s", "length")}
+    found["micro_batch"] = trainer.updater.at_once["micro_batch"]
+    found["peak_mib"] = peak_bytes(device) / 2**20
+    return found
+
+
 MEASUREMENTS = {
     "plain": functools.partial(logprobs, through_head=False, size=4),
     "head": functools.partial(logprobs, through_head=True, size=4),
@@ -439,6 +474,7 @@ MEASUREMENTS = {
     "rollout": rollout,
     "ours": ours,
     "trl": trl,
+    "qwen": qwen,
 }
 
 
@@ -534,6 +570,15 @@ def print_step(args, argv):
     return {"step": step, "peer": peer}
 
 
+def print_qwen(args, argv):
+    print(f"qwen: Qwen2.5-0.5B-shaped, random weights, {args.dtype}, one training step of 4 x 8")
+    print("  completions of at most 200 tokens (random weights hardly ever end one earlier)")
+    got = measure("qwen", argv)
+    print(f"  rollout {got['rollout_s']:.1f} s, update {got['update_s']:.1f} s")
+    print(f"  {got['peak_mib']:.0f} MiB in all, micro-batch {got['micro_batch']}")
+    return {"qwen": got}
+
+
 def print_speed(name, got):
     memory = f"{got['peak_mib']:6.0f} MiB above weights and AdamW's state"
     line = (
@@ -577,6 +622,7 @@ PRINT = {
     "weights": print_weights,
     "rollout": print_rollout,
     "step": print_step,
+    "qwen": print_qwen,
     "run": print_run,
 }
 

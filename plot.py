@@ -19,7 +19,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from PIL import Image  # a dependency of matplotlib
 
 from trainer import options
 from trainer.runs import ORDER, average, finite, group, read_log, read_runs, rows_of
@@ -95,6 +94,8 @@ def save(figure, out):
     try:
         figure.savefig(part, dpi=160)
         if part.suffix == ".png" and part.stat().st_size > MAX_BYTES:
+            from PIL import Image  # a dependency of matplotlib
+
             image = Image.open(part).convert("RGB")
             image.quantize(256, kmeans=1, dither=Image.Dither.NONE).save(part)
         os.replace(part, out)
@@ -283,11 +284,14 @@ def small_multiples(groups):
     axes = figure.subplots(2 * high, wide, sharex=True, squeeze=False)
     for k, (metric, title, unit) in enumerate(PANELS[:2]):
         panels = axes[k::2].flatten()  # of this metric, cell by cell
+        for ax in panels[1:]:
+            ax.sharey(panels[0])
         for ax, (name, method, behind) in zip(panels, cells, strict=False):
             for algo, runs in behind.items():
                 draw_behind(ax, metric, algo, runs)
             draw_metric(ax, metric, method)
-            finish_small_panel(ax, metric, panels[0])
+            finish_panel(ax, metric)
+            ax.tick_params(labelsize=7, labelleft=False, labelbottom=False)
             if metric == "accuracy":
                 ax.set_title("\n".join(textwrap.wrap(name, 24)), fontsize=8.5)
         for ax in panels[::wide]:
@@ -307,14 +311,6 @@ def draw_behind(ax, metric, algo, runs):
     phase = "eval" if metric == "accuracy" else "train"
     steps, mean, *_ = average(runs, phase, metric)
     ax.plot(steps, mean, color=BEHIND[algo], ls=style(algo)[2], lw=1.1, zorder=2)
-
-
-def finish_small_panel(ax, metric, first):
-    """finish_panel, with the axis of the first panel of the metric and labels at the edges only."""
-    finish_panel(ax, metric)
-    if ax is not first:
-        ax.sharey(first)
-    ax.tick_params(labelsize=7, labelleft=False, labelbottom=False)
 
 
 def add_grey_legend(figure, algos):
@@ -559,8 +555,8 @@ def tensors(rows):
     from torch.nn.utils.rnn import pad_sequence
 
     def padded(lists):
-        tensors = [torch.tensor(values).double() for values in lists]
-        return pad_sequence(tensors, batch_first=True)  # [G, T]
+        values = [torch.tensor(row, dtype=torch.float64) for row in lists]
+        return pad_sequence(values, batch_first=True)  # [G, T]
 
     ids = {}  # {text of a token: its id}
     for row in rows:
@@ -587,8 +583,8 @@ def credit_panels(rows, algos):
     group = tensors(rows)
     nowhere = group.mask < 0
     panels = [("Entropy", "of the policy that sampled, nats", group.entropy, nowhere)]
-    for algo in sorted(algos, key=ORDER.index):
-        panels.append((STYLES[algo][0], NOTES[algo], *push(algo, group)))
+    for algo in sorted(algos, key=[*ORDER, *algos].index):
+        panels.append((style(algo)[0], NOTES.get(algo, ""), *push(algo, group)))
     return panels
 
 

@@ -72,9 +72,11 @@ class Trainer:
         # 3 Compute the advantages. Old log-probabilities and entropies come from our own forward
         # pass, not from generate: the ratio is 1 before the first update only if both of its sides
         # come from the same code, rows and padding.
+        rollout.history = self.history
         mini_batches = torch.arange(o.rows).split(o.rows // o.updates)
-        updater.measure(rollout, mini_batches)
+        updater.measure(rollout, mini_batches, step > 1, self.advantages)  # step 1: two passes
         rollout.advantages = self.advantages(rollout)
+        self.history = [*self.history, rollout.rewards.mean().item()]
 
         # 4 Update the policy: one optimizer step on each mini-batch.
         updates = []
@@ -128,7 +130,7 @@ class Trainer:
 
         def work(rows_at_once):
             return sample(
-                sampling_copy(self.model, self.o.dtype),
+                sampling_copy(self.model, self.o.dtype, keep=self.o.cache == "static"),
                 prompts,
                 n,
                 temperature=self.o.temperature,
@@ -168,8 +170,6 @@ class Trainer:
 
     def advantages(self, rollout):
         """The algorithm's advantages of the rollout, [B] or [B, T]."""
-        rollout.history = self.history
-        self.history = [*self.history, rollout.rewards.mean().item()]
         function, rows = self.algo.advantages, slice(None)  # all rows
         filled = inputs(function, rollout, rows, rollout.entropy, self.o.max_new_tokens)
         options = {**filled, **self.advantage_options}
@@ -213,7 +213,7 @@ def loop(trainer, out, held_out, done):
             session.write_last_group(trainer, out, step, rollout)
             if session.evaluates(o, step):
                 session.write_evaluation(trainer, out, held_out, step)
-            if session.evaluates(o, step) or session.shows(o, step):
+            if session.draws(o, out, step):
                 draw(out)
             if session.saves(o, step, interrupted):
                 session.save(trainer, out, step, sizes)
@@ -268,6 +268,7 @@ def prepare(given, out, argv):
         return None
     config.update(start.made_from(o, model, problems + held_out, config))
     trainer, done = Trainer(o, model, tokenizer, generation, problems), 0
+    config["micro_batch"] = trainer.updater.keep_micro_batch(config.get("micro_batch"))
     if resume:
         done = session.restore(trainer, out)
     else:

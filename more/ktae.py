@@ -34,11 +34,11 @@ from grpo import advantages as grpo_advantages
 __all__ = ["advantages", "loss"]
 
 
-def h(q):
+def h(q):  # entropy of a coin, in bits
     return (torch.special.entr(q) + torch.special.entr(1 - q)) / log(2)
 
 
-def fisher(x, y, R, W):
+def fisher(x, y, R, W):  # two-sided p-value, by counting
     P = [comb(R, k) * comb(W, x + y - k) / comb(R + W, x + y) for k in range(min(R, x + y) + 1)]
     return sum(P_k for P_k in P if P_k <= P[x] * (1 + 1e-7))
 

@@ -26,12 +26,60 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from trainer.options import (
+    DEFAULTS,
+    Options,
+    Parser,
+    add_option,
+    add_template_option,
+    fill,
+    template_options,
+)
+
+# The options of train.py that mean the same here.
+OPTIONS = [
+    *["algo", "model", "data", "prompt", "chat_template", "system", "steps", "seed"],
+    *["prompts", "group_size", "temperature", "max_new_tokens", "overlong_cache"],
+    *["updates", "epochs", "lr", "warmup", "max_grad_norm", "dtype"],
+]
+
+
+def build_parser():
+    parser = Parser(
+        prog="trl_trainer.py",
+        description=__doc__.split("\n")[0],
+        epilog="Every other --flag is a field of TRL's GRPOConfig, such as --use_vllm true.",
+        argument_default=argparse.SUPPRESS,
+    )
+    text = "the defaults, as in train.py (default gsm8k)"
+    parser.add_argument("--preset", choices=tuple(DEFAULTS), default="gsm8k", help=text)
+    for about in fields(Options):
+        if about.name in OPTIONS:
+            add_option(parser, about)
+    text = "rows per forward pass of a process, or auto: up to 8 (default auto)"
+    parser.add_argument("--micro-batch", metavar="STR", help=text)
+    text = "folder of the trained model (default runs/trl-<algo>-<preset>-s<seed>)"
+    parser.add_argument("--out", metavar="STR", help=text)
+    text = "an option of the algorithm, such as eps_high=0.3; repeatable"
+    parser.add_argument("--option", action="append", metavar="NAME=VALUE", help=text)
+    add_template_option(parser)
+    return parser
+
+
+if __name__ == "__main__":  # --help does not wait for torch and TRL to be imported
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        build_parser().print_help()
+        sys.exit(0)
+
 import torch
-from accelerate.utils import broadcast
 from datasets import Dataset
 from transformers import HfArgumentParser
 
 try:
+    from accelerate.utils import broadcast
     from trl import GRPOConfig, GRPOTrainer
     from trl.models.utils import disable_gradient_checkpointing
 except ImportError as error:
@@ -41,32 +89,14 @@ except ImportError as error:
     print(f"trl_trainer.py: error: TRL is needed ({error}): {install}", file=sys.stderr)
     sys.exit(2)
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from grpo import token_mean
+from rewards import correct, overlong_penalty
+from trainer.algorithm import load_algorithm, named, parameters, split_options
+from trainer.data import load_problems, split_overlap
+from trainer.policy import context_length, load_policy
+from trainer.prompts import Chat, encode_problems
+from trainer.update import KL_COEFFICIENTS, kl_estimate
 
-from grpo import token_mean  # noqa: E402
-from rewards import correct, overlong_penalty  # noqa: E402
-from trainer.algorithm import load_algorithm, named, parameters, split_options  # noqa: E402
-from trainer.data import load_problems, split_overlap  # noqa: E402
-from trainer.options import (  # noqa: E402
-    DEFAULTS,
-    Options,
-    Parser,
-    add_option,
-    add_template_option,
-    fill,
-    template_options,
-)
-from trainer.policy import context_length, load_policy  # noqa: E402
-from trainer.prompts import Chat, encode_problems  # noqa: E402
-from trainer.update import KL_COEFFICIENTS, kl_estimate  # noqa: E402
-
-# The options of train.py that mean the same here.
-OPTIONS = [
-    *["algo", "model", "data", "prompt", "chat_template", "system", "steps", "seed"],
-    *["prompts", "group_size", "temperature", "max_new_tokens", "overlong_cache"],
-    *["updates", "epochs", "lr", "warmup", "max_grad_norm", "dtype"],
-]
 # Fields of GRPOConfig for TRL's own loss and advantages. Ours replace both, so these must keep
 # their defaults.
 REPLACED = [
@@ -327,28 +357,6 @@ class ConfigParser(HfArgumentParser):
 
     def error(self, message):
         raise ValueError(message)
-
-
-def build_parser():
-    parser = Parser(
-        prog="trl_trainer.py",
-        description=__doc__.split("\n")[0],
-        epilog="Every other --flag is a field of TRL's GRPOConfig, such as --use_vllm true.",
-        argument_default=argparse.SUPPRESS,
-    )
-    text = "the defaults, as in train.py (default gsm8k)"
-    parser.add_argument("--preset", choices=tuple(DEFAULTS), default="gsm8k", help=text)
-    for about in fields(Options):
-        if about.name in OPTIONS:
-            add_option(parser, about)
-    text = "rows per forward pass of a process, or auto: up to 8 (default auto)"
-    parser.add_argument("--micro-batch", metavar="STR", help=text)
-    text = "folder of the trained model (default runs/trl-<algo>-<preset>-s<seed>)"
-    parser.add_argument("--out", metavar="STR", help=text)
-    text = "an option of the algorithm, such as eps_high=0.3; repeatable"
-    parser.add_argument("--option", action="append", metavar="NAME=VALUE", help=text)
-    add_template_option(parser)
-    return parser
 
 
 def parse(argv):

@@ -15,7 +15,7 @@ from trainer.logprobs import Layout, token_logprobs
 from trainer.policy import context_length, load_policy, name_outputs, switch_off_randomness
 from trainer.probes import probe
 from trainer.sampling import sample
-from trainer.update import enable_checkpointing, rows_that_fit
+from trainer.update import enable_checkpointing
 
 PROMPTS = [[5, 9, 17, 30, 4, 8, 21], [11, 6], [7, 33, 12, 19, 40], [11, 6]]
 LENGTHS = torch.tensor([6, 2, 1, 4])
@@ -235,18 +235,6 @@ def test_a_loaded_model_is_one_function_and_names_its_outputs(tmp_path):
     model = load_policy(str(tmp_path))[0]
     assert probe(model, PROMPTS, 6, 0) == EVERYTHING
     assert probes.train_mode_agrees(model)
-
-
-def test_an_estimate_of_memory_does_not_crash():
-    for kind, (_, settings) in KINDS.items():
-        assert rows_that_fit(loaded(kind, **settings), 100) > 1
-    model = loaded("gemma3n_text", **KINDS["gemma3n_text"][1])
-    per_layer = 4 * (16 * 32 + 6 * 48)  # the widest of the list [48, 48, 40, 48]
-    assert rows_that_fit(model, 100, budget=7 * 5 * per_layer * 100) == 7
-    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=None))
-    embedding = model.get_input_embeddings
-    nameless = SimpleNamespace(config=config, get_input_embeddings=embedding)
-    assert rows_that_fit(nameless, 100) > 1
 
 
 LIMITS = [

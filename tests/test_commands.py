@@ -11,6 +11,8 @@ from conftest import ROOT
 from trainer import options, policy
 
 NO_OPTION = "train.py: error: no option"
+THERE_ARE = f"There are {', '.join([*options.ALGORITHMS, *options.MORE])}"
+SLOW = "torch", "transformers", "matplotlib", "pandas", "datasets", "trl"  # to import
 
 
 def command(*words, **environment):
@@ -30,19 +32,49 @@ def command(*words, **environment):
         ("--group_size 4", 2, f"{NO_OPTION} --group_size; did you mean --group-size?"),
         ("--zzz", 2, f"{NO_OPTION} --zzz; --help lists the options"),
         ("tepo", 2, "train.py: error: 'tepo' belongs to no option; --help lists the options"),
+        ("--algo gppo", 2, f"train.py: error: no algorithm 'gppo'; did you mean gtpo? {THERE_ARE}"),
+        ("--k -1", 2, "train.py: error: --k -1: the least is 0"),
     ],
 )
 def test_help_and_a_misspelt_option_are_answered_without_importing_torch(words, status, text):
-    # A module that is None in sys.modules cannot be imported. So if this command works, it does not
-    # import torch, and the answer comes in a fraction of a second.
-    code = (
-        "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:];"
-        "runpy.run_path('train.py', run_name='__main__')"
-    )
-    found, printed = command("-c", code, "train.py", *words.split())
+    found, printed = without_slow_imports("train.py", *words.split())
     assert found == status and text in printed
     if status:
         assert printed == text + "\n"
+
+
+def without_slow_imports(*words):
+    """`command` of a file and its options; an import of one of SLOW fails.
+
+    So if the command works, it imports none of them, and the answer comes in a fraction of a
+    second.
+    """
+    code = (
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({SLOW})); sys.argv = sys.argv[1:];"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    return command("-c", code, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "text"),
+    [
+        ("plot.py --help", 0, "--credit"),
+        ("plot.py x --entropi", 2, "plot.py: error: no option --entropi; did you mean --entropy?"),
+        ("compare.py --help", 0, "--off-policy"),
+        ("compare.py --algo x", 2, "compare.py: error: no option --algo; did you mean --algos?"),
+        ("bench.py --help", 0, "--peer"),
+        ("bench.py --stepps 3", 2, "bench.py: error: no option --stepps; did you mean --steps?"),
+        ("scale/verl_data.py --help", 0, "--prompt"),
+        ("scale/verl_data.py --out x --dta y", 2, "no option --dta; did you mean --data?"),
+        ("scale/trl_trainer.py --help", 0, "GRPOConfig"),
+        ("tiny/pretrain.py --help", 0, "--batch"),
+        ("tiny/pretrain.py --stps 3", 2, "unrecognized arguments: --stps"),
+    ],
+)
+def test_every_other_command_answers_so_too(words, status, text):
+    found, printed = without_slow_imports(*words.split())
+    assert found == status and text in printed
 
 
 @pytest.mark.parametrize(
@@ -56,7 +88,10 @@ def test_help_and_a_misspelt_option_are_answered_without_importing_torch(words, 
         ("--seeds 1,,2", "argument --seeds: '1,,2': whole numbers with commas"),
         ("--off-policy 4,1.5", "argument --off-policy: '4,1.5': whole numbers with commas"),
         ("--seed 1", "no option --seed; did you mean --seeds?"),
-        ("--algos tepo,gppo", "argument --algos: no algorithm 'gppo'; there are tepo, grpo"),
+        (
+            "--algos tepo,gppo",
+            "argument --algos: no algorithm 'gppo'; did you mean gtpo? There are tepo, grpo",
+        ),
     ],
 )
 def test_compare_says_what_an_option_wants(words, text, capsys):

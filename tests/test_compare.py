@@ -20,8 +20,8 @@ from test_plot import check_picture, write_run
 import compare
 import plot
 from trainer import origin
-from trainer.options import ALGORITHMS, fill, parse
-from trainer.runs import group, read_csv, read_runs
+from trainer.options import ALGORITHMS, MORE, fill, parse
+from trainer.runs import ORDER, group, read_csv, read_runs
 
 
 @pytest.fixture
@@ -95,11 +95,22 @@ def test_default_is_seven_by_three(trainer, tmp_path, capsys):
         and text in capsys.readouterr().out
     )
     assert [line.split("|")[1:3] for line in text.splitlines()[2:9]] == [
-        [f" {plot.STYLES[algo][0]} ", " 3 "] for algo in plot.STYLES
+        [f" {plot.STYLES[algo][0]} ", " 3 "] for algo in ORDER[:7]
     ]
     assert (
         tmp_path / "methods.csv"
     ).stat().st_size < 200_000  # 100 steps each, committed under docs
+
+
+def test_all_22_in_one_table_and_one_figure(trainer, tmp_path, capsys):
+    assert compare.main(["--algos", "all", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    assert names(trainer.asked) == [f"{algo}-s0" for algo in (*ALGORITHMS, *MORE)]
+    check_picture(tmp_path / "methods.png", 1280)
+    lines = (tmp_path / "methods.md").read_text().splitlines()[2:24]
+    assert [line.split("|")[1].strip() for line in lines] == [plot.STYLES[a][0] for a in ORDER]
+    trainer.asked.clear()
+    assert compare.main(["--algos", "all", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    assert trainer.asked == []  # their code has not changed
 
 
 def test_done_is_skipped_and_interrupted_resumed(trainer, tmp_path):

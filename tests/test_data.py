@@ -122,6 +122,13 @@ def test_verls_files_leave_it_out_too(overlapping, capsys):
     assert "dropped 2 problems" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_embedded_problems_need_no_check(split, monkeypatch):
+    monkeypatch.setattr(data, "TINY_TRAIN", 2000)
+    rows = data.load_problems("tiny", split)
+    assert data.check(rows, "tiny") == rows
+
+
 NOT_THERE = ["./nope", "../nope", "/no/nope", "~/nope", "a/b/nope", r"data\nope"]
 
 

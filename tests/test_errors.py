@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 import train
 from tiny.problems import problems
 from trainer import checkpoint, data, start
-from trainer.options import ALGORITHMS, DEFAULTS, fill
+from trainer.options import ALGORITHMS, DEFAULTS, MORE, fill
 from trainer.policy import load_policy
 from trainer.prompts import Prompts, encode_problems
 
@@ -62,7 +62,7 @@ def error_line(capsys, *argv, status=2):
 def one_line(text):
     assert "Traceback" not in text, text
     # Progress bars, and what a run prints at its start.
-    usual = re.compile(r"^(\s|\x1b\[A)*$|\d+%\||^(prompt|CPU threads): |are held out$")
+    usual = re.compile(r"^(\s|\x1b\[A)*$|\d+%\||^(prompt|CPU threads|micro-batch): |are held out$")
     lines = [line for line in re.split("[\r\n]", text) if not usual.search(line)]
     assert len(lines) == 1 and lines[0].startswith("train.py: "), lines
     return lines[0]
@@ -78,6 +78,10 @@ def one_line(text):
         ("--algo GRPO-S", "did you mean grpo_s?"),
         ("--algo trgpro", "did you mean trgrpo?"),
         ("--algo zzzz", "no algorithm 'zzzz'; There are tepo,"),
+        ("--algo zzzz", "gtpo, grpo_s, trgrpo, clip_cov, kl_cov, ce_gppo, aspo, dppo, reweight,"),
+        ("--algo cipso", "did you mean cispo?"),
+        ("--algo Clip-Cov", "did you mean clip_cov?"),
+        ("--algo more.dr_grpo", "did you mean dr_grpo?"),
         ("--group-size 1", "--group-size 1: the least is 2 (one completion has no group"),
         (
             "--prompts 3 --group-size 3 --updates 4",
@@ -122,6 +126,13 @@ def one_line(text):
         ("--option eps_high=-1", "--option eps_high=-1: a finite number, not negative"),
         ("--algo dapo --beta 0.1", "dapo has no option 'beta'"),
         ("--algo gtpo --option normalize=sideways", "normalize"),
+        ("--algo cispo --option eps=1", "cispo has no option 'eps'; it has eps_low=1.0, eps_high="),
+        ("--algo ha_dw --option history=1", "ha_dw has no option 'history'; it has scale=1.5"),
+        ("--algo ha_dw --option window=0", "window must be at least 1"),
+        ("--algo ha_dw --option window=2.5", "window=2.5: a whole number, not negative"),
+        ("--algo dr_grpo --option max_length=-5", "max_length=-5: a whole number, not negative"),
+        ("--algo dppo --option divergence=js", "divergence"),
+        ("--algo raft --option variant=raft+++", "variant must be"),
     ],
 )
 def test_nonsense_options(capsys, monkeypatch, tmp_path, words, line):
@@ -142,7 +153,7 @@ def test_every_number_is_checked():
 
 
 def test_defaults_are_no_nonsense():
-    for algo in ALGORITHMS:
+    for algo in (*ALGORITHMS, *MORE):
         for preset in DEFAULTS:
             fill({"algo": algo, "preset": preset})
 
@@ -246,12 +257,12 @@ def test_long_prompts_are_dropped_and_counted(capsys, tmp_path):
     So a prompt of 248 tokens is kept, and one of 249 is dropped.
     """
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    encode = Prompts(tokenizer).encoder()
+    encode = Prompts(tokenizer).encode
     asked = {248: None, 249: None}
     for n in asked:
         text = "5" * n
-        text = text[: n - (len(encode(text)) - n)]
-        assert len(encode(text)) == n
+        text = text[: n - (len(encode([text])[0]) - n)]
+        assert len(encode([text])[0]) == n
         asked[n] = {"question": text, "answer": "5"}
     rows = [*asked.values(), {"question": "5" * 9000, "answer": "5"}]
     write(tmp_path / "train.jsonl", [*rows, {"question": "1+1?", "answer": "2"}])
@@ -296,7 +307,7 @@ def test_text_in_any_script(tmp_path, capsys):
     held_out = [{"question": text + "2", "answer": "2"} for text in SCRIPTS.values()]
     write(tmp_path / "test.jsonl", held_out)
     for row in data.load_problems(str(tmp_path), "train"):
-        text = tokenizer.decode(Prompts(tokenizer).encoder()(row["question"]))
+        text = tokenizer.decode(Prompts(tokenizer).encode([row["question"]])[0])
         assert text == unicodedata.normalize("NFC", row["question"]) + "\n"
     words = [*WORDS, *f"--steps 1 --prompts {len(rows)} --samples-every 1 --eval-n 9".split()]
     words += ["--data", tmp_path, "--out", tmp_path / "run"]
@@ -359,13 +370,13 @@ def test_chat_template(model_folder, file, tmp_path, capsys):
     """Used where there is one, plain text where not; one that fails is a line."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     assert tokenizer.chat_template is None
-    plain = Prompts(tokenizer, "{question} Go.").encoder()("1+1?")
+    plain = Prompts(tokenizer, "{question} Go.").encode(["1+1?"])[0]
     assert plain == tokenizer("1+1? Go.\n").input_ids
     template = "{% for m in messages %}U: {{ m.content }}. {% endfor %}"
     template += "{% if add_generation_prompt %}A: {% endif %}"
     change(model_folder / "tokenizer_config.json", chat_template=template)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    chat = Prompts(tokenizer, "{question} Go.").encoder()("1+1?")
+    chat = Prompts(tokenizer, "{question} Go.").encode(["1+1?"])[0]
     assert chat == tokenizer("U: 1+1? Go.. A: ").input_ids
     template = "{{ raise_exception('a system turn is wanted') }}"
     change(model_folder / "tokenizer_config.json", chat_template=template)

@@ -250,7 +250,7 @@ def test_eval_only_out_of_gpu_memory_is_one_line(test_set, tmp_path, monkeypatch
     ]
     assert train.main(argv) == 2
     assert capsys.readouterr().err == (
-        "train.py: error: out of GPU memory with 128 rows at once: pass --sample-batch 64\n"
+        "train.py: error: out of GPU memory with 512 rows at once: pass --sample-batch 256\n"
     )
 
 

@@ -18,6 +18,7 @@ import plot
 import train
 from tiny.problems import problems
 from trainer import checkpoint, lock, origin, start
+from trainer.options import ALGORITHMS, MORE
 from trainer.policy import load_policy
 from trainer.runs import read_folder, read_runs
 
@@ -200,6 +201,19 @@ def test_code_checksums_are_of_the_files_that_determine_the_numbers(tmp_path, mo
         source.write("\n")
     now = {"code": origin.code_checksums("grpo_s"), "versions": {}}
     assert origin.other_code({"code": files, "versions": {}}, now) == "gtpo.py"
+
+
+def test_code_checksums_follow_the_imports_of_more():
+    """kl_cov imports from clip_cov; dhpo imports whole modules, which import from grpo."""
+    for algo, ours in (
+        ("kl_cov", {"grpo.py", "more/clip_cov.py", "more/kl_cov.py"}),
+        ("dhpo", {"grpo.py", "dapo.py", "tepo.py", "more/dhpo.py"}),
+        ("ktae", {"grpo.py", "dapo.py", "more/ktae.py"}),
+        ("gspo", {"grpo.py", "gspo.py"}),
+    ):
+        files = origin.code_checksums(algo).keys()
+        others = {f"{name}.py" for name in ALGORITHMS} | {f"more/{name}.py" for name in MORE}
+        assert files & others == ours
 
 
 def test_other_code_names_files_and_versions():

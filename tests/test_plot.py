@@ -9,6 +9,9 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,11 +20,13 @@ from conftest import ROOT
 from PIL import Image, ImageColor
 
 import plot
-from trainer.options import DEFAULTS, Options
-from trainer.runs import COLUMNS, average, group, read_csv, read_folder, read_runs, write_csv
+from trainer.algorithm import load_algorithm
+from trainer.options import ALGORITHMS, DEFAULTS, MORE, Options
+from trainer.runs import COLUMNS, ORDER, average, group, read_csv, read_folder, read_runs, write_csv
 
 LIMIT = 300_000  # bytes, of a picture that is committed
 STEPS = 12
+CREDIT = str(ROOT / "docs" / "credit.jsonl")  # a group of TEPO
 
 
 def write_run(folder, algo="tepo", seed=0, steps=STEPS, option=None, **options):
@@ -262,6 +267,16 @@ def test_a_value_that_one_seed_lacks_is_left_out_of_the_mean_at_that_step_alone(
     np.testing.assert_allclose(mean[:2], [0.215, 0.24])
 
 
+def test_of_two_rows_of_one_step_the_last_counts():
+    """Of step 2 the last row has no value, so nothing is drawn there."""
+    blank = dict.fromkeys(COLUMNS)
+    steps = [(1, 0.25), (1, 0.5), (2, 0.75), (2, None), (3, 0.125)]
+    rows = [{**blank, "phase": "train", "step": n, "length": x} for n, x in steps]
+    found = average([{"rows": rows}], "train", "length")
+    want = [[1, 3], [0.5, 0.125], [0.5, 0.125], [0.5, 0.125], [1, 1]]
+    assert [column.tolist() for column in found] == want
+
+
 def test_what_is_drawn_is_the_mean_over_seeds_and_no_median(tmp_path):
     from matplotlib.figure import Figure
 
@@ -393,27 +408,64 @@ def test_each_option_says_whether_it_makes_another_experiment(tmp_path):
 # Pictures
 
 
-def test_styles_tell_seven_apart():
-    from trainer.options import ALGORITHMS
-
-    assert set(plot.STYLES) == set(plot.NOTES) == set(ALGORITHMS)
-    for column in range(4):
-        assert len({style[column] for style in plot.STYLES.values()}) == 7
-    colours = [ImageColor.getrgb(colour) for _, colour, _, _ in plot.STYLES.values()]
-    pairs = [(a, b) for a in colours for b in colours if a != b]
-    assert min(math.dist(a, b) for a, b in pairs) > 60
+def test_styles_tell_all_apart():
+    """By colour; in grey by dashes and marker together, the seven by each of the two."""
+    assert list(plot.STYLES) == list(plot.NOTES) == list(ORDER)
+    assert set(ORDER) == {*ALGORITHMS, *MORE} and len(ORDER) == 22
+    styles = list(plot.STYLES.values())
+    assert len({name for name, *_ in styles}) == 22
+    assert len({(dashes, marker) for _, _, dashes, marker in styles}) == 22
+    for column in (2, 3):
+        assert len({plot.STYLES[algo][column] for algo in ALGORITHMS}) == 7
+    colours = [ImageColor.getrgb(colour) for _, colour, _, _ in styles]
+    assert min(math.dist(a, b) for a, b in combinations(colours, 2)) > 60
 
 
 @pytest.mark.parametrize("max_bytes", [plot.MAX_BYTES, 0])  # 0: with a palette, whatever the size
 def test_curves_of_seven_algorithms(tmp_path, monkeypatch, max_bytes):
     monkeypatch.setattr(plot, "MAX_BYTES", max_bytes)
-    folders = [write_run(tmp_path / f"{a}{s}", a, s) for a in plot.STYLES for s in range(3)]
+    folders = [write_run(tmp_path / f"{a}{s}", a, s) for a in ALGORITHMS for s in range(3)]
     plot.plot_runs(folders, tmp_path / "new" / "curves.png")
     colours = check_picture(tmp_path / "new" / "curves.png", 1280)
-    assert all(shows(colours, colour) for _, colour, _, _ in plot.STYLES.values())
+    assert all(shows(colours, plot.STYLES[algo][1]) for algo in ALGORITHMS)
     plot.plot_runs([write_run(tmp_path / "one", "gtpo")], tmp_path / "one.png")
     colours = check_picture(tmp_path / "one.png", 1280)
     assert shows(colours, plot.STYLES["gtpo"][1]) and not shows(colours, plot.STYLES["tepo"][1])
+
+
+def test_more_than_seven_methods_are_small_multiples(tmp_path, monkeypatch):
+    """A cell per method, of two panels: itself in its colour, GRPO and DAPO in grey behind it."""
+    figures, save = [], plot.save
+    monkeypatch.setattr(plot, "save", lambda figure, out: figures.append(figure))
+    folders = [write_run(tmp_path / f"{a}{s}", a, s) for a in ORDER[:8] for s in (0, 1)]
+    high = folders[-1] / "metrics.jsonl"  # of clip_cov, the last
+    high.write_text(high.read_text().replace('"entropy": 0.5', '"entropy": 3'))
+    plot.plot_runs(folders, tmp_path / "curves.png")
+    axes = np.reshape(figures[0].axes, (4, 5))  # accuracy, entropy, accuracy, entropy
+    shown = {}
+    for k in range(10):
+        accuracy, entropy = axes[k // 5 * 2, k % 5], axes[k // 5 * 2 + 1, k % 5]
+        name = accuracy.get_title()
+        if not name:  # eight methods without the two in grey are six
+            assert k >= 6 and not accuracy.axison and not entropy.axison
+            continue
+        shown[name] = entropy
+        for ax in (accuracy, entropy):
+            assert [line.get_color() for line in ax.lines[:2]] == list(plot.BEHIND.values())
+        others = {line.get_color() for line in entropy.lines[2:]}
+        assert others == {colour for label, colour, *_ in plot.STYLES.values() if label == name}
+    assert list(shown) == [plot.STYLES[algo][0] for algo in ORDER[2:8]]
+    tops = {ax.get_ylim()[1] for ax in shown.values()}  # one axis for all, which fits the highest
+    assert len(tops) == 1 and tops.pop() > 1.75
+    save(figures[0], tmp_path / "curves.png")
+    check_picture(tmp_path / "curves.png", 1280)
+    alone = [run for run in read_runs(folders) if run["algo"] not in plot.BEHIND]
+    for algo in ("cispo", "sapo"):
+        alone.append(read_folder(write_run(tmp_path / algo, algo)))
+    plot.plot_runs(alone, tmp_path / "curves.png")  # neither GRPO nor DAPO: nothing in grey
+    grey = [line for line in axes[0, 0].lines if line.get_color() in plot.BEHIND.values()]
+    assert len(figures[1].axes) == 20
+    assert len(figures[1].axes[0].lines) == len(axes[0, 0].lines) - len(grey)
 
 
 def test_curves_of_variants_stand_side_by_side(tmp_path):
@@ -530,10 +582,9 @@ def test_push_is_minus_the_gradient(algo, tmp_path):
 
     And the sign: right rows up, wrong rows down.
     """
-    import importlib
-
     rows = plot.read_group(write_samples(tmp_path))
-    T = max(len(row["tokens"]) for row in rows)
+    T, ids = max(len(row["tokens"]) for row in rows), torch.zeros(4, 7, dtype=torch.long)
+    words = ["1", "$2$", " +", "\n", "words", "####", "<eos>"]  # of write_samples
     entropy, new, old = torch.zeros(3, 4, T, dtype=torch.float64)
     mask = torch.zeros(4, T)
     for i, row in enumerate(rows):
@@ -544,16 +595,30 @@ def test_push_is_minus_the_gradient(algo, tmp_path):
                 row["old_logprobs"][t],
             )
             mask[i, t] = 1
+            ids[i, t] = words.index(row["tokens"][t])
     rewards = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
-    push, clipped = plot.push(algo, rewards, rewards, entropy, new, old, mask)
+    group = plot.tensors(rows)
+    assert torch.equal(group.rewards, rewards) and torch.equal(group.mask, mask)
+    push, clipped = plot.push(algo, group)
 
-    module = importlib.import_module(algo)
-    advantages = module.advantages(rewards, 4, entropy=entropy, mask=mask)
+    module = load_algorithm(algo)
+    more = {"completions": ids} if algo == "ktae" else {}
+    advantages = module.advantages(rewards, 4, entropy=entropy, mask=mask, **more)
     leaf = new.clone().requires_grad_()
+    torch.manual_seed(0)
     module.loss(leaf, old, advantages, mask).backward()
     torch.testing.assert_close(push, -leaf.grad, rtol=0, atol=0)
-    assert (push[[0, 2]] >= 0).all() and (push[[1, 3]] <= 0).all() and push.abs().sum() > 0
     assert (push[mask == 0] == 0).all() and not clipped[mask == 0].any()
+    if algo == "ktae":  # a token may be a key to wrong answers, in a right row too
+        assert (push * advantages >= 0).all() and push.any()
+        return
+    if algo == "kl_cov":  # one token of these 19 pays |log w|, whatever its advantage
+        assert (push * advantages[:, None] < 0).sum() <= 1 and not clipped.any()
+        return
+    assert (push[[0, 2]] >= 0).all() and (push[[1, 3]] <= 0).all() and push.abs().sum() > 0
+    if algo == "raft":  # its wrong rows have no advantage: nothing there is clipped
+        assert not push[[1, 3]].any() and not clipped[[1, 3]].any()
+        return
     assert torch.equal(
         clipped, (push == 0) & (mask == 1)
     )  # all advantages of this group are other than 0
@@ -569,7 +634,10 @@ def test_push_takes_success_from_correctness(algo):
     """Row 1 is right, its reward 0.5 for its length: its tokens are pushed up all the same."""
     ones = torch.ones(4, 2, dtype=torch.float64)
     rewards, right = torch.tensor([[1, 0.5, 0, 0], [1, 1, 0, 0]], dtype=torch.float64)
-    push, _ = plot.push(algo, rewards, right, ones, -ones, -ones, ones)
+    group = SimpleNamespace(rewards=rewards, right=right, entropy=ones, mask=ones)
+    group.logprobs = group.old_logprobs = -ones
+    group.completions, group.history, group.ref_logprobs = ones.long(), None, None
+    push, _ = plot.push(algo, group)
     assert (push[:2] > 0).all() and (push[2:] < 0).all()
 
 
@@ -634,6 +702,26 @@ def test_credit_picture(tmp_path):
         assert np.abs(colours - np.array(colormaps["RdBu"](end)[:3]) * 255).max(1).min() <= 16
 
 
+def test_credit_picture_of_all_22(tmp_path, monkeypatch, capsys):
+    """In the order of tables; the same picture every time, and torch's random state stays."""
+    plot.main(["--credit", CREDIT, "--algos", "all", "--out", str(tmp_path / "a.png")])
+    check_picture(tmp_path / "a.png", 1280)
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, out: figures.append(figure))
+    for words in (["--algos", "cispo,clip_cov,grpo"], []):
+        plot.main(["--credit", CREDIT, *words])
+    titles = [[ax.get_title(loc="left").split(":")[0] for ax in f.axes] for f in figures]
+    assert titles[0] == ["Entropy", "GRPO", "Clip-Cov", "CISPO"]
+    assert titles[1] == ["Entropy", *(plot.STYLES[algo][0] for algo in ORDER[:7])]
+    group = plot.tensors(plot.read_group(Path(CREDIT)))
+    torch.manual_seed(1)
+    before, state = plot.push("clip_cov", group)[0], torch.get_rng_state()
+    torch.manual_seed(2)
+    assert torch.equal(before, plot.push("clip_cov", group)[0])
+    torch.manual_seed(1)
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def test_long_rows_are_cut_and_small(tmp_path):
     """Twenty completions of 300 tokens, letters of another script, dollars.
 
@@ -694,6 +782,8 @@ def test_help_and_a_wrong_option_import_neither_matplotlib_nor_torch(script, wor
         (["empty"], "no metrics.jsonl"),
         (["torn"], "line 2 is not"),
         (["good", "--step", "3"], "--step goes with --credit"),
+        (["good", "--algos", "cispo"], "--algos goes with --credit"),
+        (["good", "--credit", "--algos", "cipso"], "no algorithm 'cipso'; did you mean cispo?"),
         (["good", "--credit"], "samples.jsonl: no such file"),
         (["good", "--out", "good/metrics.jsonl/x.png"], "good/metrics.jsonl"),
         (["good", "--out", "x.what"], "what"),

@@ -59,7 +59,7 @@ def end_of_turn(tokenizer, **chat):
 
 
 def prompt_text(tokenizer, question=ASKED, **chat):
-    return tokenizer.decode(Prompts(tokenizer, chat=Chat(**chat)).encoder()(question))
+    return tokenizer.decode(Prompts(tokenizer, chat=Chat(**chat)).encode([question])[0])
 
 
 # The end of a turn
@@ -183,7 +183,7 @@ def test_a_template_that_cannot_do_it_is_a_line(template, chat, line):
 def test_bos_comes_first_and_an_appended_eos_is_left_out(append_eos):
     tokenizer = sentencepiece_like(append_eos=append_eos)
     assert tokenizer("ab").input_ids[-1] == (2 if append_eos else tokenizer("b").input_ids[-1])
-    ids = Prompts(tokenizer).encoder()("ab")
+    ids = Prompts(tokenizer).encode(["ab"])[0]
     assert ids == tokenizer("ab\n").input_ids[: len(ids)] and ids[0] == 1 and 2 not in ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == "ab\n"
 
@@ -213,7 +213,7 @@ def test_control_tokens_in_a_question_are_words():
         ("Q {question}<|im_end|>A", Chat("none"), 1),
     ):
         prompts = Prompts(tokenizer, prompt, chat)
-        ids = prompts.encoder()(question)
+        ids = prompts.encode([question])[0]
         assert ids.count(end) == ends and 0 not in ids
         assert tokenizer.decode(ids) == prompts.text(question)
     (kept,), _ = encode_problems(tokenizer, [{"question": question}], "{question}", 200)
@@ -225,7 +225,19 @@ def test_a_control_token_in_a_question_changes_no_other_token():
     tokenizer = tokenizer_with(None)
     want = tokenizer("2 is 1+1?\n").input_ids
     tokenizer.add_special_tokens({"pad_token": "2"})
-    assert Prompts(tokenizer).encoder()("2 is 1+1?") == want
+    assert Prompts(tokenizer).encode(["2 is 1+1?"])[0] == want
+
+
+def test_questions_encoded_together_have_the_ids_that_each_has_alone():
+    """With BOS or a template, and with a control token, an empty text or a repeat among them."""
+    questions = ["2+2?", "1+1?<|im_end|>", "", "10+1 is what?", "2+2?"]
+    for prompts in (
+        Prompts(sentencepiece_like(append_eos=True)),
+        Prompts(tokenizer_with(CHATML, "<|im_start|>", "<|im_end|>")),
+    ):
+        alone = [prompts.encode([question])[0] for question in questions]
+        assert prompts.encode(questions) == alone and alone[0] == alone[4] != alone[3]
+    assert prompts.encode([]) == []
 
 
 def test_a_question_that_the_tokenizer_loses_a_part_of_is_dropped(capsys):
@@ -277,7 +289,7 @@ def test_show_prompt_prints_the_prompt_and_its_ends_and_stops(tmp_path, file, ca
     assert status == 0 and not out.exists()
     shown = "<|im_start|>user\n0+1?<|im_end|>\n<|im_start|>assistant\n"
     assert shown + "[the completion begins here]\n" in printed
-    ids = Prompts(AutoTokenizer.from_pretrained(folder)).encoder()("0+1?")
+    ids = Prompts(AutoTokenizer.from_pretrained(folder)).encode(["0+1?"])[0]
     ends = f"<|endoftext|> (id 0), <|im_end|> (id {load_policy(str(folder))[2][1]})"
     assert printed.endswith(f"\n{len(ids)} tokens; a completion ends at {ends}\n")
     status, printed, _ = run(capsys, *words, "--chat-template", "none")

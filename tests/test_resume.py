@@ -154,6 +154,20 @@ def test_interrupt(whole, data, tmp_path):
     assert_same(tmp_path / "a run", whole)
 
 
+def test_other_free_memory(whole, data, tmp_path):
+    """--micro-batch auto: a resumed run keeps what the run began with, though 1 row fits now."""
+    words = [*WORDS, "--data", data, "--out", tmp_path / "run"]
+    status, log = child.run(words, tmp_path / "log", "interrupt_in_step", 3, 1)
+    assert status == 130 and "micro-batch: 4 rows (auto" in log, log
+    status, log = child.run(["--resume", tmp_path / "run"], tmp_path / "log", "little_memory")
+    assert status == 0 and "micro-batch: 4 rows instead of 1" in log, log
+    assert_same(tmp_path / "run", whole)
+    one = [*words, "--overwrite"]  # and with 1 row it would differ
+    status, log = child.run(one, tmp_path / "log", "little_memory")
+    assert status == 0 and "micro-batch: 1 rows" in log, log
+    assert metrics(tmp_path / "run") != metrics(whole)
+
+
 def test_second_interrupt(whole, data, tmp_path):
     """A second Ctrl-C exits at once: its step is not written, and --resume does it again."""
     run = tmp_path / "run"
@@ -376,6 +390,23 @@ def test_resume_of_a_finished_run(whole, tmp_path, capsys):
     before = contents(run)
     assert "no checkpoint in" in refused(capsys, "--resume", run)
     assert contents(run) == before
+
+
+def test_the_history_of_ha_dw_survives(data, tmp_path):
+    """Its advantages depend on the rewards of earlier steps: they are saved with a checkpoint."""
+    words = [*WORDS, *"--algo ha_dw --option window=4 --steps 6 --eval-every 0 --k 0".split()]
+    words += ["--data", data, "--save-every", 1]
+    status, log = child.run([*words, "--out", tmp_path / "whole"], tmp_path / "log")
+    assert status == 0, log
+    run = tmp_path / "run"
+    status, log = child.run([*words, "--out", run], tmp_path / "log", "interrupt_in_step", 4, 1)
+    assert status == 130, log
+    rewards = [row["reward"] for row in metrics(run) if row["phase"] == "train"]
+    state = torch.load(run / "checkpoints/step-000004/state.pt", weights_only=True)
+    assert len(set(rewards)) > 1 and len(state["history"]) == 4
+    status, log = child.run(["--resume", run], tmp_path / "log")
+    assert status == 0 and "after step 4 of 6" in log, log
+    assert_same(run, tmp_path / "whole")
 
 
 def test_killed_before_the_first_checkpoint(whole, data, tmp_path):

@@ -491,8 +491,8 @@ def test_prompts_and_ends_of_a_turn_are_those_of_train_py(tmp_path, monkeypatch)
     trl_trainer.main([*flags, "--out", str(tmp_path / "out")])
     tok = AutoTokenizer.from_pretrained(folder)
     chat = Chat(system="Be brief.", variables={"shout": True})
-    encode = Prompts(tok, "{question}", chat).encoder()
-    assert seen["ids"] == [encode(f"{n}<|im_end|>+1?") for n in range(3)]
+    asked = [f"{n}<|im_end|>+1?" for n in range(3)]
+    assert seen["ids"] == Prompts(tok, "{question}", chat).encode(asked)
     assert "BE BRIEF." in tok.decode(seen["ids"][0])
     end = tok.convert_tokens_to_ids("<|im_end|>")
     assert seen["ids"][0].count(end) == 2

@@ -4,15 +4,19 @@ import json
 import os
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
+import child
 import pytest
 import torch
 from conftest import ROOT, tiny_model
 
+import grpo
 import train
 from trainer import session, start
-from trainer.algorithm import checked_options
-from trainer.options import ALGORITHMS, DEFAULTS, fill, parse
+from trainer.algorithm import checked_options, inputs, keywords, load_algorithm
+from trainer.options import ALGORITHMS, DEFAULTS, MORE, fill, parse
 from trainer.policy import sampling_copy
 
 # A step that takes a second: 2 prompts x 4 completions of 12 tokens, 2 updates of 4 rows each.
@@ -39,7 +43,9 @@ def test_each_algorithm_trains_two_steps(algo, tmp_path):
     out = tmp_path / "run"
     done = command("--algo", algo, "--steps", 2, "--out", out, *SMALL)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("preset tiny (as asked)") and "held-out problems" in done.stdout
+    first, second, *_ = done.stdout.splitlines()
+    assert first == "loading torch and transformers" and second.startswith("preset tiny (as asked)")
+    assert "held-out problems" in done.stdout
     lines = read(out / "metrics.jsonl")
     assert [line["phase"] for line in lines] == ["eval", "train", "train", "eval"]
     for line in lines:
@@ -61,13 +67,134 @@ def test_each_algorithm_trains_two_steps(algo, tmp_path):
     assert again.returncode == 0 and json.loads((tmp_path / "eval/eval.json").read_text())["n"] == 4
 
 
+# For each method an option that is not its default.
+OPTIONS = {
+    "tepo": ("kl_coef", 0.1),
+    "grpo": ("beta", 0.1),
+    "dapo": ("eps_high", 0.3),
+    "gspo": ("eps_low", 0.1),
+    "gtpo": ("normalize", "joint"),
+    "grpo_s": ("eps_low", 0.1),
+    "trgrpo": ("weight_inside_clip", True),
+    "clip_cov": ("cov_ratio", 0.1),
+    "kl_cov": ("cov_ratio", 0.2),
+    "ce_gppo": ("beta1", 0.75),
+    "aspo": ("cap", 2.0),
+    "dppo": ("divergence", "kl"),
+    "reweight": ("alpha", 0.3),
+    "raft": ("variant", "reinforce_rej"),
+    "ha_dw": ("window", 2),
+    "ktae": ("ignore_id", 0),
+    "dhpo": ("weight", 0.25),
+    "dr_grpo": ("max_length", 100),
+    "rloo": ("eps_high", 0.3),
+    "cispo": ("eps_high", 0.2),
+    "sapo": ("tau_neg", 2.0),
+    "gmpo": ("eps_low", 0.2),
+}
+
+
+@pytest.mark.parametrize("algo", [*ALGORITHMS, *MORE])
+def test_all_22_train_two_steps_with_an_option(algo, tmp_path, monkeypatch):
+    """In this process, without pictures, and with rewards that differ within a group."""
+    monkeypatch.setattr(train, "correct", child.parity)
+    monkeypatch.setattr(train, "plot_runs", lambda *_: None)
+    (name, value), out = OPTIONS[algo], tmp_path / "run"
+    words = f"--algo {algo} --option {name}={value} --steps 2 --eval-n 4 --k 0 --save-every 0"
+    assert train.main([*SMALL, *words.split(), "--out", str(out)]) == 0
+    options = json.loads((out / "config.json").read_text())["options"]
+    assert (options["algo"], options["option"]) == (algo, {name: value})
+    lines = [line for line in read(out / "metrics.jsonl") if line["phase"] == "train"]
+    assert len(lines) == 2
+    assert lines[0]["ratio_first_max"] < 1e-3  # step 2 may learn from the pass that measures
+    for line in lines:
+        assert line["skipped"] == 0 and line["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("given", [(), ("--option", "max_length=5")])
+def test_a_keyword_with_a_known_name_is_filled_in(given, tmp_path, monkeypatch):
+    """A hand-made method in place of sapo.py: what its functions get in two steps."""
+    seen = {"advantages": [], "loss": []}
+
+    def advantages(
+        rewards,
+        group_size,
+        *,
+        entropy=None,
+        mask=None,
+        right=None,
+        history=None,
+        completions=None,
+        max_length=None,
+    ):
+        seen["advantages"].append(dict(locals()))
+        return grpo.advantages(rewards, group_size)
+
+    def loss(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        *,
+        completions=None,
+        history=None,
+        entropy=None,
+        old_entropy=None,
+        ref_logprobs=None,
+        max_length=0,
+    ):
+        seen["loss"].append(dict(locals()))
+        return grpo.loss(logprobs, old_logprobs, advantages, mask)
+
+    module = SimpleNamespace(advantages=advantages, loss=loss)
+    monkeypatch.setitem(sys.modules, "more.sapo", module)
+    monkeypatch.setattr(train, "correct", child.parity)
+    t = trainer(tmp_path, "--algo", "sapo", "--lr", "0.01", *given)
+    for calls in seen.values():
+        calls.clear()  # of try_out
+    torch.manual_seed(0)
+    (_, first, _), (_, second, _) = t.step(1), t.step(2)
+    means = [first.rewards.mean().item(), second.rewards.mean().item()]
+    assert [call["history"] for call in seen["advantages"]] == [[], means[:1]]
+    assert t.history == means
+    for call, rollout in zip(seen["advantages"], (first, second), strict=True):
+        for name in ("completions", "mask", "right", "entropy"):
+            assert torch.equal(call[name], getattr(rollout, name))
+        assert call["max_length"] == (5 if given else 12)  # 12: --max-new-tokens of SMALL
+    assert len(seen["loss"]) == 4
+    for i, call in enumerate(seen["loss"]):
+        rollout, rows = (first, second)[i // 2], slice(4 * (i % 2), 4 * (i % 2) + 4)
+        assert torch.equal(call["completions"], rollout.completions[rows])
+        assert torch.equal(call["old_entropy"], rollout.entropy[rows])
+        # Of the current policy: the same before the first update, another after it.
+        assert torch.equal(call["entropy"], call["old_entropy"]) == (i % 2 == 0)
+        assert call["history"] == means[: i // 2] and call["ref_logprobs"] is None
+        assert call["max_length"] == (5 if given else 12)
+
+
+def test_each_input_of_the_22_is_filled_in():
+    """A keyword without a default that a user could set is one that the trainer knows."""
+    ones = torch.ones(2, 1)
+    batch = SimpleNamespace(
+        mask=ones, completions=ones, right=ones, history=[], entropy=ones, ref_logprobs=ones
+    )
+    for algo in (*ALGORITHMS, *MORE):
+        module = load_algorithm(algo)
+        for function in (module.advantages, module.loss):
+            given = inputs(function, batch, slice(None), ones, 1)
+            for name, parameter in keywords(function).items():
+                assert parameter.default is not None or given[name] is not None, (algo, name)
+
+
 def test_evaluations_draw_before_and_after_and_halve_their_rows(tmp_path, monkeypatch, capsys):
-    """Memory for four rows at once: the first evaluation tries 8, then 4, and the others keep 4."""
+    """Memory for 16 rows: the first evaluation tries 32, four times the step's 8, then 16; the
+    others keep 16.
+    """
     real, rows = session.evaluate, []
 
     def small(*args, rows_at_once, **kwargs):
         rows.append(rows_at_once)
-        if rows_at_once > 4:
+        if rows_at_once > 16:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*args, rows_at_once=rows_at_once, **kwargs)
 
@@ -76,8 +203,19 @@ def test_evaluations_draw_before_and_after_and_halve_their_rows(tmp_path, monkey
     assert train.main(["--steps", "2", "--eval-every", "1", "--out", str(out), *SMALL]) == 0
     lines = [line for line in read(out / "metrics.jsonl") if line["phase"] == "eval"]
     assert [line["pass_at_k"] is None for line in lines] == [False, True, False]
-    assert rows == [8, 4, 4, 4]
+    assert rows == [32, 16, 16, 16]
     assert "--sample-batch goes from 8 to 4" in capsys.readouterr().out
+
+
+def test_the_picture_is_drawn_after_an_evaluation_or_when_it_is_a_minute_old(tmp_path):
+    o = fill(parse(["--eval-every", "3", "--steps", "7", *SMALL]))
+    assert all(session.draws(o, tmp_path, step) for step in range(1, 8))  # there is none yet
+    picture = tmp_path / "curves.png"
+    picture.touch()
+    assert [step for step in range(1, 8) if session.draws(o, tmp_path, step)] == [3, 6, 7]
+    old = time.time() - session.PICTURE_AGE - 1
+    os.utime(picture, (old, old))
+    assert all(session.draws(o, tmp_path, step) for step in range(1, 8))
 
 
 def trainer(tmp_path, *args):
@@ -187,10 +325,25 @@ def test_bf16_samples_from_a_copy_and_trains_fp32(tmp_path):
     assert torch.equal(copy.lm_head.weight, t.model.lm_head.weight.bfloat16())
 
 
+@pytest.mark.parametrize(
+    ("flags", "slow"),
+    [("fpu avx2", True), ("fpu avx512_bf16", False), ("amx_bf16 fpu", False), (None, False)],
+)
+def test_bf16_without_instructions_for_it_is_said_to_be_slow(flags, slow, tmp_path, capsys):
+    if flags:
+        (tmp_path / "cpuinfo").write_text(f"processor: 0\nflags\t\t: {flags}\nbugs: none\n")
+    for dtype in ("bf16", "fp32"):
+        o = fill(parse(["--dtype", dtype, "--device", "cpu"]))
+        start.warn_of_slow_bf16(o, tmp_path / "cpuinfo")
+        assert ("several times as long" in capsys.readouterr().out) == (slow and dtype == "bf16")
+
+
 def test_options_of_an_algorithm_are_typed_and_known():
     typed = {"eps_high": 0.3, "kl_coef": 0.05}
     assert checked_options("tepo", {"eps_high": "0.3", "kl_coef": "0.05"}) == typed
     assert checked_options("trgrpo", {"weight_inside_clip": "true"}) == {"weight_inside_clip": True}
+    assert checked_options("dr_grpo", {"max_length": "9"}) == {"max_length": 9}
+    assert checked_options("ktae", {"ignore_id": "-2"}) == {"ignore_id": -2}
     typed = {"normalize": "joint", "alpha2": 0.2}
     assert checked_options("gtpo", {"normalize": "joint", "alpha2": "0.2"}) == typed
     for algo, given, message in (

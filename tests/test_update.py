@@ -3,13 +3,13 @@ runs without need.
 """
 
 import copy
-import importlib
 
 import pytest
 import torch
 from conftest import tiny_model
 
 from trainer import update
+from trainer.algorithm import load_algorithm
 from trainer.logprobs import Layout, cache_argument, token_logprobs
 from trainer.options import ALGORITHMS, fill
 from trainer.sampling import Rollout
@@ -42,24 +42,31 @@ def updater(model, algo, loss_options=None, **options):
         "device": "cpu",
     }
     o = fill(given | {"dtype": "fp32", "temperature": 0.9} | options)
-    return Updater(
-        model, importlib.import_module(algo), loss_options or {}, o, 16, Layout(True, True)
-    )
+    return Updater(model, load_algorithm(algo), loss_options or {}, o, 16, Layout(True, True))
 
 
-def two_updates(algo, dtype, loss_options=None, r=None, **options):
+def two_updates(algo, dtype, loss_options=None, r=None, keep_graph=False, **options):
     """Measure and update twice, on policy and then off it. Returns the trained model, what update
     returned, and the rollout, `r` if given.
     """
     model, r = tiny_model().to(dtype), rollout(dtype=dtype) if r is None else r
     u = updater(model, algo, loss_options, **options)
+    u.optimizer.register_step_pre_hook(
+        lambda *_: setattr(r, "gradient", [p.grad for p in model.parameters()])
+    )
     if u.reference is not None:
         torch.manual_seed(1)
         for p in u.reference.parameters():
             p.data += 0.05 * torch.randn_like(p)
     mini_batches = torch.arange(B).split(B // 2)
-    u.measure(r, mini_batches)
-    r.advantages = u.algo.advantages(r.rewards, G, entropy=r.entropy, mask=r.mask)
+
+    def advantages(r):
+        return u.algo.advantages(r.rewards, G, entropy=r.entropy, mask=r.mask)
+
+    u.measure(r, mini_batches, keep_graph, advantages)
+    r.advantages = advantages(r)
+    r.updater = u
+    torch.manual_seed(2)  # Clip-Cov draws tokens
     return (
         model,
         [u.update(r, rows, on_policy=i == 0) for i, rows in enumerate(mini_batches * 2)],
@@ -70,6 +77,8 @@ def two_updates(algo, dtype, loss_options=None, r=None, **options):
 KINDS = [(algo, None) for algo in ALGORITHMS] + [
     ("grpo", {"beta": 0.1}),
     ("tepo", {"kl_coef": 0.5}),
+    ("clip_cov", {"cov_ratio": 0.3, "cov_low": 0.0}),
+    ("kl_cov", {"cov_ratio": 0.3}),
 ]
 
 
@@ -85,12 +94,32 @@ def test_a_micro_batch_does_not_change_the_parameters(algo, loss_options):
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=1e-10)
 
 
+@pytest.mark.parametrize("size", ["4", "3"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("algo", "loss_options"), KINDS)
+def test_one_pass_that_measures_and_learns_changes_no_bit(algo, loss_options, checkpointing, size):
+    """Size 4 keeps the graph of the mini-batch of 4 rows; size 3 guesses its gradient."""
+    how = {"gradient_checkpointing": checkpointing, "micro_batch": size}
+    twice, said, first = two_updates(algo, torch.float32, loss_options, **how)
+    once, said_once, second = two_updates(algo, torch.float32, loss_options, keep_graph=True, **how)
+    for a, b in zip(twice.parameters(), once.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(first.old_logprobs, second.old_logprobs) and not once.training
+    guessed = algo in ("grpo", "dapo", "gspo", "tepo") and not loss_options
+    in_one_pass = size == "4" or guessed
+    # 1 by construction where it was one pass: not measured
+    assert said[0]["ratio"] and (said_once[0]["ratio"] == []) == in_one_pass
+    assert second.updater.guesses == (algo != "trgrpo" and not loss_options)
+    for a, b in zip(said, said_once, strict=True):
+        assert {**a, "ratio": []} == {**b, "ratio": []}
+
+
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_a_micro_batch_does_not_change_the_gradient_in_fp32(algo):
     grads = {}
     for size in ("auto", "1", "3"):
-        model, _, _ = two_updates(algo, torch.float32, micro_batch=size, lr=1e-6)
-        grads[size] = [p.grad for p in model.parameters()]
+        _, _, r = two_updates(algo, torch.float32, micro_batch=size, lr=1e-6)
+        grads[size] = r.gradient
         assert max(g.abs().max() for g in grads[size]) > 1e-3
     for size in ("1", "3"):
         for a, b in zip(grads["auto"], grads[size], strict=True):
@@ -102,7 +131,7 @@ def test_a_micro_batch_does_not_change_the_gradient_in_fp32(algo):
 def test_two_halves_are_the_plain_gradient(algo, loss_options, one_sided):
     """Four optimizer steps against a loop that backpropagates the whole mini-batch at once.
 
-    one_sided: the second group is all wrong; only a KL to the reference pushes its rows.
+    one_sided: the second group is all wrong; only a KL to the reference, or KL-Cov, pushes it.
     """
     r = rollout()
     if one_sided:
@@ -114,14 +143,19 @@ def test_two_halves_are_the_plain_gradient(algo, loss_options, one_sided):
     for p in reference.parameters():
         p.data += 0.05 * torch.randn_like(p)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    torch.manual_seed(2)
     for rows in torch.arange(B).split(B // 2) * 2:
         where = ([r.prompts[i] for i in rows], r.completions[rows], r.mask[rows])
         logprobs, entropy = token_logprobs(model, *where, temperature=0.9)
+        # Two passes of the same weights differ by rounding, and KL-Cov's |log w| has its kink at 0.
+        old = r.old_logprobs[rows]
+        same = (logprobs - old).abs() < 1e-12
+        logprobs = torch.where(same, old + (logprobs - logprobs.detach()), logprobs)
         if "kl_coef" in options:
             options |= {"entropy": entropy, "old_entropy": r.entropy[rows]}
         if "beta" in options:
             options["ref_logprobs"] = token_logprobs(reference, *where, temperature=0.9)[0].detach()
-        loss = importlib.import_module(algo).loss
+        loss = load_algorithm(algo).loss
         loss = loss(logprobs, r.old_logprobs[rows], r.advantages[rows], r.mask[rows], **options)
         optimizer.zero_grad()
         loss.backward()
@@ -202,6 +236,60 @@ def test_no_forward_pass_without_need(rows_run):
     assert first == [(2, True)] * 2 and second == [(2, False)] * 2 + [(2, True)] * 2
 
 
+def test_the_pass_that_measures_is_the_pass_that_learns_where_it_fits(rows_run):
+    two_updates("gtpo", torch.float64, keep_graph=True, micro_batch="4")
+    assert rows_run == [(4, True), (4, False)] + [(4, True)] * 3
+    rows_run.clear()
+    two_updates("gtpo", torch.float64, keep_graph=True, micro_batch="2")
+    assert rows_run[:6] == [(2, False)] * 4 + [(2, True)] * 2
+    rows_run.clear()
+    two_updates("dapo", torch.float64, keep_graph=True, micro_batch="2")
+    assert rows_run[:4] == [(2, True)] * 2 + [(2, False)] * 2
+    assert rows_run[4:6] == [(2, False)] * 2  # already the second update, off policy
+
+
+def test_a_wrong_guess_is_undone(monkeypatch, rows_run):
+    """TR-GRPO's gradient depends on the probabilities themselves."""
+    how = {"keep_graph": True, "micro_batch": "2"}
+    want, _, _ = two_updates("trgrpo", torch.float64, **how)
+    monkeypatch.setattr(update, "takes_ratios_only", lambda *_: True)
+    rows_run.clear()
+    got, said, _ = two_updates("trgrpo", torch.float64, **how)
+    assert rows_run[:6] == [(2, True)] * 2 + [(2, False)] * 2 + [(2, True)] * 2 and said[0]["ratio"]
+    for a, b in zip(want.parameters(), got.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_micro_batches_of_several_kinds_keep_their_graphs_together(rows_run):
+    """The first group is all wrong, so its rows are a micro-batch of their own."""
+    r = rollout(dtype=torch.float32)
+    r.rewards = torch.tensor([0.0, 0, 0, 0, 0, 1, 0, 0])
+    u = updater(tiny_model(), "grpo", {"beta": 0.1}, updates=1, micro_batch="8")
+    u.measure(r, [torch.arange(B)], keep_graph=True)
+    r.advantages = u.algo.advantages(r.rewards, G)
+    assert rows_run == [(G, False)] * 2 + [(G, True)] * 2 and len(u.graphs) == 2
+    assert u.update(r, torch.arange(B), on_policy=True)["moved"]
+    assert len(rows_run) == 4 and not u.graphs
+
+
+def test_no_graph_outlives_a_skipped_step_or_an_error_of_memory():
+    r = rollout(dtype=torch.float32)
+    u = updater(tiny_model(), "grpo", updates=1, micro_batch="auto")
+    u.measure(r, [torch.arange(B)], keep_graph=True)
+    r.advantages = u.algo.advantages(r.rewards, G)
+    r.advantages[0] = float("nan")
+    assert u.graphs and u.update(r, torch.arange(B), on_policy=True)["bad_rows"] == [0]
+    assert not u.graphs
+    u.measure(r, [torch.arange(B)], keep_graph=True)
+
+    def work(size):
+        if u.graphs:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return size
+
+    assert u.with_smaller_batches("micro_batch", work) == B // 2
+
+
 def test_rows_without_push_are_not_run(rows_run):
     model, r = tiny_model(), rollout(dtype=torch.float32)
     r.rewards = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0])  # the second group is all wrong
@@ -218,6 +306,64 @@ def test_rows_without_push_are_not_run(rows_run):
     )  # nothing to learn from: no pass, no step on momentum alone
     assert rows_run == [] and said["grad_norm"] == 0 and said["signal"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_file_that_needs_all_rows_has_current_logprobs_of_rows_without_advantage(monkeypatch):
+    """KL-Cov with every token in S, by hand: 0.5 |log w| / N pushes by 0.5 sign(log w) / N."""
+    model, r = tiny_model(), rollout(dtype=torch.float32)
+    r.rewards = r.right = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0])  # the second group is all wrong
+    u = updater(model, "kl_cov", {"cov_ratio": 1.0, "cov_coef": 0.5}, updates=1)
+    u.measure(r, [torch.arange(B)])
+    r.advantages = u.algo.advantages(r.rewards, G)
+    current = r.old_logprobs.clone()
+    r.old_logprobs[4] += 1.0  # log w = -1 on 3 tokens
+    r.old_logprobs[5] -= 1.0  # log w = 1 on 6 tokens
+    r.logprobs[:] = -9.0  # what an earlier update left here
+    said, pushes, real = None, [], u.loss_gradient
+
+    def recorded(*args):
+        loss, push = real(*args)
+        pushes.append(push)
+        return loss, push
+
+    monkeypatch.setattr(u, "loss_gradient", recorded)
+    said = u.update(r, torch.arange(B), on_policy=False)
+    torch.testing.assert_close(r.logprobs[r.mask], current[r.mask], rtol=0, atol=1e-6)
+    want = torch.zeros(4, T)
+    want[0, :3], want[1, :6] = -0.5 / 29, 0.5 / 29  # N is 29
+    torch.testing.assert_close(pushes[0][4:6], want[:2], rtol=0, atol=1e-9)
+    assert said["signal"] == r.mask[:G].sum() and said["clipped"] == 0
+    # Without any advantage the penalty alone moves the weights, and only off policy.
+    r.rewards = torch.zeros(B)
+    r.advantages = u.algo.advantages(r.rewards, G)
+    said = u.update(r, torch.arange(B), on_policy=False)
+    assert said["moved"] and said["signal"] == 0 and said["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("algo", "loss_options", "rows"),
+    [
+        ("dapo", {}, G),
+        ("clip_cov", {}, B),
+        ("kl_cov", {}, B),
+        ("tepo", {}, G),
+        ("tepo", {"kl_coef": 0.5}, B),
+        ("grpo", {"beta": 0.0}, G),
+        ("grpo", {"beta": 0.1}, B),
+        ("ha_dw", {"beta": 0.1}, B),
+    ],
+)
+def test_one_rule_says_which_rows_are_run(algo, loss_options, rows, rows_run):
+    """Those with an advantage, half of them here; all for NEEDS_ALL_ROWS and for any KL."""
+    r = rollout(dtype=torch.float32)
+    r.rewards = r.right = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0])
+    u = updater(tiny_model(), algo, loss_options, updates=1, micro_batch="8")
+    u.measure(r, [torch.arange(B)])
+    r.advantages = u.algo.advantages(r.rewards, G)
+    rows_run.clear()
+    u.update(r, torch.arange(B), on_policy=False)
+    current = [count for count, _ in rows_run]
+    assert sum(current[: 1 + (rows == B)]) == rows  # the pass that measures; groups run apart
 
 
 @pytest.mark.parametrize("size", ["8", "3"])
@@ -424,6 +570,16 @@ def test_out_of_memory_halves_and_loses_nothing(monkeypatch, capsys):
     assert "--micro-batch goes from 4 to 2" in capsys.readouterr().out
     with pytest.raises(MemoryError, match="--micro-batch 4"):
         two_updates("tepo", torch.float64, micro_batch="4")
+
+
+@pytest.mark.parametrize("fault", [0.0, float("nan")])
+def test_no_gradient_is_held_after_an_update(fault):
+    model, r = tiny_model(), rollout(dtype=torch.float32)
+    u = updater(model, "grpo", updates=1)
+    u.measure(r, [torch.arange(B)])
+    r.advantages = u.algo.advantages(r.rewards, G) + fault
+    assert u.update(r, torch.arange(B), on_policy=True)["moved"] == (fault == 0)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_what_is_not_finite_is_skipped_and_blamed():

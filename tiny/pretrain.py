@@ -14,6 +14,25 @@ import random
 import time
 from pathlib import Path
 
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    text = "steps with rising haste (default 4000)"
+    parser.add_argument("--steps", type=int, default=4000, help=text)
+    text = "steps after them, with full haste and a third of --lr (default 1200)"
+    parser.add_argument("--more", type=int, default=1200, help=text)
+    parser.add_argument("--batch", type=int, default=32, help="rows per step (default 32)")
+    text = "highest learning rate (default 0.003)"
+    parser.add_argument("--lr", type=float, default=3e-3, help=text)
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    text = "folder of the checkpoint (default: this one)"
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help=text)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # --help and a wrong option do not wait for torch to be imported
+    parse_args()
+
 import torch
 from problems import draw, line, problems, split_of
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -143,21 +162,6 @@ def fit(model, data, steps, lr):
         mean += (loss.item() - mean) / min(step, 100)
         if step % 100 == 0 or step == steps:
             print(f"step {step}  loss {mean:.3f}  {time.time() - began:.0f} s", flush=True)
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    text = "steps with rising haste (default 4000)"
-    parser.add_argument("--steps", type=int, default=4000, help=text)
-    text = "steps after them, with full haste and a third of --lr (default 1200)"
-    parser.add_argument("--more", type=int, default=1200, help=text)
-    parser.add_argument("--batch", type=int, default=32, help="rows per step (default 32)")
-    text = "highest learning rate (default 0.003)"
-    parser.add_argument("--lr", type=float, default=3e-3, help=text)
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
-    text = "folder of the checkpoint (default: this one)"
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help=text)
-    return parser.parse_args()
 
 
 def main():

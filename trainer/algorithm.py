@@ -43,7 +43,10 @@ def inputs(function, rollout, rows, entropy, max_length):
     function: `advantages` or `loss` of an algorithm. rows: its part of the rollout, B rows. entropy
     [B, T]: in nats, of the policy that sampled in `advantages`, of the current one in `loss`.
     """
-    ref = rollout.ref_logprobs
+
+    def of_rows(values):
+        return None if values is None else values[rows]
+
     known = {
         "mask": rollout.mask[rows],  # [B, T]
         "completions": rollout.completions[rows],  # [B, T], token ids
@@ -51,8 +54,8 @@ def inputs(function, rollout, rows, entropy, max_length):
         "history": rollout.history,  # the mean rewards of earlier steps, oldest first
         "max_length": max_length,  # --max-new-tokens
         "entropy": entropy,  # [B, T]
-        "old_entropy": rollout.entropy[rows],  # [B, T], of the policy that sampled
-        "ref_logprobs": None if ref is None else ref[rows],  # [B, T], if `beta` is above 0
+        "old_entropy": of_rows(rollout.entropy),  # [B, T], of the policy that sampled
+        "ref_logprobs": of_rows(rollout.ref_logprobs),  # [B, T], if `beta` is above 0
     }
     return named(function, known)
 

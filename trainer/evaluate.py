@@ -15,6 +15,10 @@ from trainer.origin import other_inputs, versions, weights_checksum
 from trainer.policy import sampling_copy
 from trainer.sampling import sample
 
+# Rows that an evaluation samples at once, of those of a training step: larger batches are faster,
+# and gradients and activations take no memory then.
+LARGER = 4
+
 
 def wilson(successes, n, z=1.959964):
     """Wilson's score interval of a proportion: (low, high), 95% with the default z.
@@ -90,8 +94,9 @@ def accuracy(tokenizer, greedy, problems, k):
     """The dict of `evaluate` from the greedy completions alone."""
     answers = [problem["answer"] for problem in problems]
     n = len(problems)
-    strict = sum(grade(correct, tokenizer, greedy, answers))
-    lenient = sum(grade(matches, tokenizer, greedy, answers))
+    texts = decode(tokenizer, greedy)
+    strict = sum(grade(correct, texts, answers, greedy))
+    lenient = sum(grade(matches, texts, answers, greedy))
     return {
         "accuracy": strict / n,
         "accuracy_lenient": lenient / n,
@@ -108,7 +113,7 @@ def accuracy(tokenizer, greedy, problems, k):
 def at_k(tokenizer, drawn, problems, k, samples):
     """avg@k and pass@k from `samples` completions of each problem, as a dict."""
     answers = [problem["answer"] for problem in problems for _ in range(samples)]
-    right = grade(correct, tokenizer, drawn, answers)
+    right = grade(correct, decode(tokenizer, drawn), answers, drawn)
     starts = range(0, len(right), samples)
     counts = [int(sum(right[start : start + samples])) for start in starts]  # right per problem
     return {
@@ -117,12 +122,11 @@ def at_k(tokenizer, drawn, problems, k, samples):
     }
 
 
-def grade(measure, tokenizer, rollout, answers):
+def grade(measure, texts, answers, rollout):
     """measure(text, answer, truncated) for each completion, as a list.
 
-    measure: `correct` or `matches`.
+    measure: `correct` or `matches`. texts: the decoded completions of the rollout.
     """
-    texts = decode(tokenizer, rollout)
     rows = zip(texts, answers, rollout.truncated.tolist(), strict=True)
     return [measure(text, answer, cut) for text, answer, cut in rows]
 
@@ -144,6 +148,11 @@ RESULTS_DEPEND_ON = (
 )
 
 
+def rows_of_evaluation(o, sample_batch):
+    """Rows per generate call of an evaluation; sample_batch: of a training step."""
+    return sample_batch * LARGER if o.sample_batch == "auto" else sample_batch
+
+
 def evaluate_only(o, out, model, tokenizer, generation, problems):
     """--eval-only: print the results and write them to out/eval.json.
 
@@ -155,7 +164,7 @@ def evaluate_only(o, out, model, tokenizer, generation, problems):
     if path.exists() and not o.overwrite:
         refuse_other_results(path, o, origin)
     model = sampling_copy(model, o.dtype)
-    rows = o.rows if o.sample_batch == "auto" else int(o.sample_batch)
+    rows = rows_of_evaluation(o, o.rows if o.sample_batch == "auto" else int(o.sample_batch))
     try:
         result = evaluate(
             model,

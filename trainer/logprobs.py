@@ -13,8 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-LOGITS_AT_ONCE = 2**24  # elements of one chunk of logits: 64 MiB in fp32
+# Elements of one chunk of logits, by device: 64 MiB in fp32 on a CPU, 256 MiB on a GPU. Each chunk,
+# [n, V], launches a dozen kernels and goes over the head's whole gradient, [V, D]. With Qwen2.5's
+# vocabulary 2**24 elements are n = 110 rows, fewer than D = 896. On a GPU, where memory traffic
+# takes the time, the gradient would then cost more than the logits: arithmetic, not measured.
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**26}
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class HeadLogprobs(torch.autograd.Function):
         if torch.is_autocast_enabled(kind):  # cast here: backward runs outside autocast
             dtype = torch.get_autocast_dtype(kind)
         h, head = hidden.to(dtype), weight.to(dtype)
-        chunk = max(1, LOGITS_AT_ONCE // len(weight))  # rows
+        chunk = max(1, logits_at_once(kind) // len(weight))  # rows
         result_dtype = torch.promote_types(dtype, torch.float32)
         logprobs = torch.empty(len(h), dtype=result_dtype, device=h.device)
         logsumexp = torch.empty_like(logprobs)
@@ -92,6 +97,11 @@ class HeadLogprobs(torch.autograd.Function):
             elif grad_weight is not None:
                 grad_weight += z.T @ h[rows]
         return grad_h, grad_weight, grad_bias, None, None, None
+
+
+def logits_at_once(kind):
+    """Elements of one chunk of logits on a device of this type, such as "cpu"."""
+    return LOGITS_AT_ONCE.get(kind, LOGITS_AT_ONCE["cpu"])
 
 
 def chunk_logits(hidden, head, bias, temperature):
@@ -178,6 +188,7 @@ def shared_hidden(model, prompts, completions, mask):
     which = torch.tensor([number[prompt] for prompt in prompts], device=device)  # [B]
     ids, real = left_padded(distinct, 0, device)  # [P, L]
     cache = prefill(model, ids, real, which)
+    cut = cut_graph(cache) if torch.is_grad_enabled() else []
     longest = int(mask.sum(1).max())
     mask = mask[:, :longest]  # [B, T]
     last = real.sum(1)[which, None] - 1  # [B, 1], the position of the prompt's last token
@@ -188,7 +199,55 @@ def shared_hidden(model, prompts, completions, mask):
         use_cache=True,
         **{cache_argument(model.base_model): cache},
     ).last_hidden_state
-    return hidden[mask]
+    hidden = hidden[mask]
+    if not cut:
+        return hidden
+    anchor = torch.empty(0, device=device, requires_grad=True)  # so that the result has a graph
+    return PromptsLast.apply(anchor, [hidden], cut)
+
+
+def cut_graph(cache):
+    """Replace the cache's keys and values by leaves, so that backward ends at them.
+
+    Returns [(tensor with its graph, leaf)]; empty, and the cache as it was, if some layer keeps
+    anything but keys and values.
+    """
+    kinds = {type(layer) for layer in cache.layers}
+    if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        return []
+    cut = []
+    for layer in cache.layers:
+        for name in ("keys", "values"):
+            tensor = getattr(layer, name)
+            if tensor is not None and tensor.requires_grad:
+                leaf = tensor.detach().requires_grad_()
+                setattr(layer, name, leaf)
+                cut.append((tensor, leaf))
+    return cut
+
+
+class PromptsLast(torch.autograd.Function):
+    """The hidden states of the completions; backward runs their graph, then that of the prompts.
+
+    In one graph, autograd would hold each weight's gradient from the completions until that from
+    the prompts can be added: one more gradient of the whole model. Here both are added to `.grad`
+    when they are computed. So use backward(), not torch.autograd.grad.
+    """
+
+    @staticmethod
+    def forward(ctx, anchor, hidden, cut):
+        """hidden: a list, which autograd does not look into. cut: of cut_graph."""
+        ctx.hidden, ctx.cut = hidden[0], cut
+        return hidden[0].detach()
+
+    @staticmethod
+    def backward(ctx, push):
+        torch.autograd.backward(ctx.hidden, push)
+        tensors = [tensor for tensor, leaf in ctx.cut if leaf.grad is not None]
+        grads = [leaf.grad for _, leaf in ctx.cut if leaf.grad is not None]
+        ctx.hidden = ctx.cut = None
+        torch.autograd.backward(tensors, grads)
+        return None, None, None
 
 
 def prefill(model, ids, real, which):

@@ -286,12 +286,18 @@ def parse(argv):
 
 
 def check_command_line():
-    """Print the help or the error of train.py's command line. Raises SystemExit for both."""
+    """Before torch is imported: print the help or the error of train.py's command line.
+
+    Raises SystemExit for both. Values that depend on the preset or the machine are checked later.
+    """
     try:
-        parse(sys.argv[1:])
+        given = parse(sys.argv[1:])
+        if "resume" not in given:  # else the run's own options come first
+            check_values(Options(**given))
     except ValueError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    print("loading torch and transformers", flush=True)
 
 
 def template_options(texts):
@@ -344,15 +350,20 @@ def fill(given):
 
 def check(o):
     """Raise ValueError, in one line, for the first option with a value that is not allowed."""
-    check_algorithm(o)
-    check_bounds(o)
+    check_values(o)
     check_rows(o)
-    check_prompt(o)
     check_machine(o)
     if o.eval_samples and o.eval_samples < o.k:
         raise ValueError(f"--eval-samples {o.eval_samples} is below --k {o.k}")
     if o.overlong_cache > o.max_new_tokens:
         raise ValueError("--overlong-cache is over --max-new-tokens")
+
+
+def check_values(o):
+    """`check` of what can be wrong in any preset and on any machine."""
+    check_algorithm(o)
+    check_bounds(o)
+    check_prompt(o)
 
 
 def check_algorithm(o):

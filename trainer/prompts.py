@@ -95,31 +95,38 @@ class Prompts:
             f"the tokenizer's chat template {reasons[0]}. --chat-template none asks in plain text"
         )
 
-    def encoder(self):
-        """A function from a question to the token ids of its prompt.
+    def encode(self, questions):
+        """The token ids of each question's prompt, a list of lists.
 
         A question is text only: "<|im_end|>" in it does not become a control token. BOS is added as
         the template does, or in plain text as the tokenizer does. What the tokenizer appends, such
         as EOS, is left out, because the answer comes next.
         """
-        tokenizer = self.tokenizer
-        start = added_before(tokenizer) if self.template is None else []
-        control = control_texts(tokenizer)
+        start = added_before(self.tokenizer) if self.template is None else []
+        control = control_texts(self.tokenizer)
+        found, texts = {}, {}  # by question
+        for question in questions:
+            if any(text in question for text in control):
+                found[question] = start + self._ids_around(question, control)
+            else:
+                texts[question] = self.text(question)
+        # All texts in one call: the tokenizer then works on every core.
+        ids = ids_of(self.tokenizer, list(texts.values())) if texts else []
+        for question, own in zip(texts, ids, strict=True):
+            found[question] = start + own
+        return [found[question] for question in questions]
+
+    def _ids_around(self, question, control):
+        """The ids of a prompt whose question contains a text of `control`, without BOS."""
         at_control = re.compile("(" + "|".join(map(re.escape, control)) + ")")
-
-        def encode(question):
-            if not any(text in question for text in control):
-                return start + ids_of(tokenizer, self.text(question))
-            ids = list(start)
-            for i, piece in enumerate(at_control.split(self.text(QUESTION))):
-                if i % 2:  # a control token of the template or of --prompt
-                    ids.append(tokenizer.convert_tokens_to_ids(piece))
-                else:
-                    piece = piece.replace(QUESTION, question)
-                    ids += ids_of(tokenizer, piece, split_special_tokens=True)
-            return ids
-
-        return encode
+        ids = []
+        for i, piece in enumerate(at_control.split(self.text(QUESTION))):
+            if i % 2:  # a control token of the template or of --prompt
+                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
+            else:
+                piece = piece.replace(QUESTION, question)
+                ids += ids_of(self.tokenizer, piece, split_special_tokens=True)
+        return ids
 
     def end_of_turn(self):
         """The id of the token that closes an assistant's turn in the chat template, or None.
@@ -174,8 +181,9 @@ def added_before(tokenizer):
 
 
 def ids_of(tokenizer, text, **how):
-    """The token ids of the text alone, without BOS or EOS."""
-    return tokenizer(text, add_special_tokens=False, **how).input_ids
+    """The token ids of the text alone, without BOS or EOS. Of a list of texts: a list of them."""
+    how.update(add_special_tokens=False, return_attention_mask=False)
+    return tokenizer(text, **how).input_ids
 
 
 def contains(text, words):
@@ -201,8 +209,8 @@ def encode_problems(tokenizer, problems, prompt, longest, vocabulary=2**31, chat
         raise ValueError(
             "--max-new-tokens leaves no room for a prompt in the model's context: lower it"
         )
-    encode = Prompts(tokenizer, prompt, chat).encoder()
-    encoded = [{**p, "prompt_ids": encode(p["question"])} for p in problems]
+    ids = Prompts(tokenizer, prompt, chat).encode([p["question"] for p in problems])
+    encoded = [{**p, "prompt_ids": own} for p, own in zip(problems, ids, strict=True)]
     kept = [p for p in encoded if 0 < len(p["prompt_ids"]) <= longest]
     if not kept:
         raise ValueError(

@@ -2,6 +2,8 @@
 
 A run is {"algo", "seed", "settings": {option: value}, "rows": [{"phase", "step", and COLUMNS}]}.
 Settings are the options that define the experiment. A value that a row does not have is None.
+
+pandas is imported where it is used: a training run draws its curves without it.
 """
 
 import json
@@ -10,8 +12,9 @@ import sys
 from dataclasses import fields
 from itertools import permutations
 from pathlib import Path
+from statistics import fmean
 
-import pandas as pd
+import numpy as np
 
 from trainer.options import DEFAULTS, MORE, Options
 
@@ -123,6 +126,8 @@ def settings_of(options):
 
 def read_csv(path):
     """The runs in a file of `write_csv`, in its order. Raises ValueError."""
+    import pandas as pd
+
     look = {"dtype": str, "keep_default_na": False, "encoding_errors": "replace"}
     try:
         table = pd.read_csv(path, skip_blank_lines=False, **look)
@@ -166,6 +171,8 @@ def write_csv(runs, path):
     The file is small enough to commit, and the figure can be drawn again from it. Of the settings
     it has those in which the runs differ.
     """
+    import pandas as pd
+
     names = differing(runs)
     lines = []
     for run in runs:
@@ -297,6 +304,8 @@ def rows_of(runs, phase):
 
     Columns: run (its index in `runs`), step, and COLUMNS.
     """
+    import pandas as pd
+
     rows = []
     for i, run in enumerate(runs):
         rows += [{"run": i, **row} for row in run["rows"] if row["phase"] == phase]
@@ -308,7 +317,15 @@ def average(runs, phase, metric):
     """Steps at which any run has a value; over the runs that have one there: the mean, the lowest,
     the highest, and how many runs they are. Five arrays [N], the last of whole numbers.
     """
-    rows = rows_of(runs, phase).drop_duplicates(["run", "step"], keep="last")
-    values = rows.dropna(subset=metric).groupby("step")[metric]
-    found = values.agg(["mean", "min", "max", "count"])
-    return (found.index.to_numpy(), *found.to_numpy().T[:3], found["count"].to_numpy())
+    found = {}  # step: the values of the runs
+    for run in runs:
+        rows = [row for row in run["rows"] if row["phase"] == phase]
+        of_step = {row["step"]: row[metric] for row in rows}  # the last row of a step counts
+        for step, value in of_step.items():
+            if value is not None:
+                found.setdefault(step, []).append(value)
+    steps = sorted(found)
+    spread = [(fmean(found[step]), min(found[step]), max(found[step])) for step in steps]
+    mean, low, high = np.array(spread, float).reshape(-1, 3).T
+    count = np.array([len(found[step]) for step in steps], int)
+    return np.array(steps, int), mean, low, high, count

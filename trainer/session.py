@@ -5,13 +5,15 @@ import os
 import shlex
 import signal
 import sys
+import time
 
 from trainer import checkpoint
-from trainer.evaluate import evaluate
+from trainer.evaluate import evaluate, rows_of_evaluation
 from trainer.policy import sampling_copy
 from trainer.records import group_to_show, sample_lines
 
 BAD_STEPS = 3  # this many skipped updates in a row stop the run
+PICTURE_AGE = 60  # seconds until curves.png is drawn again between two evaluations
 
 
 def on_interrupt():
@@ -42,6 +44,17 @@ def shows(o, step):
     return o.samples_every > 0 and (step == 1 or step % o.samples_every == 0)
 
 
+def draws(o, out, step):
+    """Whether curves.png is drawn after this step: after an evaluation, else when it is old.
+
+    A picture takes a third of a second, as long as a small model's step.
+    """
+    picture = out / "curves.png"
+    if evaluates(o, step) or not picture.exists():
+        return True
+    return time.time() - picture.stat().st_mtime > PICTURE_AGE
+
+
 def saves(o, step, interrupted):
     """Whether the run writes a checkpoint after this step."""
     if o.save_every == 0:
@@ -59,14 +72,14 @@ def write_evaluation(trainer, out, held_out, step):
 
     def work(rows_at_once):
         return evaluate(
-            sampling_copy(trainer.model, o.dtype),
+            sampling_copy(trainer.model, o.dtype, keep=o.cache == "static"),
             trainer.tokenizer,
             held_out,
             k=k,
             samples=o.draws,
             temperature=o.temperature,
             seed=o.seed + 10_000,
-            rows_at_once=rows_at_once,
+            rows_at_once=rows_of_evaluation(o, rows_at_once),
             quiet=False,
             **trainer.generation,
         )

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from grpo import constant
 from trainer.algorithm import inputs, parameters
 from trainer.logprobs import token_logprobs
+from trainer.memory import rows_that_fit
 from trainer.options import flag
 from trainer.probes import train_mode_agrees
 
@@ -56,12 +57,44 @@ class Updater:
             enable_checkpointing(model)
         self.at_once = {"micro_batch": options.micro_batch, "sample_batch": options.sample_batch}
         if options.micro_batch == "auto":
-            fit = rows_that_fit(model, longest, checkpointing=options.gradient_checkpointing)
-            self.at_once["micro_batch"] = min(fit, options.rows // options.updates)
+            self.at_once["micro_batch"] = self.choose_micro_batch(longest)
         if options.sample_batch == "auto":
             self.at_once["sample_batch"] = options.rows
         self.at_once = {name: int(size) for name, size in self.at_once.items()}
+        self.graphs = {}  # {rows of a micro-batch: its log-probabilities with their graph}
+        self.learned = None  # dL/dlogp [B, T] that `measure` has backpropagated already
+        self.guesses = False  # see guessed_push; the correction needs the measured ones
+        if not self.needs_all_rows and not options.sampler_correction:
+            self.guesses = takes_ratios_only(algo, loss_options)
         self.bad_steps = 0  # optimizer steps skipped in a row (loss or gradient not finite)
+
+    def choose_micro_batch(self, longest):
+        """Rows of `longest` tokens that fit, at most a mini-batch. Prints the choice in a line."""
+        fit, row, budget = rows_that_fit(
+            self.model,
+            longest,
+            dtype=self.o.dtype,
+            through_head=self.through_head,
+            checkpointing=self.o.gradient_checkpointing,
+        )
+        rows = min(fit, self.o.rows // self.o.updates)
+        print(
+            f"micro-batch: {rows} rows (auto: {row / 2**20:,.1f} MiB per row of {longest} tokens, "
+            f"{budget / 2**20:,.0f} MiB for rows); --micro-batch N changes it"
+        )
+        return rows
+
+    def keep_micro_batch(self, rows):
+        """Take the micro-batch that a resumed run began with; None: a new run keeps its own.
+
+        What fits depends on what else is in memory, and another size rounds differently: without
+        this, the resumed run would not equal the uninterrupted one. Returns the micro-batch.
+        """
+        own = self.at_once["micro_batch"]
+        if rows not in (None, own):
+            print(f"micro-batch: {rows} rows instead of {own}, because the run began with {rows}")
+            self.at_once["micro_batch"] = rows
+        return self.at_once["micro_batch"]
 
     def with_smaller_batches(self, name, work):
         """work(size), with size = at_once[name]; retries with half the size when out of GPU memory.
@@ -82,6 +115,8 @@ class Updater:
             self.at_once[name] = size // 2
             tqdm.write(f"out of GPU memory: {option} goes from {size} to {size // 2}")
             self.model.eval()
+            self.graphs.clear()
+            self.learned = None
             self.optimizer.zero_grad()
             torch.cuda.empty_cache()
 
@@ -125,33 +160,87 @@ class Updater:
         groups = values.view(-1, self.o.group_size)
         return ~constant(groups).expand_as(groups).flatten().cpu()
 
-    def measure(self, rollout, mini_batches):
+    def measure(self, rollout, mini_batches, keep_graph=False, advantages=None):
         """Fill in the rollout's old_logprobs, entropy and, if needed, ref_logprobs, all [B, T].
 
         Runs the micro-batches of the updates, so the first ratio compares equal computations.
+        keep_graph: where possible, the first update learns from this pass and does not run the
+        model again: if its mini-batch fits into one micro-batch, or if `advantages`, a function of
+        the rollout, allows guessed_push. Its ratio is then 1 by construction.
         """
 
-        def measured(model):
+        def measured(model, first, guess):
             def work(size):
-                return self.logprobs_by(model, rollout, mini_batches, size)
+                return self.logprobs_by(model, rollout, mini_batches, size, first, guess)
 
             return self.with_smaller_batches("micro_batch", work)
 
-        rollout.old_logprobs, rollout.entropy = measured(self.model)
-        rollout.logprobs = rollout.old_logprobs.clone()
         if self.reference is not None:
-            rollout.ref_logprobs, _ = measured(self.reference)
+            rollout.ref_logprobs, _ = measured(self.reference, None, None)
+        first = mini_batches[0] if keep_graph else None
+        guess = None
+        too_large = len(mini_batches[0]) > self.at_once["micro_batch"]
+        if keep_graph and too_large and advantages is not None and self.guesses:
+            guess = self.guessed_push(rollout, first, advantages)
+        rollout.old_logprobs, rollout.entropy = measured(self.model, first, guess)
+        rollout.logprobs = rollout.old_logprobs.clone()
 
-    @torch.no_grad()
-    def logprobs_by(self, model, rollout, mini_batches, size):
-        """(log-probabilities, entropy in nats) under `model`, [B, T] each, without a graph."""
+    def logprobs_by(self, model, rollout, mini_batches, size, first, guess):
+        """(log-probabilities, entropy in nats) under `model`, [B, T] each, without a graph.
+
+        first: the mini-batch to learn from, or None. If it has at most `size` rows, self.graphs
+        gets its graphs. Else, if there is a guess = dL/dlogp, it is backpropagated at once.
+        """
         dtype = torch.promote_types(model.dtype, torch.float32)
         logprobs = torch.zeros(rollout.mask.shape, dtype=dtype, device=rollout.mask.device)
         entropy = torch.zeros_like(logprobs)
         for mini_batch in mini_batches:
+            keep = mini_batch is first and len(mini_batch) <= size
+            push = guess if mini_batch is first and not keep else None
+            model.train(mini_batch is first and self.o.gradient_checkpointing)
             for rows in self.micro_batches(rollout, mini_batch, size):
-                logprobs[rows], entropy[rows] = self.forward(rollout, rows, model)
+                learn = push is not None and bool(push[rows].any())
+                logprobs[rows], entropy[rows] = self.run(rollout, rows, model, keep or learn)
+                if learn:
+                    self.graphs.pop(tuple(rows.tolist())).backward(gradient=push[rows])
+            self.learned = push if mini_batch is first else self.learned
+        model.eval()
         return logprobs, entropy
+
+    def guessed_push(self, rollout, rows, advantages):
+        """dL/dlogp [B, T] of the first update before anything is measured; None if not possible.
+
+        On policy each ratio is 1. A loss that takes the log-probabilities only for their ratio then
+        has the same gradient at all of them, so also at 0. `has_learned` checks it against the
+        gradient at the measured ones. Advantages that need the entropy raise an error here.
+        """
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        zeros = torch.zeros(rollout.mask.shape, dtype=dtype, device=rollout.mask.device)
+        rollout.logprobs = rollout.old_logprobs = zeros
+        try:
+            rollout.advantages = advantages(rollout)
+        except (ValueError, TypeError, AttributeError):
+            return None
+        _, push = self.loss_gradient(rollout, rows, self.loss_inputs(rollout, rows, None))
+        return push
+
+    def has_learned(self, push):
+        """Whether `measure` has backpropagated just this push; if another one, it is undone."""
+        learned, self.learned = self.learned, None
+        if learned is None:
+            return False
+        same = torch.equal(learned, push)
+        if not same:
+            self.optimizer.zero_grad()
+        return same
+
+    def run(self, rollout, rows, model, keep_graph, with_entropy=True):
+        """`forward` of a micro-batch, detached. keep_graph: self.graphs gets its graph."""
+        with torch.set_grad_enabled(keep_graph):
+            logprobs, entropy = self.forward(rollout, rows, model, with_entropy)
+        if keep_graph:
+            self.graphs[tuple(rows.tolist())] = logprobs
+        return logprobs.detach(), entropy
 
     def update(self, rollout, rows, on_policy):
         """One optimizer step on the mini-batch `rows` (indices).
@@ -172,28 +261,28 @@ class Updater:
 
     def _update(self, rollout, rows, on_policy, size):
         """`update` in micro-batches of at most `size` rows."""
-        self.optimizer.zero_grad()
         # transformers checkpoints in train mode only; load_policy has switched off dropout.
         self.model.train(self.o.gradient_checkpointing)
         micro_batches = self.with_signal(rollout, rows, size)
 
         # First half: dL/dlogp.
-        graph, entropy = self.current_logprobs(rollout, micro_batches, on_policy)
+        entropy = self.current_logprobs(rollout, micro_batches, on_policy, size)
         loss_inputs = self.loss_inputs(rollout, rows, entropy)
         loss, push = self.loss_gradient(rollout, rows, loss_inputs)
         result = self.statistics(rollout, rows, push, loss_inputs)
 
         # Second half: dlogp/dtheta.
+        learned = self.has_learned(push)
         if loss.isfinite() and push.isfinite().all():
-            if graph is not None:
-                graph.backward(gradient=push[micro_batches[0]])
-            else:
+            if not learned:
                 result["ratio"] = self.backward(rollout, micro_batches, push, on_policy)
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.o.max_grad_norm)
             result["grad_norm"] = norm.item()
 
+        self.graphs.clear()
         self.model.eval()
         self.apply_or_skip(rollout, rows, push, result)
+        self.optimizer.zero_grad()  # now, not before the next pass: no rollout has to hold them
         return result
 
     def with_signal(self, rollout, rows, size):
@@ -204,22 +293,21 @@ class Updater:
         signal = nonzero_advantages(rollout).any(1).cpu()  # [B]
         return [micro_batch for micro_batch in micro_batches if signal[micro_batch].any()]
 
-    def current_logprobs(self, rollout, micro_batches, on_policy):
-        """Fill in rollout.logprobs. Returns (their graph or None, the current entropy [B, T]).
+    def current_logprobs(self, rollout, micro_batches, on_policy, size):
+        """Fill in rollout.logprobs. Returns the current entropy, [B, T].
 
-        On policy they equal old_logprobs, and nothing is run. If there is only one micro-batch, the
-        graph of this pass is kept, and the second half does not run the model again.
+        On policy they equal old_logprobs, and nothing is run. If all the rows fit into one
+        micro-batch, their graphs are kept, and the second half does not run the model again.
         """
         entropy = rollout.entropy.clone()
         if on_policy:
-            return None, entropy
-        keep_graph = len(micro_batches) == 1
-        with torch.set_grad_enabled(keep_graph):
-            for rows in micro_batches:
-                logprobs, H = self.forward(rollout, rows, self.model, self.needs_entropy)
-                rollout.logprobs[rows] = logprobs.detach()
-                entropy[rows] = H
-        return (logprobs if keep_graph else None), entropy
+            return entropy
+        keep = sum(len(rows) for rows in micro_batches) <= size
+        for rows in micro_batches:
+            logprobs, H = self.run(rollout, rows, self.model, keep, self.needs_entropy)
+            rollout.logprobs[rows] = logprobs
+            entropy[rows] = H
+        return entropy
 
     def loss_inputs(self, rollout, rows, entropy):
         """The keyword arguments of the algorithm's loss: its inputs and its options."""
@@ -238,23 +326,26 @@ class Updater:
         return loss, push
 
     def backward(self, rollout, micro_batches, push, on_policy):
-        """Run the model with a graph and backpropagate push = dL/dlogp [B, T] into its weights.
+        """Backpropagate push = dL/dlogp [B, T] into the weights, through kept or new graphs.
 
-        Returns pi_theta / pi_old of each token that was run if on_policy, else [].
+        Returns pi_theta / pi_old of each token that was run again if on_policy, else [].
         """
         ratios = []
         pushed = push.any(1).cpu()  # [B]
-        for micro_batch in micro_batches:
-            rows = micro_batch[pushed[micro_batch]]
-            if len(rows) == 0:
+        for rows in micro_batches:
+            if not pushed[rows].any():
                 continue
-            if on_policy:  # the ratio is logged: it is 1 only if the same rows run as in `measure`
-                rows = micro_batch
-            logprobs, _ = self.forward(rollout, rows, self.model, with_entropy=False)
+            kept = self.graphs.pop(tuple(rows.tolist()), None)
+            if kept is not None:
+                kept.backward(gradient=push[rows])
+                continue
+            if not on_policy:  # on policy, the ratio is 1 only if the rows of `measure` run again
+                rows = rows[pushed[rows]]
+            logprobs = self.run(rollout, rows, self.model, True, with_entropy=False)[0]
             if on_policy:
-                log_ratio = logprobs.detach() - rollout.old_logprobs[rows]
+                log_ratio = logprobs - rollout.old_logprobs[rows]
                 ratios += log_ratio[rollout.mask[rows]].exp().tolist()
-            logprobs.backward(gradient=push[rows])
+            self.graphs.pop(tuple(rows.tolist())).backward(gradient=push[rows])
         return ratios
 
     def apply_or_skip(self, rollout, rows, push, result):
@@ -290,6 +381,23 @@ class Updater:
             "bad_rows": [],
             "moved": False,
         }
+
+
+def takes_ratios_only(algo, loss_options):
+    """Whether the loss takes log-probabilities only for their ratios, tried out on a toy batch.
+
+    Then its gradient on policy does not depend on them. A loss that needs more inputs does not.
+    """
+    if any(loss_options.get(name) for name in KL_COEFFICIENTS):
+        return False
+    advantages, mask = torch.tensor([1.0, -1.0]), torch.ones(2, 4)
+    gradients = []
+    for logprobs in (torch.zeros(2, 4), -torch.arange(8.0).view(2, 4)):
+        old_logprobs = logprobs.clone()
+        logprobs.requires_grad_()
+        loss = algo.loss(logprobs, old_logprobs, advantages, mask, **loss_options)
+        gradients += torch.autograd.grad(loss, logprobs)
+    return torch.equal(*gradients)
 
 
 def nonzero_advantages(rollout):
@@ -331,32 +439,6 @@ def enable_checkpointing(model):
             "--gradient-checkpointing needs train mode, in which this model computes other "
             "log-probabilities than in eval mode (randomness or a clamp): leave it out"
         )
-
-
-def rows_that_fit(model, tokens, budget=7 * 2**28, checkpointing=False):
-    """How many rows of `tokens` tokens fit into one forward and backward pass.
-
-    budget: bytes of activations. A conservative estimate from the model's shapes, for any
-    architecture (our choice). On CUDA, with_smaller_batches corrects it when memory runs out.
-    """
-    config = model.config.get_text_config()
-    embedding_size = model.get_input_embeddings().weight.shape[-1]
-    hidden = stated_size(config, "hidden_size", embedding_size)
-    inner = stated_size(config, "intermediate_size", 4 * hidden)
-    layers = stated_size(config, "num_hidden_layers", 32)
-    # Bytes per token in fp32: norms, q, k, v and attention take 16 hidden, the MLP 6 inner.
-    layer = 4 * (16 * hidden + 6 * inner)
-    kept = 4 * hidden if checkpointing else layer  # per layer, until the backward pass
-    per_token = layer + layers * kept
-    return max(1, int(budget // (per_token * max(1, tokens))))
-
-
-def stated_size(config, name, default):
-    """config.name; the largest if it is a list with one entry per layer; else the default."""
-    value = getattr(config, name, None)
-    if isinstance(value, (list, tuple)):
-        value = max(value, default=None)
-    return value if isinstance(value, int) and value > 0 else default
 
 
 def split_micro_batches(rollout, rows, size, share_prompts=False):

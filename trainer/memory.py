@@ -1,0 +1,135 @@
+"""How many rows of an update fit into memory: the choice behind `--micro-batch auto`."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from trainer import logprobs
+
+# What to use of the memory that is free. CUDA: the allocator leaves gaps between its blocks, and
+# an error is corrected (update.with_smaller_batches). CPU: other programs need memory too, and an
+# error ends the process.
+SHARE = {"cuda": 0.9, "cpu": 0.5}
+UNKNOWN = 8 * 2**30  # free bytes, where the system does not tell (Windows); our choice
+CGROUPS = (  # a container's limit and use, in bytes: version 2 and version 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+
+
+def rows_that_fit(model, tokens, *, dtype="fp32", through_head=False, checkpointing=False):
+    """(rows of `tokens` tokens that fit into one pass of an update, bytes per row, bytes for rows).
+
+    Call it before the first step, when gradients and moments are not allocated yet. The number of
+    rows is a power of two, at least 1, so that it rarely changes with what else is running.
+    """
+    row = tokens * bytes_per_token(model, dtype, through_head, checkpointing)
+    left = free_bytes(model.device) - bytes_to_come(model, dtype)
+    budget = max(0, int(left * SHARE.get(model.device.type, 0.5)))
+    fit = max(1, budget // row)
+    return 2 ** (fit.bit_length() - 1), row, budget
+
+
+def bytes_per_token(model, dtype, through_head, checkpointing):
+    """What a forward and a backward pass need for each further token of a batch, in bytes.
+
+    The bytes that autograd keeps of a second row, measured without sharing its prompt, which needs
+    less. One layer counts twice, because of the temporary tensors of its backward pass.
+    Checkpointing keeps the input of each layer, in fp32, and the one layer that it runs again.
+    """
+    tokens = 8  # per row
+    one = kept_bytes(model, 1, tokens, dtype, through_head)
+    two = kept_bytes(model, 2, tokens, dtype, through_head)
+    kept = (two - one) // tokens
+    config = model.config.get_text_config()
+    layers = getattr(config, "num_hidden_layers", None) or 1
+    layer = kept // layers
+    if checkpointing:
+        hidden = model.get_input_embeddings().weight.shape[-1]
+        kept = layer + layers * 4 * hidden
+    return kept + layer
+
+
+def kept_bytes(model, rows, tokens, dtype, through_head):
+    """The bytes that autograd keeps for the backward pass of rows x tokens tokens."""
+    vocabulary = len(model.get_input_embeddings().weight)
+    ids = torch.arange(tokens, device=model.device).expand(rows, tokens) % vocabulary
+    half = tokens // 2
+    completions = ids[:, half:]
+    kept = {}  # tensors may share their storage
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    bf16 = dtype == "bf16"
+    with (
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast(model.device.type, torch.bfloat16, enabled=bf16),
+    ):
+        out = logprobs.token_logprobs(
+            model,
+            ids[:, :half].tolist(),
+            completions,
+            torch.ones_like(completions, dtype=torch.bool),
+            through_head=through_head,
+        )
+    del out  # the graph must live until here: a freed storage's address is used again
+    return sum(kept.values())
+
+
+def bytes_to_come(model, dtype):
+    """What an update allocates besides the activations of its rows, in bytes, by arithmetic.
+
+    Gradients and AdamW's two moments. For the head: its gradient, and three chunks of logits. For
+    bf16 also the bf16 weights that autocast keeps, and the head's gradient in bf16 and cast back.
+    """
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    head = model.get_input_embeddings().weight
+    head = head.numel() * head.element_size()
+    chunks = 3 * 4 * logprobs.logits_at_once(model.device.type)
+    total = 3 * weights + head + chunks
+    if dtype == "bf16":
+        total += weights // 2 + head // 2 + head
+    return total
+
+
+def free_bytes(device):
+    """Bytes that this process can still allocate on the device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)  # by torch's allocator, in part unused
+        return free + reserved - torch.cuda.memory_allocated(device)
+    return min([system_bytes(), *container_bytes()])
+
+
+def system_bytes():
+    """The system's available memory, in bytes; its physical memory if no more is known."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, value = line.split(":")
+            if name == "MemAvailable":
+                return int(value.split()[0]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return UNKNOWN
+
+
+def container_bytes():
+    """What the limits of the container leave, in bytes: a list, empty without a limit."""
+    left = []
+    for limit, used in CGROUPS:
+        try:
+            left.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such file, or the limit is "max"
+            continue
+    return left
