@@ -2,7 +2,7 @@
 
   logprobs   log-probabilities with and without the full logits, of a Qwen2.5-0.5B-shaped model
   weights    bf16 compute: autocast over fp32 weights, or bf16 weights with an fp32 master copy
-  rollout    generate as it comes, with a static cache, and with each prompt run only once;
+  rollout    generate as it comes, with --cache static, and as train.py runs it by default;
              and the time per token beside the time to read every weight once
   step       training steps of train.py; with --peer also of TRL's GRPOTrainer
   qwen       one training step of a Qwen2.5-0.5B-shaped model with random weights
@@ -289,10 +289,10 @@ def shared_options(args):
 
 
 def rollout(args, device, repeats=2):
-    """Sample the completions of one step in three ways. All draw from the same seed.
+    """Sample the completions of one step in three ways, from the same seed.
 
-    Returns {"plain", "static", "ours": tokens/s of generate alone, with a static cache, and with
-    each prompt run once; "prompt": share of our time before the first token; "token": ms per token
+    Returns {"plain": tokens/s of generate alone; "static": of --cache static; "ours": of
+    train.py's default; "prompt": share of our time before the first token; "token": ms per token
     after it; "weights": ms to read every weight once; "ops": of costliest_ops; "rows": completions}
     """
     from trainer import start
@@ -303,32 +303,26 @@ def rollout(args, device, repeats=2):
     model, _, generation, problems, _ = start.set_up(o)
     model = sampling_copy(model, o.dtype)
     prompts = [p["prompt_ids"] for p in problems[: o.prompts]]
-    layout = generation["layout"]
-    unshared = dataclasses.replace(layout, share_prompts=False)
-    fixed = dataclasses.replace(layout, static_cache=True)
 
-    def draw(**changed):
+    def draw(max_new_tokens=o.max_new_tokens, **layout):
         torch.manual_seed(0)
-        settings = {**generation, **changed}
+        settings = {**generation, "max_new_tokens": max_new_tokens}
+        settings["layout"] = dataclasses.replace(generation["layout"], **layout)
         return sample(model, prompts, o.group_size, temperature=1.0, **settings)
 
-    def timed(**changed):
-        return fastest(lambda: draw(**changed), device, repeats)
-
-    plain, drawn = timed(layout=unshared)
-    ours, _ = timed()
-    first, _ = timed(max_new_tokens=1)
-    ops = costliest_ops(draw)
-    static, _ = timed(layout=fixed)
-    count, longest = drawn.mask.sum().item(), drawn.mask.sum(1).max().item()
+    ways = {"plain": {"share_prompts": False}, "static": {"static_cache": True}, "ours": {}}
+    rates = {}
+    for name, layout in ways.items():
+        seconds, drawn = fastest(lambda layout=layout: draw(**layout), device, repeats)
+        rates[name] = drawn.mask.sum().item() / seconds
+    first, _ = fastest(lambda: draw(max_new_tokens=1), device, repeats)
+    longest = drawn.mask.sum(1).max().item()
     return {
-        "plain": count / plain,
-        "static": count / static,
-        "ours": count / ours,
-        "prompt": first / ours,
-        "token": 1000 * (ours - first) / max(1, longest - 1),
+        **rates,
+        "prompt": first / seconds,
+        "token": 1000 * (seconds - first) / max(1, longest - 1),
         "weights": 1000 * weight_read_seconds(model, device),
-        "ops": ops,
+        "ops": costliest_ops(draw),
         "rows": len(drawn.mask),
     }
 
@@ -538,8 +532,8 @@ def print_rollout(args, argv):
     ratio = got["ours"] / got["plain"]
     print(f"rollout: {args.model}, {args.dtype}, {got['rows']} rows")
     print(f"  generate as it comes    {got['plain']:6.0f} tokens/s")
-    print(f"  with a static cache     {got['static']:6.0f} tokens/s")
-    print(f"  each prompt run once    {got['ours']:6.0f} tokens/s ({ratio:.2f}x the first line)")
+    print(f"  --cache static          {got['static']:6.0f} tokens/s")
+    print(f"  train.py's default      {got['ours']:6.0f} tokens/s ({ratio:.2f}x the first line)")
     print(f"    before the first token {got['prompt']:.0%} of the time")
     print(f"    after it {got['token']:.1f} ms per token of all rows")
     print(f"    to read every weight once takes {got['weights']:.1f} ms")

@@ -72,7 +72,6 @@ class Trainer:
         # 3 Compute the advantages. Old log-probabilities and entropies come from our own forward
         # pass, not from generate: the ratio is 1 before the first update only if both of its sides
         # come from the same code, rows and padding.
-        rollout.history = self.history
         mini_batches = torch.arange(o.rows).split(o.rows // o.updates)
         updater.measure(rollout, mini_batches, step > 1, self.advantages)  # step 1: two passes
         rollout.advantages = self.advantages(rollout)
@@ -89,9 +88,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         line = {"phase": "train", "step": step}
         line.update(metrics_line(rollout, sampled, updates, o.group_size))
-        line["lr"] = lr
-        line["rollout_s"] = rollout_s
-        line["update_s"] = seconds - rollout_s
+        line.update(lr=lr, rollout_s=rollout_s, update_s=seconds - rollout_s)
         line["tokens_per_s"] = sum(batch.mask.sum().item() for batch in sampled) / seconds
         line["peak_mib"] = peak_mib(self.model.device)
         self.warn_of_ratios(step, line["ratio_first_max"])
@@ -117,7 +114,9 @@ class Trainer:
                 (left_out if replace else kept).append(group)
             if len(kept) == o.prompts:
                 break
-        return Rollout.join((kept + left_out)[: o.prompts]), sampled
+        rollout = Rollout.join((kept + left_out)[: o.prompts])
+        rollout.history = self.history
+        return rollout, sampled
 
     def next_problems(self, count):
         """The next problems in the run's order."""

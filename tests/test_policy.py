@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from trainer import logprobs, policy, sampling
+from trainer.batches import split_micro_batches
 from trainer.logprobs import Layout, token_logprobs
 from trainer.policy import special_tokens
 from trainer.sampling import Rollout, completion_mask, sample
-from trainer.update import split_micro_batches
 
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11], [3, 4, 5], [6]]
 COMPLETIONS = torch.tensor([[5, 6, 1, 0], [9, 8, 7, 6], [4, 0, 0, 0], [2, 1, 0, 0], [1, 0, 0, 0]])

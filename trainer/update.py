@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from grpo import constant
 from trainer.algorithm import inputs, parameters
+from trainer.batches import split_micro_batches
 from trainer.logprobs import token_logprobs
 from trainer.memory import rows_that_fit
 from trainer.options import flag
@@ -63,9 +64,6 @@ class Updater:
         self.at_once = {name: int(size) for name, size in self.at_once.items()}
         self.graphs = {}  # {rows of a micro-batch: its log-probabilities with their graph}
         self.learned = None  # dL/dlogp [B, T] that `measure` has backpropagated already
-        self.guesses = False  # see guessed_push; the correction needs the measured ones
-        if not self.needs_all_rows and not options.sampler_correction:
-            self.guesses = takes_ratios_only(algo, loss_options)
         self.bad_steps = 0  # optimizer steps skipped in a row (loss or gradient not finite)
 
     def choose_micro_batch(self, longest):
@@ -169,20 +167,19 @@ class Updater:
         the rollout, allows guessed_push. Its ratio is then 1 by construction.
         """
 
-        def measured(model, first, guess):
+        def measured(model, first):
             def work(size):
+                guess = None
+                if first is not None and len(first) > size and advantages is not None:
+                    guess = self.guessed_push(rollout, first, advantages)
                 return self.logprobs_by(model, rollout, mini_batches, size, first, guess)
 
             return self.with_smaller_batches("micro_batch", work)
 
         if self.reference is not None:
-            rollout.ref_logprobs, _ = measured(self.reference, None, None)
+            rollout.ref_logprobs, _ = measured(self.reference, None)
         first = mini_batches[0] if keep_graph else None
-        guess = None
-        too_large = len(mini_batches[0]) > self.at_once["micro_batch"]
-        if keep_graph and too_large and advantages is not None and self.guesses:
-            guess = self.guessed_push(rollout, first, advantages)
-        rollout.old_logprobs, rollout.entropy = measured(self.model, first, guess)
+        rollout.old_logprobs, rollout.entropy = measured(self.model, first)
         rollout.logprobs = rollout.old_logprobs.clone()
 
     def logprobs_by(self, model, rollout, mini_batches, size, first, guess):
@@ -214,6 +211,10 @@ class Updater:
         has the same gradient at all of them, so also at 0. `has_learned` checks it against the
         gradient at the measured ones. Advantages that need the entropy raise an error here.
         """
+        if self.needs_all_rows or self.o.sampler_correction:
+            return None  # they need the measured log-probabilities
+        if not takes_ratios_only(self.algo, self.loss_options):
+            return None
         dtype = torch.promote_types(self.model.dtype, torch.float32)
         zeros = torch.zeros(rollout.mask.shape, dtype=dtype, device=rollout.mask.device)
         rollout.logprobs = rollout.old_logprobs = zeros
@@ -439,40 +440,3 @@ def enable_checkpointing(model):
             "--gradient-checkpointing needs train mode, in which this model computes other "
             "log-probabilities than in eval mode (randomness or a clamp): leave it out"
         )
-
-
-def split_micro_batches(rollout, rows, size, share_prompts=False):
-    """Split the indices `rows` into micro-batches of at most `size`, with little padding.
-
-    Rows of similar length go together. If prompts are shared, rows with the same prompt go together
-    instead where that runs fewer tokens.
-    """
-    by_length = rows[rollout.lengths[rows].argsort(stable=True)].split(size)
-    if not share_prompts:
-        return list(by_length)
-    prompts = [tuple(prompt) for prompt in rollout.prompts]
-    lengths = rollout.mask.sum(1).tolist()  # of the completions
-    longest = {}  # completion of each prompt
-    for i in rows.tolist():
-        longest[prompts[i]] = max(longest.get(prompts[i], 0), lengths[i])
-
-    def prompt_first(i):
-        return longest[prompts[i]], prompts[i], lengths[i]
-
-    by_prompt = torch.tensor(sorted(rows.tolist(), key=prompt_first)).split(size)
-
-    def tokens(micro_batches):
-        return sum(tokens_run(rows.tolist(), prompts, lengths) for rows in micro_batches)
-
-    return list(min(by_length, by_prompt, key=tokens))
-
-
-def tokens_run(rows, prompts, lengths):
-    """Tokens run for one micro-batch with shared prompts, padding included.
-
-    Each distinct prompt runs once. prompts: tuples of token ids. lengths: of the completions.
-    """
-    distinct = {prompts[i] for i in rows}
-    prompt_tokens = len(distinct) * max(len(prompt) for prompt in distinct)
-    completion_tokens = len(rows) * max(lengths[i] for i in rows)
-    return prompt_tokens + completion_tokens
