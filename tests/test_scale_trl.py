@@ -118,17 +118,17 @@ def train(out, base=trl_trainer.Trainer, **settings):
     return weights(trainer.model), trainer
 
 
-def built(
-    out, base=trl_trainer.Trainer, processes=1, accumulated=1, updates=1, steps=EPOCHS, **settings
-):
+def built(out, base, processes=1, accumulated=1, updates=1, steps=EPOCHS, **settings):
     """A trainer. Each pass over a rollout has `updates` mini-batches."""
     folder = out / f"start-{os.environ.get('RANK', 0)}"
     tiny_random_model().save_pretrained(folder)
     # TRL loads the reference from where the model is from.
     model = Qwen2ForCausalLM.from_pretrained(folder)
-    trainer_settings = {k: settings.pop(k) for k in ("algo", "options") if k in settings}
-    reward_funcs = settings.pop("reward_funcs", is_right)
-    config = (RLOOConfig if base is RLOOTrainer else GRPOConfig)(
+    names = ("algo", "options", "reward_funcs")
+    trainer_settings = {k: settings.pop(k) for k in names if k in settings}
+    trainer_settings.setdefault("reward_funcs", is_right)
+    kind = RLOOConfig if base is RLOOTrainer else GRPOConfig
+    config = kind(
         output_dir=str(out),
         use_cpu=True,
         bf16=False,
@@ -155,7 +155,6 @@ def built(
         args=config,
         model=model,
         processing_class=tokenizer(),
-        reward_funcs=reward_funcs,
         train_dataset=Dataset.from_list([{"prompt": text} for text in PROMPTS]),
         **trainer_settings,
     )
@@ -386,7 +385,7 @@ SPREADS = (0.0, torch.float32), (1e-3, torch.float32), (0.5, torch.float32), (2.
 
 @pytest.mark.parametrize("algo", SAME)
 def test_loss_and_gradient_equal_those_of_trl(algo, tmp_path, monkeypatch):
-    trainer = built(tmp_path, algo=algo)
+    trainer = built(tmp_path, trl_trainer.Trainer, algo=algo)
     reference = built(tmp_path, GRPOTrainer, **SAME[algo])
     A = torch.tensor([0.9, -0.4, 0.0, -1.3])
     for spread, dtype in SPREADS:
@@ -462,7 +461,9 @@ def test_the_history_of_ha_dw_is_that_of_the_earlier_rollouts(tmp_path):
         calls.append(is_right(completion_ids))
         return calls[-1] if len(calls) == 2 else [float(i % 4 == 0) for i in range(ROWS)]
 
-    trainer = built(tmp_path, algo="ha_dw", steps=EPOCHS + 1, reward_funcs=right)
+    trainer = built(
+        tmp_path, trl_trainer.Trainer, algo="ha_dw", steps=EPOCHS + 1, reward_funcs=right
+    )
     trainer.train()
     second = torch.tensor(calls[1])
     assert trainer.history == pytest.approx([0.25, second.mean().item()]) and len(calls) == 2

@@ -410,6 +410,19 @@ def test_the_estimator_of_ha_dw_compares_with_all_groups_and_earlier_rollouts():
         compute_advantage(data, adv_estimator="ha_dw")
 
 
+def dict_as_transfer_queue(monkeypatch, module, store):
+    def kv_batch_get(keys, partition_id, select_fields):
+        return TensorDict(
+            {name: store[name] for name in select_fields if name in store}, batch_size=13
+        )
+
+    def kv_batch_put(keys, partition_id, fields):
+        store.update(fields.items())
+
+    monkeypatch.setattr(module.tq, "kv_batch_get", kv_batch_get)
+    monkeypatch.setattr(module.tq, "kv_batch_put", kv_batch_put)
+
+
 @pytest.mark.parametrize("algo", ["gtpo", "ktae"])
 def test_entropies_and_ids_reach_the_estimator_in_verls_trainer(algo, monkeypatch):
     """verl's own PPOTrainer._compute_advantage; only its transfer queue is replaced by a dict."""
@@ -435,16 +448,7 @@ def test_entropies_and_ids_reach_the_estimator_in_verls_trainer(algo, monkeypatc
         "responses": nested(ids[order], lengths),
     }
 
-    def kv_batch_get(keys, partition_id, select_fields):
-        return TensorDict(
-            {name: store[name] for name in select_fields if name in store}, batch_size=13
-        )
-
-    def kv_batch_put(keys, partition_id, fields):
-        store.update(fields.items())
-
-    monkeypatch.setattr(trainer_base.tq, "kv_batch_get", kv_batch_get)
-    monkeypatch.setattr(trainer_base.tq, "kv_batch_put", kv_batch_put)
+    dict_as_transfer_queue(monkeypatch, trainer_base, store)
     config = verl_config(f"algorithm.adv_estimator={algo}")
     trainer = SimpleNamespace(config=config)
     keys = trainer_base.KVBatchMeta(
