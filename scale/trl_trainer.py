@@ -1,4 +1,4 @@
-"""The seven algorithms on TRL's GRPOTrainer, on one GPU or many.
+"""The algorithms on TRL's GRPOTrainer, on one GPU or many.
 
     python scale/trl_trainer.py --algo tepo --model tiny --data tiny
     accelerate launch --num_processes 8 scale/trl_trainer.py --algo tepo --preset gsm8k \\
@@ -21,7 +21,6 @@ per optimizer step, except the first of a rollout.
 """
 
 import argparse
-import importlib
 import os
 import sys
 from dataclasses import fields
@@ -80,6 +79,7 @@ from datasets import Dataset
 from transformers import HfArgumentParser
 
 try:
+    from accelerate.utils import broadcast
     from trl import GRPOConfig, GRPOTrainer
     from trl.models.utils import disable_gradient_checkpointing
 except ImportError as error:
@@ -91,7 +91,7 @@ except ImportError as error:
 
 from grpo import token_mean
 from rewards import correct, overlong_penalty
-from trainer.algorithm import named, parameters, split_options
+from trainer.algorithm import load_algorithm, named, parameters, split_options
 from trainer.data import load_problems, split_overlap
 from trainer.policy import context_length, load_policy
 from trainer.prompts import Chat, encode_problems
@@ -103,7 +103,8 @@ REPLACED = [
     *["loss_type", "epsilon", "epsilon_high", "delta", "beta", "importance_sampling_level"],
     *["scale_rewards", "multi_objective_aggregation", "top_entropy_quantile", "entropy_coef"],
     *["use_adaptive_entropy", "off_policy_mask_threshold", "use_bias_correction_kl"],
-    *["router_aux_loss_coef"],
+    *["router_aux_loss_coef", "sapo_temperature_pos", "sapo_temperature_neg"],
+    *["vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"],
 ]
 
 
@@ -114,14 +115,15 @@ class Trainer(GRPOTrainer):
     prompt_ids: {text of a prompt: its token ids}, for prompts that TRL must not encode itself. args
     and the rest: as in GRPOTrainer, by keyword. A reward function named `right` says which
     completions succeeded (1.0), for GTPO and GRPO-S; without one, a reward above 0.5 is a success.
-    Raises ValueError on a GRPOConfig that would be ignored or that splits an optimizer step.
+    Raises ValueError on a GRPOConfig that would be ignored or that does not fit the algorithm.
     """
 
     def __init__(self, algo, *, args, options=None, prompt_ids=None, **kwargs):
         options = dict(options or {})
         self.prompt_ids = prompt_ids or {}
         check_config(algo, args)
-        self.algo = importlib.import_module(algo)
+        self.algo = load_algorithm(algo)
+        self.history = []  # the mean reward of each rollout so far, for HA-DW
         self.advantage_options, self.loss_options = split_options(self.algo, options)
         # If it is not 0, TRL loads the reference model and computes ref_per_token_logps.
         args.beta = options.get("beta", 0.0)
@@ -178,9 +180,12 @@ class Trainer(GRPOTrainer):
         rewards = (self.rewards_per_func * weights).nansum(1)  # [B]
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         inputs = {name: self.everywhere(batch[name]) for name in ("entropy", "mask")}
-        inputs["right"] = self.right()
+        inputs["completions"] = self.everywhere(batch["completion_ids"])
+        inputs["right"], inputs["history"] = self.right(), self.history
         wanted = named(self.algo.advantages, inputs)
         advantages = self.algo.advantages(rewards, group_size, **wanted, **self.advantage_options)
+        if self.model.training:
+            self.history = [*self.history, rewards.mean().item()]
         batch["advantages"] = self.own(advantages, batch["mask"])  # [b] or [b, t]
         return batch
 
@@ -216,18 +221,20 @@ class Trainer(GRPOTrainer):
         old = self.everywhere(whole(window, "old_per_token_logps"))
         A = self.everywhere(weighted_advantages(window))
         mask = self.everywhere(whole(window, "mask"))
-        options = {**self.loss_options, **self.loss_inputs(window, entropy)}
+        options = {**self.loss_inputs(window, entropy), **self.loss_options}
 
         def loss_and_push(**changed):
             with torch.enable_grad():
                 loss = self.algo.loss(logp, old, A, mask, **{**options, **changed})
-                return loss, torch.autograd.grad(loss, logp)[0]
+                push = torch.autograd.grad(loss, logp)[0]
+            # Clip-Cov draws tokens at random: every process takes the first one's draw.
+            return broadcast(loss.detach()), broadcast(push)
 
         loss, push = loss_and_push()
         sizes = [len(x["mask"]) for x in window]
         pieces = self.own(push, logprobs).split(sizes)
         for x, piece in zip(window, pieces, strict=True):
-            x["push"], x["loss"] = piece, loss.detach()
+            x["push"], x["loss"] = piece, loss
 
         without_kl = {name: 0.0 for name in KL_COEFFICIENTS if options.get(name)}
         if without_kl:
@@ -235,7 +242,7 @@ class Trainer(GRPOTrainer):
         self.log_mini_batch(logp, old, A, mask, self.everywhere(entropy), push)
 
     def loss_inputs(self, window, entropy):
-        """The tensors that the algorithm's loss takes by keyword, [B, T], where TRL has them."""
+        """What the algorithm's loss takes by keyword: tensors [B, T], where TRL has them, and L."""
         found = {
             "entropy": entropy,
             "old_entropy": whole(window, "entropy"),
@@ -245,7 +252,8 @@ class Trainer(GRPOTrainer):
         for name in parameters(self.algo.loss):
             if found.get(name) is not None:
                 wanted[name] = self.everywhere(found[name])
-        return wanted
+        lengths = {"max_length": self.max_completion_length}  # Dr. GRPO's L
+        return {**wanted, **named(self.algo.loss, lengths)}
 
     def log_mini_batch(self, logp, old, A, mask, entropy, policy_push):
         """policy_push: dL/dlogprobs without the loss's KL terms."""
@@ -277,7 +285,7 @@ class Trainer(GRPOTrainer):
 
 
 def check_config(algo, args):
-    """Raise ValueError on a GRPOConfig that would be ignored or that splits an optimizer step."""
+    """Raise ValueError on a GRPOConfig that would be ignored or that does not fit the algorithm."""
     for name in REPLACED:
         if getattr(args, name) != GRPOConfig.__dataclass_fields__[name].default:
             raise ValueError(f"{name} has no effect on {algo}: its options are those of {algo}.py")
@@ -286,6 +294,14 @@ def check_config(algo, args):
             f"steps_per_generation {args.steps_per_generation} must be a multiple of "
             f"gradient_accumulation_steps {args.gradient_accumulation_steps}: "
             f"an optimizer step is taken on one rollout"
+        )
+    if algo == "dr_grpo" and args.max_completion_length is None:
+        raise ValueError("dr_grpo divides by a constant: set max_completion_length")
+    weighted = args.use_vllm and args.vllm_importance_sampling_correction
+    if algo in ("clip_cov", "kl_cov") and weighted:
+        raise ValueError(
+            f"{algo} cannot take vLLM's weights, which would change the covariance it chooses "
+            f"tokens by: set --vllm_importance_sampling_correction false"
         )
 
 

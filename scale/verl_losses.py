@@ -1,22 +1,23 @@
-"""The seven algorithms in verl's registries, as policy losses and advantage estimators.
+"""The algorithms in verl's registries, as policy losses and advantage estimators.
 
     VERL_USE_EXTERNAL_MODULES=verl_losses PYTHONPATH=scale python -m verl.trainer.main_ppo \\
         algorithm.adv_estimator=tepo actor_rollout_ref.actor.policy_loss.loss_mode=tepo ...
 
 They have the names of our files. verl calls a policy loss once per micro-batch on every GPU, sums
-the gradients of the micro-batches and averages those of the GPUs. None of the seven losses mixes
-sequences. So each micro-batch's loss is multiplied by its share of the mini-batch's tokens or
-sequences and by the number of GPUs; the results add up to the loss of the whole mini-batch. verl
-gives the totals in global_batch_info.
+the gradients of the micro-batches and averages those of the GPUs. All losses but clip_cov's and
+kl_cov's are sums over sequences. So each micro-batch's loss is multiplied by its share of the
+mini-batch's tokens or sequences and by the number of GPUs; the results add up to the loss of the
+whole mini-batch. verl gives the totals in global_batch_info. clip_cov and kl_cov choose tokens by a
+covariance over the whole mini-batch: they refuse a micro-batch that is only a part of it.
 
 From the config come the clip range, actor.clip_ratio_low and clip_ratio_high (README.md lists each
-file's own), and actor.loss_agg_mode, which must name the algorithm's own average. A KL to a
-reference is verl's use_kl_loss. Every other option has its file's default. Our "gspo" loss replaces
-verl's own, which is equal. The estimator "grpo" stays verl's, which divides by std + 1e-6 where
-ours divides by std + 1e-4.
+file's own), the options for which verl has a field (see loss_options), and actor.loss_agg_mode,
+which must name the algorithm's own average. A KL to a reference is verl's use_kl_loss. Every other
+option has its file's default. Our "gspo", "clip_cov", "kl_cov", "cispo" and "sapo" losses replace
+verl's own. The estimators "grpo" and "rloo" stay verl's: its grpo divides by std + 1e-6 where ours
+divides by std + 1e-4.
 """
 
-import importlib
 import sys
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
 # At the end of the path, so that none of our files hides a package of the same name.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+from trainer.algorithm import load_algorithm, named  # noqa: E402
+
 AVERAGE = {
     "tepo": "token-mean",
     "dapo": "token-mean",
@@ -35,14 +38,32 @@ AVERAGE = {
     "gspo": "seq-mean-token-mean",
     "grpo_s": "seq-mean-token-mean",
     "trgrpo": "seq-mean-token-mean",
+    "clip_cov": "token-mean",
+    "kl_cov": "token-mean",
+    "ce_gppo": "token-mean",
+    "aspo": "token-mean",
+    "dppo": "token-mean",
+    "reweight": "token-mean",
+    "raft": "token-mean",
+    "ha_dw": "seq-mean-token-mean",
+    "ktae": "token-mean",
+    "dhpo": "token-mean",
+    "dr_grpo": "seq-mean-token-sum-norm",
+    "rloo": "seq-mean-token-sum",
+    "cispo": "token-mean",
+    "sapo": "seq-mean-token-mean",
+    "gmpo": "seq-mean-token-mean",
 }
-# [B, T] nats, of the rollout whose advantages are computed next; verl_entropy.py sets it.
+PER_SEQUENCE = ("grpo_s", "rloo", "gmpo")  # their losses take one advantage per sequence
+# [B, T], of the rollout whose advantages are computed next: the sampling policy's entropies in
+# nats, and token ids. verl_entropy.py sets both.
 sampling_entropy = None
+sampled_ids = None
 
 
 def policy_loss(algo):
     """algo.loss in verl's signature: tensors [b, T] and an ActorConfig -> (scalar, metrics)."""
-    module = importlib.import_module(algo)
+    module = load_algorithm(algo)
 
     def loss(
         old_log_prob,
@@ -59,13 +80,15 @@ def policy_loss(algo):
                 f"set actor.loss_agg_mode to it, not {loss_agg_mode}"
             )
         mask = response_mask != 0
+        options = loss_options(algo, config)
+        if algo in ("clip_cov", "kl_cov"):
+            check_whole(algo, mask, config.global_batch_info, rollout_is_weights)
         if rollout_is_weights is not None:
             # A weight is not negative, so it multiplies the token's term of the loss.
             advantages = advantages * rollout_is_weights
-        if algo == "grpo_s":  # one advantage per sequence, which verl repeats on every token
+        if algo in PER_SEQUENCE:  # verl repeats the advantage on every token
             advantages = (advantages * mask).sum(1) / mask.sum(1).clamp(min=1)
-        low, high = clip_range(config)
-        value = module.loss(log_prob, old_log_prob, advantages, mask, eps_low=low, eps_high=high)
+        value = module.loss(log_prob, old_log_prob, advantages, mask, **options)
         logged = metrics(value, log_prob, old_log_prob, advantages, mask)
         return scaled(algo, value, mask, config.global_batch_info), logged
 
@@ -78,6 +101,43 @@ def clip_range(config):
     low = config.clip_ratio if low is None else low
     high = config.clip_ratio if high is None else high
     return low, high
+
+
+def loss_options(algo, config):
+    """The options of algo.loss for which verl's config has a field. Raises ValueError."""
+    low, high = clip_range(config)
+    length = config.loss_scale_factor
+    if algo == "dr_grpo" and length is None:
+        raise ValueError(
+            "dr_grpo divides by a constant number of tokens: "
+            "set actor.loss_scale_factor to data.max_response_length"
+        )
+    known = {"eps_low": low, "eps_high": high, "delta_low": low, "delta_high": high}
+    known |= {"tau_pos": config.tau_pos, "tau_neg": config.tau_neg}
+    known |= {"dual_clip": config.clip_ratio_c, "max_length": length}
+    more = config.policy_loss
+    if algo == "clip_cov":
+        known["cov_ratio"] = more.clip_cov_ratio
+        known |= {"cov_low": more.clip_cov_lb, "cov_high": more.clip_cov_ub}
+    if algo == "kl_cov":
+        known |= {"cov_ratio": more.kl_cov_ratio, "cov_coef": more.ppo_kl_coef}
+    return named(load_algorithm(algo).loss, known)
+
+
+def check_whole(algo, mask, info, weights):
+    """Raise ValueError unless these rows are the whole mini-batch, without rollout weights."""
+    total = info.get("batch_num_tokens")
+    if info.get("dp_size", 1) > 1 or (total is not None and total != mask.sum()):
+        raise ValueError(
+            f"{algo} chooses among all tokens of a mini-batch, and verl shows a loss one "
+            f"micro-batch: run it on one GPU with a micro-batch as large as the mini-batch, or "
+            f"with scale/trl_trainer.py"
+        )
+    if weights is not None:
+        raise ValueError(
+            f"{algo} cannot take rollout weights, which would change the covariance it chooses "
+            f"tokens by: set algorithm.rollout_correction.rollout_is=null"
+        )
 
 
 def scaled(algo, value, mask, info):
@@ -123,36 +183,63 @@ def estimator(algo):
     (advantages, returns), both [B, T]. The rows of a prompt may be in any order. A row alone in its
     group gets 0.
     """
-    module = importlib.import_module(algo)
+    module = load_algorithm(algo)
+    history = []  # the mean reward of each rollout so far, for HA-DW
 
     def advantages(token_level_rewards, response_mask, index, config=None, **_):
-        if algo in ("gtpo", "grpo_s"):
-            check_entropy(algo, response_mask)
+        check_sampled(algo, response_mask)
         rewards = token_level_rewards.sum(1)
         A = torch.zeros_like(token_level_rewards)
-        for prompt in np.unique(index):
-            rows = torch.from_numpy(np.flatnonzero(index == prompt))
-            if len(rows) == 1:
+        for rows, group_size in calls(algo, index):
+            if group_size == 1:
                 continue
-            entropy = None if sampling_entropy is None else sampling_entropy[rows]
-            mask = response_mask[rows]
-            a = module.advantages(rewards[rows], len(rows), entropy=entropy, mask=mask)
+            inputs = {"mask": response_mask[rows], "history": history}
+            inputs["entropy"] = None if sampling_entropy is None else sampling_entropy[rows]
+            inputs["completions"] = None if sampled_ids is None else sampled_ids[rows]
+            wanted = named(module.advantages, inputs)
+            a = module.advantages(rewards[rows], group_size, **wanted)
             A[rows] = a if a.ndim == 2 else a[:, None].expand(-1, A.shape[1])
+        history.append(rewards.mean().item())
         A = A * response_mask
         return A, A
 
     return advantages
 
 
-def check_entropy(algo, response_mask):
-    if sampling_entropy is None or sampling_entropy.shape != response_mask.shape:
+def calls(algo, index):
+    """[(rows, group size)] for each call of algo.advantages: one per prompt.
+
+    HA-DW compares each group with all others: one call for all. Raises ValueError if its groups are
+    not of one size.
+    """
+    _, prompt, sizes = np.unique(index, return_inverse=True, return_counts=True)
+    rows = torch.from_numpy(np.argsort(prompt, kind="stable"))
+    if algo != "ha_dw":
+        return [(part, len(part)) for part in rows.split(sizes.tolist())]
+    if (sizes != sizes[0]).any():
+        raise ValueError(f"ha_dw needs groups of one size; got {sorted(set(sizes.tolist()))}")
+    return [(rows, int(sizes[0]))]
+
+
+def check_sampled(algo, response_mask):
+    """Raise ValueError if an algorithm lacks what only verl_entropy.py hands over."""
+    needs = {
+        "gtpo": ("the sampling policy's entropies", sampling_entropy),
+        "grpo_s": ("the sampling policy's entropies", sampling_entropy),
+        "ktae": ("the completions' token ids", sampled_ids),
+    }
+    if algo not in needs:
+        return
+    name, given = needs[algo]
+    if given is None or given.shape != response_mask.shape:
         raise ValueError(
-            f"{algo} needs the sampling policy's entropies, which verl does not give to "
-            f"estimators: set VERL_USE_EXTERNAL_MODULES=verl_losses,verl_entropy"
+            f"{algo} needs {name}, which verl does not give to estimators: "
+            f"set VERL_USE_EXTERNAL_MODULES=verl_losses,verl_entropy"
         )
 
 
 for name in AVERAGE:
     register_policy_loss(name)(policy_loss(name))
-    if name != "grpo":  # for this name verl's trainer always calls its own
+    # grpo: for this name verl's trainer always calls its own. rloo: verl's is ours.
+    if name not in ("grpo", "rloo"):
         register_adv_est(name)(estimator(name))

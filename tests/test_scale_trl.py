@@ -1,5 +1,6 @@
 """scale/trl_trainer.py against TRL, a plain loop, and itself on two processes."""
 
+import gc
 import json
 import os
 import socket
@@ -11,27 +12,48 @@ import torch
 pytest.importorskip("trl", reason="TRL is not installed: pip install -r scale/requirements.txt")
 
 import trl.trainer.grpo_trainer  # noqa: E402
+import trl.trainer.rloo_trainer  # noqa: E402
 from conftest import ROOT  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from prompt_folders import chatml_folder, write_problems  # noqa: E402
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer  # noqa: E402
 
 from scale import trl_trainer  # noqa: E402
-from trainer.options import ALGORITHMS  # noqa: E402
+from trainer.algorithm import load_algorithm, named  # noqa: E402
+from trainer.options import ALGORITHMS, MORE  # noqa: E402
 from trainer.prompts import Chat, Prompts  # noqa: E402
 
+# accelerate collects garbage at the start of every training: do not search what is imported.
+gc.freeze()
 # One between TRL's and transformers' releases.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 GROUP, ROWS = 4, 12  # 3 groups; on two processes of 6 rows the second group lies on both
 PROMPTS = ["Mia has 3 eggs.", "Tom has 40 pens. How many?", "Zoe"]
 EPOCHS = 2  # the second pass is off-policy
+ALL = [*ALGORITHMS, *MORE]
+LONGEST = 10  # tokens of a completion
 # Every branch: the entropies of both policies, the reference, a clip that binds.
 OPTIONS = {
     "tepo": {"kl_coef": 0.5, "eps_low": 1e-3, "eps_high": 1e-3},
     "grpo": {"beta": 0.3},
     "dapo": {"eps_low": 0.02, "eps_high": 0.03},
     "gspo": {"eps_low": 1e-3, "eps_high": 1e-3},
+    "clip_cov": {"cov_ratio": 0.1, "cov_low": 0.01, "eps_low": 0.02, "eps_high": 0.03},
+    "kl_cov": {"cov_ratio": 0.1},
+    "ce_gppo": {"eps_low": 0.02, "eps_high": 0.03},
+    "aspo": {"eps_low": 0.02, "eps_high": 0.03, "cap": 1.01},
+    "dppo": {"delta_low": 2e-3, "delta_high": 1e-3},
+    "reweight": {"eps_low": 0.02, "eps_high": 0.03},
+    "raft": {"variant": "reinforce_rej", "eps_high": 0.03, "dual_clip": 1.01},
+    "ha_dw": {"eps_low": 0.02, "eps_high": 0.03},
+    "ktae": {"eps_low": 0.02, "eps_high": 0.03},
+    "dhpo": {"eps_low": 0.02, "eps_high": 0.03},
+    "dr_grpo": {"eps_low": 0.02, "eps_high": 0.03},
+    "rloo": {"eps_low": 0.1, "eps_high": 0.2},
+    "cispo": {"eps_low": 0.02, "eps_high": 0.03},
+    "sapo": {"tau_pos": 2.0, "tau_neg": 3.0},
+    "gmpo": {"eps_low": 0.02, "eps_high": 0.03},
 }
 
 
@@ -39,10 +61,13 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(ROOT / "tiny")
 
 
+VOCABULARY = len(tokenizer())
+
+
 def tiny_random_model(seed=0):
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=len(tokenizer()),
+        vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=2,
@@ -67,7 +92,7 @@ def completion(row):
     """
     g = torch.Generator().manual_seed(row)
     length = int(torch.randint(1, 9, (), generator=g))
-    return [*torch.randint(2, len(tokenizer()), (length,), generator=g).tolist(), 1]
+    return [*torch.randint(2, VOCABULARY, (length,), generator=g).tolist(), 1]
 
 
 def is_right(completion_ids, **_):
@@ -80,25 +105,30 @@ def pinned(base):
     class Pinned(base):
         def _generate_single_turn(self, prompt_ids, *_, **__):
             start = self.accelerator.process_index * len(prompt_ids)
-            return [completion(start + i) for i in range(len(prompt_ids))], None
+            ids = [completion(start + i) for i in range(len(prompt_ids))]
+            return ids if base is RLOOTrainer else (ids, None)
 
     return Pinned
 
 
-def train(
-    out, base=trl_trainer.Trainer, processes=1, accumulated=1, updates=1, steps=EPOCHS, **settings
-):
-    """(parameters, trainer) after `steps` steps of SGD on one rollout.
+def train(out, base=trl_trainer.Trainer, **settings):
+    """(parameters, trainer) after `steps` steps of SGD on one rollout. settings: those of built."""
+    trainer = built(out, base, **settings)
+    trainer.train()
+    return weights(trainer.model), trainer
 
-    Each pass over the rollout has `updates` mini-batches.
-    """
+
+def built(out, base, processes=1, accumulated=1, updates=1, steps=EPOCHS, **settings):
+    """A trainer. Each pass over a rollout has `updates` mini-batches."""
     folder = out / f"start-{os.environ.get('RANK', 0)}"
     tiny_random_model().save_pretrained(folder)
     # TRL loads the reference from where the model is from.
     model = Qwen2ForCausalLM.from_pretrained(folder)
-    trainer_settings = {k: settings.pop(k) for k in ("algo", "options") if k in settings}
-    reward_funcs = settings.pop("reward_funcs", is_right)
-    config = GRPOConfig(
+    names = ("algo", "options", "reward_funcs")
+    trainer_settings = {k: settings.pop(k) for k in names if k in settings}
+    trainer_settings.setdefault("reward_funcs", is_right)
+    kind = RLOOConfig if base is RLOOTrainer else GRPOConfig
+    config = kind(
         output_dir=str(out),
         use_cpu=True,
         bf16=False,
@@ -111,7 +141,7 @@ def train(
         steps_per_generation=accumulated * updates,
         num_iterations=EPOCHS,
         num_generations=GROUP,
-        max_completion_length=10,
+        max_completion_length=LONGEST,
         temperature=0.7,
         max_steps=steps,
         report_to="none",
@@ -121,27 +151,39 @@ def train(
         shuffle_dataset=False,
         **settings,
     )
-    trainer = pinned(base)(
+    return pinned(base)(
         args=config,
         model=model,
         processing_class=tokenizer(),
-        reward_funcs=reward_funcs,
         train_dataset=Dataset.from_list([{"prompt": text} for text in PROMPTS]),
         **trainer_settings,
     )
-    trainer.train()
-    return weights(trainer.model), trainer
+
+
+def first_ones(n):
+    """In place of torch.randperm, which only Clip-Cov's loss calls in these tests."""
+    return torch.arange(n)
+
+
+def last_ones(n):
+    return torch.arange(n).flip(0)
 
 
 @pytest.fixture(autouse=True)
 def rows_in_order(monkeypatch):
     """No shuffling of a rollout's rows, which would give other mini-batches on each process."""
-    monkeypatch.setattr(trl.trainer.grpo_trainer, "shuffle_sequence_dict", lambda batch: batch)
+    for file in trl.trainer.grpo_trainer, trl.trainer.rloo_trainer:
+        monkeypatch.setattr(file, "shuffle_sequence_dict", lambda batch: batch)
+
+
+def padded(rows):
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
 
 
 def plain_loop(algo, options):
     """The same training by hand: the whole batch at once, the file's two functions, SGD."""
-    module, model = __import__(algo), tiny_random_model()
+    module, model = load_algorithm(algo), tiny_random_model()
     split = trl_trainer.split_options(module, options)
     of_advantages, of_loss = split
     tok = tokenizer()
@@ -162,10 +204,13 @@ def plain_loop(algo, options):
     with torch.no_grad():
         old, old_entropy = forward()
     rewards = torch.tensor(is_right(said))
-    A = module.advantages(rewards, GROUP, entropy=old_entropy, mask=mask, **of_advantages)
+    inputs = {"entropy": old_entropy, "mask": mask, "completions": padded(said)}
+    inputs = named(module.advantages, inputs)
+    A = module.advantages(rewards, GROUP, **inputs, **of_advantages)
     for _ in range(EPOCHS):
         logp, entropy = forward()
         others = {"ref_logprobs": old, "entropy": entropy, "old_entropy": old_entropy}
+        others["max_length"] = LONGEST
         if not options.get("beta"):
             del others["ref_logprobs"]
         others = {k: v for k, v in others.items() if k in trl_trainer.parameters(module.loss)}
@@ -184,8 +229,9 @@ def close(a, b, tolerance=2e-6):
     assert (a - b).abs().max() < tolerance
 
 
-@pytest.mark.parametrize("algo", ALGORITHMS)
-def test_gradient_accumulation_does_not_change_the_averages(algo, tmp_path):
+@pytest.mark.parametrize("algo", ALL)
+def test_gradient_accumulation_does_not_change_the_averages(algo, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "randperm", first_ones)
     options = OPTIONS.get(algo)
     expected = plain_loop(algo, options or {})
     logged = []
@@ -243,8 +289,10 @@ def worker(rank, port, out):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     trl.trainer.grpo_trainer.shuffle_sequence_dict = lambda batch: batch
+    # Two processes that draw different tokens: the first one's draw must hold for both.
+    torch.randperm = (first_ones, last_ones)[rank]
     after = {}
-    for algo in ALGORITHMS:
+    for algo in ALL:
         after[algo], trainer = train(
             out, processes=2, accumulated=3, algo=algo, options=OPTIONS.get(algo)
         )
@@ -257,13 +305,14 @@ def worker(rank, port, out):
 
 
 def test_two_processes_equal_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "randperm", first_ones)
     monkeypatch.delenv("PYTHONWARNINGS")  # as the pytestmark above, in the processes started here
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     torch.multiprocessing.spawn(worker, (port, tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for algo in ALGORITHMS:
+    for algo in ALL:
         assert torch.equal(first[algo], second[algo])
         close(first[algo], plain_loop(algo, OPTIONS.get(algo, {})))
 
@@ -274,14 +323,17 @@ SAME = {  # our algorithm -> the settings under which TRL's loss is the same
     "gspo": dict(
         loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4
     ),
+    "cispo": dict(loss_type="cispo", epsilon_high=5.0),  # TRL's is the bound itself
+    "sapo": dict(loss_type="sapo"),
+    "dr_grpo": dict(loss_type="dr_grpo", epsilon=0.2, scale_rewards="none"),
 }
 
 
 @pytest.mark.parametrize("algo", SAME)
 def test_steps_equal_those_of_trl(algo, tmp_path):
-    # Two mini-batches per pass, but one for DAPO: TRL would divide each mini-batch's loss by the
-    # rollout's mean number of tokens per mini-batch.
-    updates = 1 if algo == "dapo" else 2
+    # Two mini-batches per pass, but one for DAPO and CISPO: TRL would divide each mini-batch's loss
+    # by the rollout's mean number of tokens per mini-batch.
+    updates = 1 if algo in ("dapo", "cispo") else 2
     ours, trainer = train(tmp_path, algo=algo, updates=updates, steps=2 * updates)
     theirs, reference = train(
         tmp_path, base=GRPOTrainer, updates=updates, steps=2 * updates, **SAME[algo]
@@ -311,23 +363,40 @@ def their_loss(trainer, monkeypatch, logp, old, A, mask, **more):
     return loss, torch.autograd.grad(loss, logp)[0]
 
 
-@pytest.mark.parametrize("algo", SAME)
-def test_loss_and_gradient_equal_those_of_trl(algo, tmp_path, monkeypatch):
-    _, trainer = train(tmp_path, trl_trainer.Trainer, steps=1, algo=algo)
-    _, reference = train(tmp_path, GRPOTrainer, steps=1, **SAME[algo])
+def toy_batch(spread, dtype=torch.float32):
+    """(logprobs, old_logprobs, mask) of one group, all [4, 7]."""
     g = torch.Generator().manual_seed(3)
     mask = (torch.arange(7) < torch.tensor([7, 1, 4, 5])[:, None]).long()
-    old = -3 * torch.rand(4, 7, generator=g)
+    old = (-3 * torch.rand(4, 7, generator=g)).to(dtype)
+    logp = old + spread * torch.randn(4, 7, generator=g).to(dtype)
+    return logp.requires_grad_(), old, mask
+
+
+def equal(ours, logp, value, gradient):
+    assert gradient.any()
+    torch.testing.assert_close(ours, value, atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.autograd.grad(ours, logp)[0], gradient, atol=1e-6, rtol=0)
+
+
+# On-policy; where GSPO's clip binds; far off; where CISPO's bound of 5 binds, whose larger ratios
+# fp32 rounds by more than the tolerance.
+SPREADS = (0.0, torch.float32), (1e-3, torch.float32), (0.5, torch.float32), (2.0, torch.float64)
+
+
+@pytest.mark.parametrize("algo", SAME)
+def test_loss_and_gradient_equal_those_of_trl(algo, tmp_path, monkeypatch):
+    trainer = built(tmp_path, trl_trainer.Trainer, algo=algo)
+    reference = built(tmp_path, GRPOTrainer, **SAME[algo])
     A = torch.tensor([0.9, -0.4, 0.0, -1.3])
-    for spread in (0.0, 1e-3, 0.5):  # on-policy; where GSPO's clip binds; far off
-        logp = (old + spread * torch.randn(4, 7, generator=g)).requires_grad_()
-        value, gradient = their_loss(reference, monkeypatch, logp, old, A, mask)
-        ours = trainer.algo.loss(logp, old, A, mask)
-        assert gradient.any()
-        torch.testing.assert_close(ours, value, atol=1e-6, rtol=0)
-        torch.testing.assert_close(torch.autograd.grad(ours, logp)[0], gradient, atol=1e-6, rtol=0)
+    for spread, dtype in SPREADS:
+        logp, old, mask = toy_batch(spread, dtype)
+        value, gradient = their_loss(reference, monkeypatch, logp, old, A.to(dtype), mask)
+        lengths = named(trainer.algo.loss, {"max_length": LONGEST})
+        equal(trainer.algo.loss(logp, old, A.to(dtype), mask, **lengths), logp, value, gradient)
     # vLLM's importance weights, per sequence and per token (not in GSPO, which has one ratio).
     monkeypatch.setattr(reference, "use_vllm", True)
+    logp, old, mask = toy_batch(0.5)
+    g = torch.Generator().manual_seed(4)
     corrections = [torch.tensor([[1.0], [0.5], [0.0], [1.3]]), 2 * torch.rand(4, 7, generator=g)]
     for weight in corrections[: 1 if algo == "gspo" else 2]:
         value, gradient = their_loss(
@@ -338,6 +407,71 @@ def test_loss_and_gradient_equal_those_of_trl(algo, tmp_path, monkeypatch):
         trainer.push([batch], logp, old)
         torch.testing.assert_close(batch["loss"], value.detach(), atol=1e-6, rtol=0)
         torch.testing.assert_close(batch["push"], gradient, atol=1e-6, rtol=0)
+
+
+def fed(algo, old, mask):
+    """(TRL's settings, the advantages for TRL, those for us): TRL has the loss, not the method."""
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    module = load_algorithm(algo)
+    if algo == "reweight":
+        A = module.advantages(rewards, GROUP)
+        scaled = (0.2 * old.exp() + 0.8) * A[:, None]
+        return dict(loss_type="dapo", epsilon=0.2, epsilon_high=0.24), scaled, A
+    if algo == "ktae":
+        ids = torch.randint(0, 5, mask.shape, generator=torch.Generator().manual_seed(0))
+        A = module.advantages(rewards, GROUP, completions=ids, mask=mask)
+        return dict(loss_type="dapo", epsilon=0.2, epsilon_high=0.28), A, A
+    A = module.advantages(rewards, GROUP, history=[0.1, 0.9, 0.7])
+    return dict(loss_type="grpo", epsilon=0.2), A, A
+
+
+@pytest.mark.parametrize("algo", ["reweight", "ktae", "ha_dw"])
+def test_loss_and_gradient_equal_those_of_trl_fed_with_our_advantages(algo, tmp_path, monkeypatch):
+    _, old, mask = toy_batch(0.0)
+    settings, theirs, ours = fed(algo, old, mask)
+    reference = built(tmp_path, GRPOTrainer, **settings)
+    for spread, dtype in SPREADS[:3]:
+        logp, old, mask = toy_batch(spread, dtype)
+        value, gradient = their_loss(reference, monkeypatch, logp, old, theirs, mask)
+        equal(load_algorithm(algo).loss(logp, old, ours, mask), logp, value, gradient)
+
+
+def test_rloo_equals_trls_trainer(tmp_path, monkeypatch):
+    """Its loss on given log-probabilities, in float64; and its steps, advantages included.
+
+    fp32 is not enough for 1e-6: the ratio is a product over the row, so it gets large.
+    """
+    reference = built(tmp_path, RLOOTrainer, beta=0.0)
+    A = torch.tensor([1.0, -1 / 3, -1 / 3, -1 / 3]).double()
+    for spread in (0.0, 0.03, 0.5):
+        logp, old, mask = toy_batch(spread, torch.float64)
+        sums = {"old_logps": (old * mask).sum(1)}
+        value, gradient = their_loss(reference, monkeypatch, logp, old, A, mask, **sums)
+        equal(load_algorithm("rloo").loss(logp, old, A, mask), logp, value, gradient)
+    theirs, _ = train(tmp_path, RLOOTrainer, beta=0.0, updates=2, steps=4)
+    ours, _ = train(tmp_path, algo="rloo", updates=2, steps=4)
+    close(ours, theirs)
+
+
+def test_the_history_of_ha_dw_is_that_of_the_earlier_rollouts(tmp_path):
+    """Two rollouts of unequal mean reward; the second one's advantages by hand."""
+    calls = []
+
+    def right(completion_ids, **_):
+        calls.append(is_right(completion_ids))
+        return calls[-1] if len(calls) == 2 else [float(i % 4 == 0) for i in range(ROWS)]
+
+    trainer = built(
+        tmp_path, trl_trainer.Trainer, algo="ha_dw", steps=EPOCHS + 1, reward_funcs=right
+    )
+    trainer.train()
+    second = torch.tensor(calls[1])
+    assert trainer.history == pytest.approx([0.25, second.mean().item()]) and len(calls) == 2
+    want = load_algorithm("ha_dw").advantages(second, GROUP, history=[0.25])
+    without = load_algorithm("ha_dw").advantages(second, GROUP)
+    got = trainer._buffered_inputs[0]["advantages"]
+    torch.testing.assert_close(got, want)
+    assert (want - without).abs().max() > 0.05
 
 
 def test_prompts_and_ends_of_a_turn_are_those_of_train_py(tmp_path, monkeypatch):
@@ -436,3 +570,22 @@ def test_refusals(flags, line, tmp_path):
     with pytest.raises(ValueError, match=line):
         flags = f"--preset tiny --prompts 4 --group-size 4 --updates 1 {flags}"
         trl_trainer.main([*flags.split(), "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "algo, settings, line",
+    [
+        ("sapo", {"sapo_temperature_pos": 2.0}, "sapo_temperature_pos has no effect on sapo"),
+        ("clip_cov", {"use_vllm": True}, "clip_cov cannot take vLLM's weights"),
+        ("kl_cov", {"use_vllm": True}, "--vllm_importance_sampling_correction false"),
+        ("dr_grpo", {"max_completion_length": None}, "set max_completion_length"),
+    ],
+)
+def test_configs_that_do_not_fit_the_algorithm(algo, settings, line):
+    defaults = {"steps_per_generation": 1, "gradient_accumulation_steps": 1, "use_cpu": True}
+    config = GRPOConfig(bf16=False, num_generations=2, per_device_train_batch_size=2, **defaults)
+    trl_trainer.check_config(algo, config)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=line):
+        trl_trainer.check_config(algo, config)

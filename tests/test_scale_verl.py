@@ -25,21 +25,36 @@ from verl.utils import tensordict_utils as tu  # noqa: E402
 from verl.workers.config import ActorConfig, PolicyLossConfig  # noqa: E402
 from verl.workers.utils.losses import ppo_loss  # noqa: E402
 
+from trainer.options import ALGORITHMS, MORE  # noqa: E402
+
 del os.environ["VERL_USE_EXTERNAL_MODULES"]
 verl_losses = sys.modules["verl_losses"]
+load_algorithm, named = verl_losses.load_algorithm, verl_losses.named
 AVERAGE = verl_losses.AVERAGE
-CLIP = {"grpo": (0.2, 0.2), "gspo": (3e-4, 4e-4), "trgrpo": (0.2, 0.24)}  # the others: 0.2, 0.28
+WHOLE = ("clip_cov", "kl_cov")  # need the whole mini-batch in one micro-batch
+CLIP = {  # the files' own clip ranges; of those not named here: 0.2, 0.28
+    **dict.fromkeys(["grpo", "ce_gppo", "aspo", "raft", "ha_dw", "dr_grpo", "rloo"], (0.2, 0.2)),
+    **dict.fromkeys(["trgrpo", "reweight"], (0.2, 0.24)),
+    "gspo": (3e-4, 4e-4),
+    "clip_cov": (1.0, 1.0),
+    "dppo": (0.15, 0.15),
+    "cispo": (1.0, 4.0),
+    "gmpo": (0.4, 0.4),
+}
+LONGEST = 9  # tokens, Dr. GRPO's constant
 LENGTHS = torch.tensor([7, 1, 4, 5, 2, 6, 3, 3])
 
 
 def actor_config(algo, **settings):
     low, high = CLIP.get(algo, (0.2, 0.28))
     own = {"clip_ratio_low": low, "clip_ratio_high": high, "loss_agg_mode": AVERAGE[algo]}
+    own["loss_scale_factor"] = LONGEST if algo == "dr_grpo" else None
+    policy_loss = {"kl_cov_ratio": 2e-3, "ppo_kl_coef": 1.0, **settings.pop("policy_loss", {})}
     return ActorConfig(
         strategy="fsdp",
         rollout_n=4,
         ppo_micro_batch_size_per_gpu=2,
-        policy_loss=PolicyLossConfig(loss_mode=algo),
+        policy_loss=PolicyLossConfig(loss_mode=algo, **policy_loss),
         **{**own, **settings},
     )
 
@@ -78,11 +93,160 @@ def test_loss_and_gradient_equal_those_of_verl(algo, spread, weighed):
     torch.testing.assert_close(ours, value, atol=1e-6, rtol=0)
     torch.testing.assert_close(torch.autograd.grad(ours, logp)[0], gradient, atol=1e-6, rtol=0)
     if not weighed:  # the file itself, with its own defaults
-        alone = importlib.import_module(algo).loss(logp, old, A[:, 0], mask)
+        alone = load_algorithm(algo).loss(logp, old, A[:, 0], mask)
         torch.testing.assert_close(alone, value, atol=1e-6, rtol=0)
     if spread == 0.5:
         clipped = (gradient == 0)[mask & (A != 0)].float().mean().item()
         assert 0 < clipped == pytest.approx(logged["actor/pg_clipfrac"]) or weighed
+
+
+PEERS = {  # ours -> verl's function, and its settings beside those of actor_config
+    "clip_cov": (core_algos.compute_policy_loss_clip_cov, {}),
+    "kl_cov": (core_algos.compute_policy_loss_kl_cov, {}),
+    "dppo": (core_algos.compute_policy_loss_dppo_tv, {"clip_ratio_c": 20.0}),
+    "cispo": (core_algos.compute_policy_loss_cispo, {}),
+    "sapo": (core_algos.compute_policy_loss_sapo, {}),
+    "gmpo": (core_algos.compute_policy_loss_geo_mean, {}),
+    "dr_grpo": (core_algos.compute_policy_loss_vanilla, {"clip_ratio_c": 1e9}),
+    "raft": (core_algos.compute_policy_loss_vanilla, {"clip_ratio_c": 3.0}),
+}
+
+
+def double(*tensors):
+    """float64 copies: the ratios of spread 2.0 are so large that fp32 rounds by over 1e-6.
+
+    All logprobs are made negative: DPPO takes exp(logprobs) as probabilities.
+    """
+    logp, *others = tensors
+    others = [x if x.dtype == torch.bool else x.double() for x in others]
+    logp = -logp.detach().double().abs()
+    return logp.requires_grad_(), *others
+
+
+def value_and_gradient(loss, logp):
+    """loss() with the same random state at every call: the choice of Clip-Cov."""
+    torch.manual_seed(5)
+    value = loss()
+    return value, torch.autograd.grad(value, logp)[0]
+
+
+def equal(ours, theirs, logp):
+    ours, theirs = value_and_gradient(ours, logp), value_and_gradient(theirs, logp)
+    assert theirs[1].any()
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize(
+    "algo, weighed", [(a, w) for a in PEERS for w in (False, True) if not (w and a in WHOLE)]
+)
+def test_loss_and_gradient_equal_those_of_verl_for_the_methods_of_more(algo, spread, weighed):
+    """The file with its defaults, and the loss that is registered in verl.
+
+    Rollout weights: clip_cov and kl_cov refuse them; for geo_mean verl takes the geometric mean of
+    a row's weights and we take their mean, so they agree where all weights of a row are equal.
+    """
+    logp, old, A, mask = double(*batch(spread))
+    weights = torch.linspace(0, 2, 56).view(8, 7) if weighed else None
+    if weighed and algo == "gmpo":
+        weights = weights[:, :1].expand(8, 7)
+    peer, settings = PEERS[algo]
+    config = actor_config(algo, **settings)
+    config.global_batch_info["loss_scale_factor"] = config.loss_scale_factor  # as ppo_loss does
+
+    def theirs():
+        return peer(old, logp, A, mask, AVERAGE[algo], config, weights)[0]
+
+    def ours():
+        loss = core_algos.get_policy_loss_fn(algo)
+        return loss(old, logp, A, mask, AVERAGE[algo], config, weights)[0]
+
+    def alone():
+        module = load_algorithm(algo)
+        lengths = named(module.loss, {"max_length": LONGEST})
+        return module.loss(logp, old, A[:, 0], mask, **lengths)
+
+    equal(ours, theirs, logp)
+    if not weighed:
+        equal(alone, theirs, logp)
+
+
+@pytest.mark.parametrize("algo", ["clip_cov", "kl_cov", "sapo", "raft"])
+def test_options_that_verls_config_has_are_taken_from_it(algo):
+    logp, old, A, mask = double(*batch(2.0))
+    peer, settings = PEERS[algo]
+    more = {"clip_cov_ratio": 0.3, "clip_cov_lb": 0.1, "clip_cov_ub": 2.0}
+    more |= {"kl_cov_ratio": 0.3, "ppo_kl_coef": 0.4}
+    settings = {"clip_ratio_c": 1.5, "tau_pos": 2.0, "tau_neg": 3.0, "policy_loss": more}
+    config = actor_config(algo, **settings)
+    defaults = actor_config(algo)
+
+    def theirs():
+        return peer(old, logp, A, mask, AVERAGE[algo], config)[0]
+
+    def ours(config=config):
+        return core_algos.get_policy_loss_fn(algo)(old, logp, A, mask, AVERAGE[algo], config)[0]
+
+    equal(ours, theirs, logp)
+    by_default = value_and_gradient(lambda: ours(defaults), logp)[1]
+    assert (value_and_gradient(ours, logp)[1] - by_default).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 2.0])
+def test_dppo_with_divergence_kl_equals_verls_dppo_kl(spread):
+    logp, old, A, mask = double(*batch(spread))
+    options = {"divergence": "kl", "delta_low": 0.05, "delta_high": 0.05}
+    ranges = {"clip_ratio_low": 0.05, "clip_ratio_high": 0.05, "clip_ratio_c": 20.0}
+    config = actor_config("dppo", **ranges)
+
+    def ours():
+        return load_algorithm("dppo").loss(logp, old, A[:, 0], mask, **options)
+
+    def theirs():
+        peer = core_algos.compute_policy_loss_dppo_kl
+        return peer(old, logp, A, mask, "token-mean", config)[0]
+
+    equal(ours, theirs, logp)
+
+
+@pytest.mark.parametrize("variant", ["raft++", "reinforce_rej"])
+def test_raft_and_reinforce_rej_equal_verls_vanilla_with_our_advantages(variant):
+    logp, old, _, mask = double(*batch(2.0))
+    raft = load_algorithm("raft")
+    rewards = torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1]).double()
+    A = raft.advantages(rewards, 4, variant=variant)
+    wanted = {"raft++": [1, 0, 0, 1, 1, 1, 1, 1], "reinforce_rej": [1, -1, -1, 1, 0, 0, 0, 0]}
+    assert A.tolist() == wanted[variant]
+    config = actor_config("raft", clip_ratio_c=3.0)
+
+    def theirs():
+        peer = core_algos.compute_policy_loss_vanilla
+        return peer(old, logp, A[:, None] * mask, mask, "token-mean", config)[0]
+
+    equal(lambda: raft.loss(logp, old, A, mask, variant=variant), theirs, logp)
+
+
+def test_rloo_advantages_equal_verls():
+    """Groups of four, rows in any order. A row alone in its group is left out: verl's rloo keeps
+    its bare reward, verl's rloo_vectorized gives 0.
+    """
+    data, order, right, _, mask = rollout()
+    want = load_algorithm("rloo").advantages(right[:12], 4)[:, None] * mask[:12]
+    assert want.any()
+    for name in ("rloo", "rloo_vectorized"):
+        got = torch.empty(13, 6)
+        got[order] = compute_advantage(data, adv_estimator=name).batch["advantages"].float()
+        torch.testing.assert_close(got[:12], want, atol=1e-6, rtol=0)
+
+
+def test_dr_grpo_advantages_equal_verls():
+    data, order, right, _, mask = rollout()
+    want = load_algorithm("dr_grpo").advantages(right[:12], 4)[:, None] * mask[:12]
+    assert want.any()
+    got = torch.empty(13, 6)
+    settings = {"adv_estimator": "grpo", "norm_adv_by_std_in_grpo": False}
+    got[order] = compute_advantage(data, **settings).batch["advantages"].float()
+    torch.testing.assert_close(got[:12], want, atol=1e-6, rtol=0)
 
 
 def nested(x, lengths):
@@ -111,18 +275,20 @@ def micro_batch(rows, logp, old, A, mask, **info):
     return {"log_probs": torch.nested.as_nested_tensor(shifted, layout=torch.jagged)}, data
 
 
-@pytest.mark.parametrize("algo", AVERAGE)
+@pytest.mark.parametrize("algo", [a for a in AVERAGE if a not in WHOLE])
 def test_micro_batches_on_two_gpus_add_up_to_the_whole(algo):
     """Summed over micro-batches as in verl and averaged over GPUs as in FSDP, the losses and
     gradients are those of the whole mini-batch.
     """
     logp, old, A, mask = batch(0.05)
-    if algo == "gtpo":  # an advantage per token
+    per_token = algo in ("gtpo", "ktae")
+    if per_token:
         A = A * torch.linspace(0.5, 1.5, 7)
     low, high = 0.01, 0.03  # the config's, not the files'
-    whole = importlib.import_module(algo).loss(
-        logp, old, A if algo == "gtpo" else A[:, 0], mask, eps_low=low, eps_high=high
-    )
+    options = {"eps_low": low, "eps_high": high, "delta_low": low, "delta_high": high}
+    module = load_algorithm(algo)
+    options = named(module.loss, {**options, "max_length": LONGEST})
+    whole = module.loss(logp, old, A if per_token else A[:, 0], mask, **options)
     (expected,) = torch.autograd.grad(whole, logp)
     config = actor_config(algo, clip_ratio_low=low, clip_ratio_high=high)
     info = {"dp_size": 2, "batch_num_tokens": int(mask.sum()), "global_batch_size": 8}
@@ -133,6 +299,37 @@ def test_micro_batches_on_two_gpus_add_up_to_the_whole(algo):
             total += loss / 2
     torch.testing.assert_close(total, whole, atol=1e-6, rtol=0)
     torch.testing.assert_close(torch.autograd.grad(total, logp)[0], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("algo", WHOLE)
+def test_what_needs_the_whole_mini_batch_is_refused(algo):
+    """Unless one GPU has it in one micro-batch; then the loss is the file's."""
+    logp, old, A, mask = batch(0.05)
+    config = actor_config(algo)
+    info = {"dp_size": 1, "batch_num_tokens": int(mask.sum()), "global_batch_size": 8}
+    rows = list(range(8))
+    torch.manual_seed(5)
+    value, _ = ppo_loss(config, *micro_batch(rows, logp, old, A, mask, **info))
+    torch.manual_seed(5)
+    torch.testing.assert_close(value, load_algorithm(algo).loss(logp, old, A[:, 0], mask))
+    with pytest.raises(ValueError, match=f"{algo} chooses among all tokens"):
+        ppo_loss(config, *micro_batch(rows[:3], logp, old, A, mask, **info))
+    with pytest.raises(ValueError, match=f"{algo} chooses among all tokens"):
+        ppo_loss(config, *micro_batch(rows, logp, old, A, mask, **{**info, "dp_size": 2}))
+    with pytest.raises(ValueError, match=f"{algo} cannot take rollout weights"):
+        weights = torch.ones(8, 7)
+        loss = core_algos.get_policy_loss_fn(algo)
+        loss(old, logp, A, mask, "token-mean", actor_config(algo), weights)
+
+
+def test_dr_grpo_without_its_constant_is_refused():
+    logp, old, A, mask = batch(0.0)
+    config = actor_config("dr_grpo")
+    object.__setattr__(config, "loss_scale_factor", None)
+    with pytest.raises(ValueError, match="set actor.loss_scale_factor to data.max_response_length"):
+        core_algos.get_policy_loss_fn("dr_grpo")(
+            old, logp, A, mask, "seq-mean-token-sum-norm", config
+        )
 
 
 def rollout(seed=0):
@@ -153,19 +350,31 @@ def rollout(seed=0):
     return data, order, right, entropy, mask
 
 
-@pytest.mark.parametrize("algo", [a for a in AVERAGE if a != "grpo"])
+OF_GRPO = [  # their advantages are GRPO's
+    *("tepo", "dapo", "gspo", "trgrpo", "clip_cov", "kl_cov", "ce_gppo", "aspo", "dppo"),
+    *("reweight", "dhpo", "cispo", "sapo", "gmpo"),
+]
+
+
+def token_ids(seed=0):
+    return torch.randint(0, 5, (13, 6), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("algo", [*OF_GRPO, "gtpo", "grpo_s", "raft", "ktae", "dr_grpo"])
 def test_estimators(algo, monkeypatch):
     data, order, right, entropy, mask = rollout()
+    ids = token_ids()
     monkeypatch.setattr(verl_losses, "sampling_entropy", entropy[order])
+    monkeypatch.setattr(verl_losses, "sampled_ids", ids[order])
     got = torch.empty(13, 6)
     got[order] = compute_advantage(data, adv_estimator=algo).batch["advantages"]
-    want = importlib.import_module(algo).advantages(
-        right[:12], 4, entropy=entropy[:12], mask=mask[:12]
-    )
+    module = load_algorithm(algo)
+    inputs = {"entropy": entropy[:12], "mask": mask[:12], "completions": ids[:12]}
+    want = module.advantages(right[:12], 4, **named(module.advantages, inputs))
     want = (want if want.ndim == 2 else want[:, None]) * mask[:12]
     torch.testing.assert_close(got[:12], want)
-    assert not got[12].any() and not got[8:12].any() and got[:8].any()
-    if algo not in ("gtpo", "grpo_s"):
+    assert not got[12].any() and got[8:12].any() == (algo == "raft") and got[:8].any()
+    if algo in OF_GRPO:
         rewards, masks = data.batch["token_level_rewards"], data.batch["response_mask"]
         uid = data.non_tensor_batch["uid"]
         theirs, _ = core_algos.compute_grpo_outcome_advantage(rewards, masks, uid, epsilon=1e-4)
@@ -173,7 +382,49 @@ def test_estimators(algo, monkeypatch):
         torch.testing.assert_close(got[order][~alone], theirs[~alone].float(), atol=1e-6, rtol=0)
 
 
-def test_entropy_reaches_the_estimator_in_verls_trainer(monkeypatch):
+def test_every_method_has_an_estimator():
+    for algo in AVERAGE:
+        assert callable(core_algos.get_adv_estimator_fn(algo))
+    assert set(AVERAGE) == {*ALGORITHMS, *MORE}
+
+
+def test_the_estimator_of_ha_dw_compares_with_all_groups_and_earlier_rollouts():
+    data, order, right, _, mask = rollout()
+    in_groups = order < 12
+    rewards = data.batch["token_level_rewards"][in_groups]
+    masks, uid = data.batch["response_mask"][in_groups], data.non_tensor_batch["uid"][in_groups]
+    advantages = verl_losses.estimator("ha_dw")
+    module = load_algorithm("ha_dw")
+    right = right[:12]
+    for history in ([], [right.mean().item()]):
+        got = torch.empty(12, 6)
+        # The second rollout has fewer right answers, so that its anchor depends on the history.
+        now = right if not history else right * (torch.arange(12) % 4 == 0)
+        scale = (now / right.clamp(min=1e-9))[order[in_groups]][:, None]
+        got[order[in_groups]] = advantages(rewards * scale, masks, uid)[0]
+        want = module.advantages(now, 4, history=history)[:, None] * mask[:12]
+        torch.testing.assert_close(got, want)
+        assert want.any()
+    assert (want - module.advantages(now, 4)[:, None] * mask[:12]).abs().max() > 0.01
+    with pytest.raises(ValueError, match=r"ha_dw needs groups of one size; got \[1, 4\]"):
+        compute_advantage(data, adv_estimator="ha_dw")
+
+
+def dict_as_transfer_queue(monkeypatch, module, store):
+    def kv_batch_get(keys, partition_id, select_fields):
+        return TensorDict(
+            {name: store[name] for name in select_fields if name in store}, batch_size=13
+        )
+
+    def kv_batch_put(keys, partition_id, fields):
+        store.update(fields.items())
+
+    monkeypatch.setattr(module.tq, "kv_batch_get", kv_batch_get)
+    monkeypatch.setattr(module.tq, "kv_batch_put", kv_batch_put)
+
+
+@pytest.mark.parametrize("algo", ["gtpo", "ktae"])
+def test_entropies_and_ids_reach_the_estimator_in_verls_trainer(algo, monkeypatch):
     """verl's own PPOTrainer._compute_advantage; only its transfer queue is replaced by a dict."""
     pytest.importorskip(
         "transfer_queue", reason="TransferQueue is not installed: see scale/README.md"
@@ -184,6 +435,9 @@ def test_entropy_reaches_the_estimator_in_verls_trainer(monkeypatch):
         trainer_base.PPOTrainer, "_compute_advantage", trainer_base.PPOTrainer._compute_advantage
     )
     monkeypatch.setattr(verl_losses, "sampling_entropy", None)
+    monkeypatch.setattr(verl_losses, "sampled_ids", None)
+    monkeypatch.delitem(sys.modules, "verl_entropy", raising=False)  # wraps anew
+    ids = token_ids()
     data, order, right, entropy, mask = rollout()
     lengths = mask[order].sum(1)
     store = {
@@ -191,19 +445,11 @@ def test_entropy_reaches_the_estimator_in_verls_trainer(monkeypatch):
         "rm_scores": nested(data.batch["token_level_rewards"], lengths),
         "response_mask": nested(mask[order], lengths),
         "entropy": nested(entropy[order], lengths),
+        "responses": nested(ids[order], lengths),
     }
 
-    def kv_batch_get(keys, partition_id, select_fields):
-        return TensorDict(
-            {name: store[name] for name in select_fields if name in store}, batch_size=13
-        )
-
-    def kv_batch_put(keys, partition_id, fields):
-        store.update(fields.items())
-
-    monkeypatch.setattr(trainer_base.tq, "kv_batch_get", kv_batch_get)
-    monkeypatch.setattr(trainer_base.tq, "kv_batch_put", kv_batch_put)
-    config = verl_config("algorithm.adv_estimator=gtpo")
+    dict_as_transfer_queue(monkeypatch, trainer_base, store)
+    config = verl_config(f"algorithm.adv_estimator={algo}")
     trainer = SimpleNamespace(config=config)
     keys = trainer_base.KVBatchMeta(
         keys=[str(i) for i in range(13)], tags=[{}] * 13, partition_id="train"
@@ -214,9 +460,9 @@ def test_entropy_reaches_the_estimator_in_verls_trainer(monkeypatch):
     trainer_base.PPOTrainer._compute_advantage(trainer, keys, {})
     got = torch.zeros(13, 6)
     got[order] = store["advantages"].to_padded_tensor(0.0, (13, 6))
-    want = importlib.import_module("gtpo").advantages(
-        right[:12], 4, entropy=entropy[:12], mask=mask[:12]
-    )
+    module = load_algorithm(algo)
+    inputs = {"entropy": entropy[:12], "mask": mask[:12], "completions": ids[:12]}
+    want = module.advantages(right[:12], 4, **named(module.advantages, inputs))
     torch.testing.assert_close(got[:12], want)
 
 
@@ -275,7 +521,7 @@ def test_wrong_average_is_refused():
     logp, old, A, mask = batch(0.0)
     for algo in AVERAGE:
         with pytest.raises(ValueError, match=f"{algo} averages by {AVERAGE[algo]}"):
-            config = actor_config(algo, loss_agg_mode="seq-mean-token-sum")
+            config = actor_config(algo, loss_agg_mode="token-sum")
             core_algos.get_policy_loss_fn(algo)(old, logp, A, mask, config.loss_agg_mode, config)
 
 
