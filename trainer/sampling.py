@@ -122,7 +122,7 @@ def sample(
     mask = completion_mask(completions, eos_ids)
     ended = torch.isin(completions, torch.tensor(eos_ids, device=completions.device)).any(1)
     repeated = [prompt for prompt in prompts for _ in range(n)]
-    return Rollout(repeated, completions, mask, ~ended, logprobs * mask)
+    return Rollout(repeated, completions, mask, ~ended, logprobs.masked_fill(~mask, 0))
 
 
 def sampler_weights(rollout, most):
