@@ -27,9 +27,10 @@ from trainer.evaluate import decode, evaluate_only
 from trainer.lock import locked
 from trainer.logprobs import PLAIN
 from trainer.policy import sampling_copy
-from trainer.records import metrics_line, peak_mib, ratio_warning
+from trainer.records import metrics_line, peak_mib
 from trainer.sampling import Rollout, corrected, sample
 from trainer.session import BAD_STEPS
+from trainer.symptoms import Watch
 from trainer.update import Updater
 
 
@@ -54,7 +55,7 @@ class Trainer:
         )
         self.cursor = 0  # prompts drawn so far
         self.history = []  # the mean reward of each step so far
-        self.warned = False  # of ratios that are not 1 before the first update
+        self.watch = Watch(options.dtype)
 
     def step(self, step):
         """One rollout and its updates.
@@ -91,7 +92,6 @@ class Trainer:
         line.update(lr=lr, rollout_s=rollout_s, update_s=seconds - rollout_s)
         line["tokens_per_s"] = sum(batch.mask.sum().item() for batch in sampled) / seconds
         line["peak_mib"] = peak_mib(self.model.device)
-        self.warn_of_ratios(step, line["ratio_first_max"])
         bad_rows = sorted({row for update in updates for row in update["bad_rows"]})
         return line, rollout, bad_rows
 
@@ -175,13 +175,6 @@ class Trainer:
         advantages = function(rollout.rewards, self.o.group_size, **options)
         return corrected(advantages, rollout, self.o.sampler_correction)
 
-    def warn_of_ratios(self, step, largest):
-        """Print a warning, once per run, if a ratio before the first update is not 1."""
-        warning = ratio_warning(step, largest, self.o.dtype)
-        if warning and not self.warned:
-            self.warned = True
-            tqdm.write(warning)
-
 
 def loop(trainer, out, held_out, done):
     """Evaluate, train, write and save, from the step after `done` to the last.
@@ -198,7 +191,7 @@ def loop(trainer, out, held_out, done):
     with bar:  # closes the bar before a later message is printed
         for step in bar:
             line, rollout, bad_rows = trainer.step(step)
-            checkpoint.append_lines(out / "metrics.jsonl", [line])
+            session.write_metrics(trainer, out, line)
             bar.set_postfix_str(
                 f"accuracy {line['accuracy']:.2f}, entropy {line['entropy']:.2f}, "
                 f"{line['tokens_per_s']:.0f} tokens/s"

@@ -13,9 +13,6 @@ try:
 except ImportError:  # Windows
     resource = None
 
-# Rounding explains |pi_theta / pi_old - 1| up to this, before the first update on a rollout.
-RATIO_LIMITS = {"fp32": 1e-3, "bf16": 2e-2}
-
 
 def metrics_line(rollout, sampled, updates, group_size):
     """The metrics of a step, without its times. docs/metrics.md defines each of them.
@@ -59,22 +56,6 @@ def metrics_line(rollout, sampled, updates, group_size):
 def furthest_from_1(ratios):
     """The largest |w - 1| of a list of ratios; NaN if one of them is NaN."""
     return (torch.tensor(ratios, dtype=torch.float64) - 1).abs().max().item()
-
-
-def ratio_warning(step, largest, dtype):
-    """A warning if a ratio before the first update is not 1 up to rounding, else None.
-
-    largest: ratio_first_max, None if nothing was run.
-    """
-    limit = RATIO_LIMITS[dtype]
-    if largest is None or largest <= limit:  # NaN fails this test, and is reported
-        return None
-    return (
-        f"warning: step {step}: before the first update, pi_theta / pi_old differs from 1 by up to "
-        f"{largest:.2g} (rounding in {dtype} explains {limit:g}). Two passes of the same weights "
-        f"differ, so every ratio of this run has an error of this size. Does the model contain "
-        f"something random, such as dropout? Printed once; see ratio_first_max in metrics.jsonl"
-    )
 
 
 def per_token(advantages, mask):

@@ -1,11 +1,14 @@
 """What a run does between its training steps: evaluate, record, save and stop."""
 
+import contextlib
 import json
 import os
 import shlex
 import signal
 import sys
 import time
+
+from tqdm import tqdm
 
 from trainer import checkpoint
 from trainer.evaluate import evaluate, rows_of_evaluation
@@ -86,7 +89,14 @@ def write_evaluation(trainer, out, held_out, step):
 
     line = {"phase": "eval", "step": step}
     line.update(trainer.updater.with_smaller_batches("sample_batch", work))
+    write_metrics(trainer, out, line)
+
+
+def write_metrics(trainer, out, line):
+    """Append a line to metrics.jsonl, and print the warnings that are due with it."""
     checkpoint.append_lines(out / "metrics.jsonl", [line])
+    for warning in trainer.watch.see(line):
+        tqdm.write(warning)
 
 
 def write_samples(trainer, out, step, rollout, bad_rows):
@@ -124,12 +134,24 @@ def save(trainer, out, step, sizes):
 
 def restore(trainer, out):
     """Take up the run at its latest checkpoint. Returns the step after which it goes on."""
+    lines = lines_so_far(out)  # before those of later steps are cut off
     state = checkpoint.load(out, trainer.model, trainer.updater.optimizer, say=print)
     trainer.cursor = state["cursor"]
     trainer.history = state.get("history", [])  # older checkpoints are of methods without it
     trainer.updater.bad_steps = state["bad_steps"]
+    trainer.watch.catch_up(lines, state["step"])
     print(f"resuming {out} after step {state['step']} of {trainer.o.steps}")
     return state["step"]
+
+
+def lines_so_far(out):
+    """The lines of metrics.jsonl that can be read, as a list of dicts."""
+    path = out / "metrics.jsonl"
+    lines = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # the last one may be torn
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def stopped_by_bad_steps(out, step):
