@@ -51,6 +51,16 @@ STYLES = {  # algo: name, colour, dashes, marker
     "sapo": ("SAPO", "#88BB00", DASHED, "d"),
     "gmpo": ("GMPO", "#663355", DASHED, "8"),
 }
+# Of the user's methods, in the order in which they are first drawn; chosen as for the fifteen.
+OWN_LOOKS = (
+    ("#775522", (0, (3, 1)), "o"),
+    ("#444499", (0, (3, 1, 1, 1)), "s"),
+    ("#22bb55", (0, (7, 1)), "^"),
+    ("#bbbb77", (0, (3, 1)), "D"),
+    ("#55bbbb", (0, (3, 1, 1, 1)), "v"),
+    ("#7799ff", (0, (7, 1)), "P"),
+)
+own = {}  # {label: look}
 TOGETHER = 7  # methods in one panel; more are drawn as small multiples
 BEHIND = {"grpo": "#777777", "dapo": "#B0B0B0"}  # in grey behind every other method
 PANELS = (  # metric, title, unit
@@ -66,8 +76,13 @@ MAX_BYTES = 300_000  # of a picture that is to be committed
 
 
 def style(algo):
-    """Name, colour, dashes and marker of an algorithm, the same in every figure."""
-    return STYLES.get(algo, (algo, "#777777", "-", "."))
+    """Name, colour, dashes and marker of an algorithm.
+
+    Of ours the same in every figure, of the user's the same in this process.
+    """
+    if algo in STYLES:
+        return STYLES[algo]
+    return algo, *own.setdefault(algo, OWN_LOOKS[len(own) % len(OWN_LOOKS)])
 
 
 def method_name(algo, variant):
@@ -451,6 +466,16 @@ NOTES = {
 }
 
 
+def note(algo):
+    """What the credit picture says about a method; of a user's file, how its docstring begins."""
+    if not options.is_file(algo):
+        return NOTES[algo]
+    from trainer.algorithm import load_algorithm
+
+    text = load_algorithm(algo).__doc__ or Path(algo).name
+    return textwrap.shorten(text.strip().split("\n\n")[0], 80, placeholder=" …")
+
+
 def push(algo, group):
     """How the algorithm, with its default options, pushes the tokens of one group.
 
@@ -584,7 +609,7 @@ def credit_panels(rows, algos):
     nowhere = group.mask < 0
     panels = [("Entropy", "of the policy that sampled, nats", group.entropy, nowhere)]
     for algo in sorted(algos, key=[*ORDER, *algos].index):
-        panels.append((style(algo)[0], NOTES.get(algo, ""), *push(algo, group)))
+        panels.append((style(options.label(algo))[0], note(algo), *push(algo, group)))
     return panels
 
 
@@ -605,10 +630,10 @@ def plot_credit(path, out, step=None, shown=2, algos=options.ALGORITHMS):
     caption = f"Step {rows[0]['step']}, {group_of}"
     caption = "\n".join(textwrap.wrap(caption, 116, max_lines=2, placeholder=" …"))
     figure.text(0.01, 1 - 0.08 / height, caption, va="top", fontsize=8.5, parse_math=False)
-    for i, (name, note, values, clipped) in enumerate(panels, 1):
+    for i, (name, about, values, clipped) in enumerate(panels, 1):
         box = 0.08, (height - 0.42 - i * panel) / height, 0.915, cells / height
         ax = figure.add_axes(box, xlim=(0, 112), ylim=(len(picked), 0))
-        ax.set_title(f"{name}: {note}", loc="left", fontsize=9, pad=3)
+        ax.set_title(f"{name}: {about}", loc="left", fontsize=9, pad=3, parse_math=False)
         draw_panel(ax, name, [rows[i] for i in picked], values[picked], clipped[picked])
     add_credit_legend(figure)
     save(figure, out)
@@ -725,7 +750,7 @@ def build_parser():
     kind.add_argument("--credit", action="store_true", help=text)
     text = "with --credit: the group of this step; default: where the policy had moved most"
     parser.add_argument("--step", type=int, metavar="N", help=text)
-    text = "with --credit: these methods, or all; default: the seven"
+    text = "with --credit: these methods, or files of your own, or all; default: the seven"
     parser.add_argument("--algos", type=options.algorithm_names, metavar="A,B", help=text)
     return parser
 

@@ -9,7 +9,7 @@ import contextlib
 import sys
 import time
 
-from trainer.options import check_command_line, parse
+from trainer.options import check_command_line, label, parse
 
 if __name__ == "__main__":  # before torch is imported, so that --help does not wait for it
     check_command_line()
@@ -26,6 +26,7 @@ from trainer.data import problems_at
 from trainer.evaluate import decode, evaluate_only
 from trainer.lock import locked
 from trainer.logprobs import PLAIN
+from trainer.ownfile import OwnFileError
 from trainer.policy import sampling_copy
 from trainer.records import metrics_line, peak_mib
 from trainer.sampling import Rollout, corrected, sample
@@ -187,7 +188,7 @@ def loop(trainer, out, held_out, done):
         session.write_evaluation(trainer, out, held_out, done)
         draw(out)
     step, steps = done, range(done + 1, o.steps + 1)
-    bar = tqdm(steps, initial=done, total=o.steps, desc=o.algo, unit="step")
+    bar = tqdm(steps, initial=done, total=o.steps, desc=label(o.algo), unit="step")
     with bar:  # closes the bar before a later message is printed
         for step in bar:
             line, rollout, bad_rows = trainer.step(step)
@@ -278,7 +279,12 @@ def train_and_save(out, trainer, held_out, config, done, started):
             checkpoint.write_json(out / "config.json", {**config, "status": "done"})
             session.summary(out, time.perf_counter() - started)
         return status
-    except (OSError, MemoryError, BadReward) as error:  # others are bugs: show their traceback
+    except (
+        OSError,
+        MemoryError,
+        BadReward,
+        OwnFileError,
+    ) as error:  # others are bugs: show their traceback
         return refuse(f"{error}; when that is mended: {session.resume_command(out)}")
 
 

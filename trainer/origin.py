@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from trainer.algorithm import load_algorithm
+from trainer.options import is_file
 
 ROOT = Path(__file__).resolve().parents[1]
 ONLY_READS = "trainer/runs.py"  # reads finished runs, so it changes no number of a run
@@ -35,7 +36,10 @@ def weights_checksum(model):
 
 
 def code_checksums(algo):
-    """{file: checksum} of our files that determine the numbers of a run of this algorithm."""
+    """{file: checksum} of the files that determine the numbers of a run of this algorithm.
+
+    Ours by their path in the project, a file of the user by its full path.
+    """
     names = {"train.py", "rewards.py"}
     if (ROOT / "tiny" / "problems.py").is_file():  # a checkout may be without it
         names.add("tiny/problems.py")
@@ -43,6 +47,8 @@ def code_checksums(algo):
         names.add(f"trainer/{path.name}")
     names.discard(ONLY_READS)
     names.update(own_files(load_algorithm(algo)))
+    if is_file(algo):
+        names.add(algo)
     checksums = {}
     for name in sorted(names):
         checksums[name] = f"{zlib.crc32((ROOT / name).read_bytes()):08x}"
@@ -51,16 +57,21 @@ def code_checksums(algo):
 
 def own_files(module):
     """Our files that a module is made of: its own, and those that it imports from, and so on."""
-    files, waiting = set(), [module.__name__]
+    files, waiting, seen = set(), [module.__name__], set()
     while waiting:
         name = waiting.pop()
         file = name.replace(".", "/") + ".py"
-        if file in files or not (ROOT / file).is_file():
+        ours = (ROOT / file).is_file()
+        if name in seen or not (ours or name == module.__name__):
             continue
-        files.add(file)
+        seen.add(name)
+        if ours:
+            files.add(file)
         for value in vars(sys.modules[name]).values():
             is_module = inspect.ismodule(value)
-            waiting.append(value.__name__ if is_module else getattr(value, "__module__", ""))
+            waiting.append(
+                value.__name__ if is_module else getattr(value, "__module__", None) or ""
+            )
     return files
 
 

@@ -12,7 +12,7 @@ import torch
 
 from trainer import checkpoint, origin
 from trainer.data import checksum, load_problems, offline_without_network, split_overlap
-from trainer.options import CHANGEABLE_ON_RESUME, fill, flag
+from trainer.options import CHANGEABLE_ON_RESUME, fill, flag, label
 from trainer.policy import context_length, load_policy, use_threads
 from trainer.probes import probe
 from trainer.prompts import Chat, encode_problems, show, start_line
@@ -30,7 +30,7 @@ def run_folder(given):
             raise ValueError(f"{out} holds no run to resume (no readable config.json)")
         return out
     o = fill(given)
-    name = f"{o.algo}-{o.preset}"
+    name = f"{label(o.algo)}-{o.preset}"
     if o.eval_only:
         name = f"eval-{path_name(o.model)}-{path_name(o.data)}"
     out = Path(o.out or f"runs/{name}-s{o.seed}")
