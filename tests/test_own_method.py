@@ -241,6 +241,10 @@ def test_one_figure_refuses_two_files_of_one_name(tmp_path):
         (LOSS + "    return 0.5\n", "mine.py:1: loss must return a tensor of one number, not a"),
         (LOSS + "    return logprobs\n", "mine.py:1: loss must return one number, and not a"),
         (LOSS + "    return mask.sum() * 1.0\n", "mine.py:1: loss must depend on logprobs"),
+        (
+            "import torch\n" + LOSS + "    return torch.ones((), requires_grad=True) * 2\n",
+            "mine.py:2: loss must depend on logprobs",
+        ),
         (LOSS + "    return (0 * logprobs / 0).sum()\n", "mine.py:1: loss gave nan for a batch"),
         (
             LOSS + "    return (logprobs - old_logprobs).abs().sqrt().sum()\n",
@@ -256,7 +260,7 @@ def test_one_figure_refuses_two_files_of_one_name(tmp_path):
         ),
         (
             "def advantages(rewards, group_size):\n    return rewards.repeat(5, 1).T\n" + GRPO_LOSS,
-            "mine.py:1: advantages must return [B] or [B, T], for B = 4 and T = 3; it gave [4, 5]",
+            "mine.py:1: advantages must return [B] or [B, T], for B = 4 and T = 3; it ret",
         ),
         (
             "def advantages(rewards, group_size):\n    return rewards.tolist()\n" + GRPO_LOSS,
@@ -359,7 +363,7 @@ def test_step_2_may_learn_early_only_where_the_loss_allows_it(tmp_path, monkeypa
     """A loss with another gradient at other log-probabilities, and one that needs the entropy."""
     monkeypatch.setattr(train, "plot_runs", lambda *_: None)
     monkeypatch.setattr(train, "correct", child.parity)
-    body = "    ratio = (logprobs - old_logprobs).exp()\n    return -(ratio * A * ({}) * mask).mean()\n"
+    body = "    w = (logprobs - old_logprobs).exp()\n    return -(w * A * ({}) * mask).mean()\n"
     head = "def loss(logprobs, old_logprobs, A, mask, *, entropy=None):\n    A = A[:, None]\n"
     for name, weight in (("old", "old_logprobs.exp()"), ("entropy", "1 + entropy")):
         path = write(tmp_path, head + body.format(weight), f"{name}.py")

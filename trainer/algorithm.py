@@ -109,9 +109,7 @@ def checked_options(algo, given):
             options = ", ".join(f"{known}={default}" for known, default in defaults.items())
             raise ValueError(f"{label(algo)} has no option {name!r}; it has {options or 'none'}")
         values[name] = converted(name, text, type(defaults[name]))
-    result = try_out(module, values)
-    if is_file(algo):
-        check_finite(algo, module, *result)
+    try_out(module, values, algo)
     return values
 
 
@@ -149,20 +147,24 @@ def toy_inputs(function):
     return inputs(function, batch, slice(None), batch.entropy, batch.mask.shape[1])
 
 
-def try_out(module, values):
+def try_out(module, values, algo):
     """Call both functions once on the toy batch. Raises what they raise.
 
-    Returns the advantages, the loss, and its gradient [B, T].
+    What a file of the user returns must be finite and of the right shape; else OwnFileError.
     """
     batch = toy()
     advantage_options, loss_options = split_options(module, values)
     filled = {**toy_inputs(module.advantages), **advantage_options}
     advantages = module.advantages(batch.right, 2, **filled)
+    if is_file(algo):
+        check_toy(algo, module, "advantages", wrong_advantages(advantages, batch.mask))
     old_logprobs = -batch.mask.float()
     logprobs = old_logprobs.clone().requires_grad_()
     filled = {**toy_inputs(module.loss), **loss_options}
     loss = module.loss(logprobs, old_logprobs, advantages, batch.mask, **filled)
-    return advantages, loss, torch.autograd.grad(loss, logprobs)[0]
+    if is_file(algo):
+        (gradient,) = torch.autograd.grad(loss, logprobs, allow_unused=True)
+        check_toy(algo, module, "loss", wrong_loss(loss, gradient))
 
 
 # A file of the user
@@ -235,20 +237,27 @@ def check_loss(result, logprobs, *_):
         raise ValueError("must depend on logprobs, or it has no gradient")
 
 
-def check_finite(path, module, advantages, loss, gradient):
-    """Raise OwnFileError if what `try_out` returned is not finite, or not of the toy's shape."""
-    mask = toy().mask
+def check_toy(path, module, name, problem):
+    """Raise OwnFileError with the problem of what a function returned for the toy batch."""
+    if problem:
+        place = place_of(inspect.unwrap(getattr(module, name)), path)
+        raise OwnFileError(f"{place}: {name} {problem}")
+
+
+def wrong_advantages(advantages, mask):
     if advantages.shape not in (mask.shape, mask.shape[:1]):
         shape = list(advantages.shape)
-        problem = "advantages", f"must return [B] or [B, T], for B = 4 and T = 3; it gave {shape}"
-    elif not advantages.isfinite().all():
-        problem = "advantages", f"gave {advantages.tolist()} for rewards of 1, 0, 0, 1"
-    elif not loss.isfinite():
-        problem = "loss", f"gave {loss.item()} for a batch of four completions"
-    elif not gradient.isfinite().all():
-        problem = "loss", "has a gradient that is not finite, for a batch of four completions"
-    else:
-        return
-    name, text = problem
-    place = place_of(inspect.unwrap(getattr(module, name)), path)
-    raise OwnFileError(f"{place}: {name} {text}")
+        return f"must return [B] or [B, T], for B = 4 and T = 3; it returned {shape}"
+    if not advantages.isfinite().all():
+        return f"gave {advantages.tolist()} for rewards of 1, 0, 0, 1"
+    return None
+
+
+def wrong_loss(loss, gradient):
+    if gradient is None:
+        return "must depend on logprobs, or it has no gradient"
+    if not loss.isfinite():
+        return f"gave {loss.item()} for a batch of four completions"
+    if not gradient.isfinite().all():
+        return "has a gradient that is not finite, for a batch of four completions"
+    return None
