@@ -59,6 +59,9 @@ PANELS = (  # metric, title, unit
     ("length", "Completion length", "tokens"),
     ("clip_frac", "Clip fraction", "share of tokens"),
 )
+TRUNCATED = ("truncated", "Cut off at the limit", "share of completions")  # if any run has some
+LENIENT_FROM = 0.01  # of the accuracy above the strict one
+SHOWN_FROM = 0.05  # of its completions at some step
 MAX_BYTES = 300_000  # of a picture that is to be committed
 
 
@@ -125,6 +128,7 @@ def draw_metric(ax, metric, algos):
     for z, (algo, runs) in enumerate(algos.items(), 3):
         if metric == "accuracy":
             draw_sampled_accuracy(ax, algo, runs)
+            draw_lenient(ax, algo, runs)
             draw_evaluations(ax, algo, runs, z)
             continue
         _, colour, dashes, _ = style(algo)
@@ -145,6 +149,14 @@ def draw_sampled_accuracy(ax, algo, runs):
     for part in stretches(count):
         x, y = steps[part], mean[part]
         ax.plot(x, y, color=style(algo)[1], lw=0.6, alpha=0.5, marker=point(x))
+
+
+def draw_lenient(ax, algo, runs):
+    """Draw the lenient accuracy, if it is not the strict one, as a dotted line."""
+    steps, lenient, *_ = average(runs, "eval", "accuracy_lenient")
+    _, strict, *_ = average(runs, "eval", "accuracy")
+    if len(lenient) == len(strict) and np.any(lenient - strict > LENIENT_FROM):
+        ax.plot(steps, lenient, color=style(algo)[1], ls=":", lw=1.2, marker="_", ms=6)
 
 
 def point(x):
@@ -215,6 +227,8 @@ def seeds_note(groups):
 def plot_runs(runs, out):
     """Draw accuracy, entropy [nats], length [tokens] and clip fraction into the file `out`.
 
+    And the share of truncated completions, if there are many.
+
     runs: folders, .csv files, or what `read_runs` returns. Runs that differ in the seed alone are
     averaged, at each step over those that have a value; variants of one algorithm stand side by
     side. More than TOGETHER methods make small multiples. A run without lines yet makes empty
@@ -227,7 +241,8 @@ def plot_runs(runs, out):
     used = dict.fromkeys(algo for algos in groups.values() for algo in algos)
     figure = curves(groups, used) if len(used) <= TOGETHER else small_multiples(groups)
     accuracy = (
-        "markers are greedy, on held-out problems; thin lines are the sampled training rollouts"
+        "markers are greedy, on held-out problems (dotted: graded leniently); thin lines are the "
+        "sampled training rollouts"
     )
     figure.supxlabel(f"Accuracy: {accuracy}.\n{seeds_note(groups)}", fontsize=8)
     save(figure, out)
@@ -235,32 +250,47 @@ def plot_runs(runs, out):
 
 def curves(groups, used):
     """A figure of {variant: {algo: runs}} in which the methods of `used` share their panels."""
-    figure, columns = variant_panels(groups) if len(groups) > 1 else large_panels()
+    panels = panels_of(groups)
+    if len(groups) > 1:
+        figure, columns = variant_panels(groups, panels)
+    else:
+        figure, columns = large_panels(panels)
     for algos, axes in zip(groups.values(), columns, strict=True):
-        for (metric, _, _), ax in zip(PANELS, axes, strict=True):
+        for (metric, _, _), ax in zip(panels, axes, strict=True):
             draw_metric(ax, metric, algos)
             finish_panel(ax, metric)
     add_legend(figure, used)
     return figure
 
 
-def large_panels():
-    """A figure with accuracy over three smaller panels, and its one column of axes."""
-    figure = new_figure(8, 6.2)
-    mosaic = [["accuracy"] * 3, ["entropy", "length", "clip_frac"]]
+def panels_of(groups):
+    """PANELS, and TRUNCATED if the limit of tokens cuts off many completions of some run."""
+    for algos in groups.values():
+        for runs in algos.values():
+            _, share, *_ = average(runs, "train", "truncated")
+            if np.any(share >= SHOWN_FROM):
+                return (*PANELS, TRUNCATED)
+    return PANELS
+
+
+def large_panels(panels):
+    """A figure with accuracy over the other panels, smaller, and its one column of axes."""
+    figure = new_figure(8 if len(panels) == 4 else 9.5, 6.2)
+    metrics = [metric for metric, _, _ in panels]
+    mosaic = [[metrics[0]] * len(metrics[1:]), metrics[1:]]
     axes = figure.subplot_mosaic(mosaic, height_ratios=(1.4, 1))
-    for metric, title, unit in PANELS:
+    for metric, title, unit in panels:
         axes[metric].set(title=title, ylabel=unit, xlabel="training step")
-    return figure, [[axes[metric] for metric, _, _ in PANELS]]
+    return figure, [[axes[metric] for metric in metrics]]
 
 
-def variant_panels(variants):
+def variant_panels(variants, panels):
     """A figure with one column per variant and one row per metric, and its columns of axes."""
-    figure = new_figure(max(8, 2.7 * len(variants)), 9)
-    axes = figure.subplots(len(PANELS), len(variants), sharex=True, sharey="row")
+    figure = new_figure(max(8, 2.7 * len(variants)), 2.25 * len(panels))
+    axes = figure.subplots(len(panels), len(variants), sharex=True, sharey="row")
     for ax, variant in zip(axes[0], variants, strict=True):
         ax.set_title(variant, fontsize=10)
-    for ax, (_, title, unit) in zip(axes[:, 0], PANELS, strict=True):
+    for ax, (_, title, unit) in zip(axes[:, 0], panels, strict=True):
         ax.set_ylabel(f"{title}\n[{unit}]")
     for ax in axes[-1]:
         ax.set_xlabel("training step")
@@ -328,7 +358,8 @@ def add_grey_legend(figure, algos):
 def finish_panel(ax, metric):
     """Set the limits and scales of a panel, after its curves are drawn."""
     if metric == "accuracy":
-        ax.set_ylim(-0.02, 1.02)
+        half = ax.dataLim.y1 <= 0.5 and ax.has_data()
+        ax.set_ylim(-0.02, 0.52 if half else 1.02)
     if metric == "clip_frac":
         # It is 0 with some methods, 0.001 or 0.3 with others: logarithmic, and linear below 0.001.
         ticks = (0, 0.001, 0.01, 0.1, 1)

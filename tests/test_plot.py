@@ -259,6 +259,53 @@ def test_band_and_mean_are_what_is_drawn(tmp_path):
     assert (at_5.min(), at_5.max()) == (15, 17) and ax.lines[0].get_ydata()[4] == 16
 
 
+def with_values(run, phase, **values):
+    """The run with these values in the rows of a phase."""
+    for row in run["rows"]:
+        if row["phase"] == phase:
+            row.update(values)
+    return run
+
+
+def test_lenient_accuracy_is_drawn_where_it_is_not_the_strict_one(tmp_path):
+    from matplotlib.figure import Figure
+
+    for lenient, lines in ((0.9, ["-", ":", "-"]), (None, ["-", "-"]), (0.2, ["-", "-"])):
+        run = with_values(read_folder(write_run(tmp_path / "r")), "eval", accuracy_lenient=lenient)
+        for row in run["rows"]:
+            row["accuracy"] = min(row["accuracy"], 0.2)
+        ax = Figure().add_subplot()
+        plot.draw_metric(ax, "accuracy", {"tepo": [run]})
+        assert [line.get_linestyle() for line in ax.lines] == lines
+        if lenient == 0.9:
+            assert (ax.lines[1].get_ydata() == 0.9).all()
+
+
+@pytest.mark.parametrize("share, panels", [(0.5, 5), (0.04, 4), (None, 4)])
+@pytest.mark.parametrize("variants", [1, 2])
+def test_a_panel_shows_what_the_limit_cuts_off(tmp_path, monkeypatch, share, panels, variants):
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, out: figures.append(figure))
+    runs = [read_folder(write_run(tmp_path / str(u), updates=u)) for u in (1, 4)[:variants]]
+    with_values(runs[-1], "train", truncated=share)
+    plot.plot_runs(runs, tmp_path / "x.png")
+    assert len(figures[0].axes) == panels * variants
+    if panels == 5:
+        assert any((line.get_ydata() == 0.5).all() for line in figures[0].axes[-1].lines)
+
+
+@pytest.mark.parametrize("highest, top", [(0.45, 0.52), (0.55, 1.02)])
+def test_low_accuracies_have_half_the_scale(tmp_path, highest, top):
+    from matplotlib.figure import Figure
+
+    run = with_values(read_folder(write_run(tmp_path / "r")), "train", accuracy=0.1)
+    with_values(run, "eval", accuracy=0.3, ci_lo=0.2, ci_hi=highest)
+    ax = Figure().add_subplot()
+    plot.draw_metric(ax, "accuracy", {"tepo": [run]})
+    plot.finish_panel(ax, "accuracy")
+    assert ax.get_ylim() == (-0.02, top)
+
+
 def test_a_value_that_one_seed_lacks_is_left_out_of_the_mean_at_that_step_alone(tmp_path):
     runs = read_runs([write_run(tmp_path / str(s), seed=s) for s in range(3)])
     next(row for row in runs[2]["rows"] if row["phase"] == "train")["accuracy"] = None
