@@ -287,11 +287,13 @@ def test_a_panel_shows_what_the_limit_cuts_off(tmp_path, monkeypatch, share, pan
     figures = []
     monkeypatch.setattr(plot, "save", lambda figure, out: figures.append(figure))
     runs = [read_folder(write_run(tmp_path / str(u), updates=u)) for u in (1, 4)[:variants]]
-    with_values(runs[-1], "train", truncated=share)
+    runs.append(read_folder(write_run(tmp_path / "gspo", "gspo", updates=1)))
+    with_values(runs[-1], "train", truncated=share, clip_frac=0.1)
     plot.plot_runs(runs, tmp_path / "x.png")
     assert len(figures[0].axes) == panels * variants
     if panels == 5:
-        assert any((line.get_ydata() == 0.5).all() for line in figures[0].axes[-1].lines)
+        lines = [line for ax in figures[0].axes for line in ax.lines]
+        assert any((line.get_ydata() == 0.5).all() for line in lines)
 
 
 @pytest.mark.parametrize("highest, top", [(0.45, 0.52), (0.55, 1.02)])
@@ -455,6 +457,58 @@ def test_each_option_says_whether_it_makes_another_experiment(tmp_path):
 # Pictures
 
 
+def test_few_evaluations_are_points_and_the_rollouts_the_curve(tmp_path):
+    from matplotlib.figure import Figure
+
+    for steps, joined in ((8, False), (12, True)):  # 3 and 4 evaluations
+        run = read_folder(write_run(tmp_path / str(steps), steps=steps))
+        ax = Figure().add_subplot()
+        plot.draw_metric(ax, "accuracy", {"tepo": [run]})
+        rollouts, markers = ax.lines[:2]
+        assert (markers.get_linestyle() == "-") == joined
+        assert (rollouts.get_linewidth() > 1) == (not joined)
+
+
+def test_variants_of_one_method_share_their_panels(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, out: figures.append(figure))
+    for prompt in ("a" * 99 + "{question}", "{question}"):
+        name = str(len(prompt))
+        write_run(tmp_path / name, prompt=prompt, lr=1 / len(prompt))
+    plot.plot_runs([tmp_path / "10", tmp_path / "109"], tmp_path / "x.png")
+    names = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert len(names) == 2 and names[0].startswith("TEPO\n") and len(figures[0].axes) == 3
+    lines = "\n".join(names).split("\n")
+    assert max(map(len, lines)) <= 24 and any("…" in line for line in lines)
+    colours = {line.get_color() for line in figures[0].axes[1].lines}
+    assert len(colours) == 2 and plot.STYLES["tepo"][1] in colours
+
+
+def test_a_panel_shows_the_end_of_several_methods(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, out: figures.append(figure))
+    methods = ("grpo", "dapo", "gspo", "tepo")
+    folders = [write_run(tmp_path / f"{a}{s}", a, s) for a in methods for s in (0, 1)]
+    plot.plot_runs(folders, tmp_path / "x.png")
+    (end,) = [ax for ax in figures[0].axes if "end" in ax.get_title()]
+    means, seeds = end.lines[::2], end.lines[1::2]
+    assert [text.get_text() for text in end.get_xticklabels()] == ["GRPO", "DAPO", "GSPO", "TEPO"]
+    for mean, seed in zip(means, seeds, strict=True):  # at step 12: 0.2 + 0.12 (seed + 1)
+        np.testing.assert_allclose(mean.get_ydata(), 0.38)
+        np.testing.assert_allclose(seed.get_ydata(), [0.32, 0.44])
+
+
+@pytest.mark.parametrize("clipped, panels", [(0.0, 3), (1e-6, 4), (None, 3)])
+def test_a_clip_that_never_acts_is_a_sentence_and_no_panel(tmp_path, monkeypatch, clipped, panels):
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, out: figures.append(figure))
+    run = with_values(read_folder(write_run(tmp_path / "r")), "train", clip_frac=clipped)
+    plot.plot_runs([run], tmp_path / "x.png")
+    assert len(figures[0].axes) == panels
+    told = "No token was clipped" in figures[0].get_supxlabel()
+    assert told == (clipped == 0)
+
+
 def test_styles_tell_all_apart():
     """By colour; in grey by dashes and marker together, the seven by each of the two."""
     assert list(plot.STYLES) == list(plot.NOTES) == list(ORDER)
@@ -586,19 +640,28 @@ def test_picture_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_fit_finds_known_coefficients():
     entropy = np.linspace(0.1, 1.2, 40)
-    a, b, r2 = plot.fit_entropy(entropy, -0.35 * np.exp(entropy) + 1.2)
-    assert (a, b, r2) == pytest.approx((0.35, 1.2, 1.0))
+    a, b = plot.fit_entropy(entropy, -0.35 * np.exp(entropy) + 1.2)
+    assert (a, b) == pytest.approx((0.35, 1.2))
     noise = 0.05 * np.random.default_rng(0).normal(size=40)
     noisy = -0.35 * np.exp(entropy) + 1.2 + noise
-    a, b, r2 = plot.fit_entropy(entropy, noisy)
+    a, b = plot.fit_entropy(entropy, noisy)
     assert (a, b) == pytest.approx((0.35, 1.2), abs=0.05)
     rest = noisy + a * np.exp(entropy) - b
-    assert r2 == pytest.approx(1 - rest.var() / noisy.var()) and 0.9 < r2 < 1
-    assert rest.mean() == pytest.approx(0, abs=1e-12) and rest @ np.exp(entropy) == pytest.approx(
-        0, abs=1e-9
-    )
+    assert rest.mean() == pytest.approx(0, abs=1e-12)
+    assert rest @ np.exp(entropy) == pytest.approx(0, abs=1e-9)
     for points in ([], [1.0, 2.0], [0.5] * 9):
         assert all(map(math.isnan, plot.fit_entropy(points, points)))
+
+
+def test_misfit_is_the_largest_mean_error_of_a_tenth():
+    entropy = np.linspace(0, 1, 40)[::-1]  # in any order
+    right = 0.9 - 0.2 * np.exp(entropy)
+    assert plot.misfit(entropy, right, 0.2, 0.9) == pytest.approx(0, abs=1e-12)
+    shifted = right.copy()
+    shifted[:4] -= [0.1, 0.2, 0.3, 0.4]  # the tenth with the highest entropy
+    shifted[20] += 0.9  # a single point counts a quarter
+    assert plot.misfit(entropy, shifted, 0.2, 0.9) == pytest.approx(0.25)
+    assert plot.misfit(np.array([]), np.array([]), 0.2, 0.9) == 0
 
 
 def test_entropy_figure_prints_the_fit(tmp_path, capsys):
@@ -616,7 +679,8 @@ def test_entropy_figure_prints_the_fit(tmp_path, capsys):
     printed = {
         line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]
     }
-    assert printed == {name: ["0.200", "0.900", "1.00", "24"] for name in ("GSPO", "TEPO")}
+    fits = {name: ["0.200", "0.900", "0.000", "24"] for name in ("GSPO", "TEPO")}
+    assert printed == {**fits, "all": ["0.200", "0.900", "0.000", "48"]}
     plot.plot_entropy(read_runs([write_run(tmp_path / "w", steps=0)]), tmp_path / "empty.png")
 
 
