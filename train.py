@@ -71,12 +71,14 @@ class Trainer:
         rollout, sampled = self.sample_and_reward()
         rollout_s = time.perf_counter() - started
 
-        # 3 Compute the advantages. Old log-probabilities and entropies come from our own forward
-        # pass, not from generate: the ratio is 1 before the first update only if both of its sides
-        # come from the same code, rows and padding.
+        # 3 Compute the advantages. Old log-probabilities and entropies of rows with a signal come
+        # from our own pass, not from generate: the ratio is 1 before the first update only if both
+        # of its sides come from the same code, rows and padding.
         mini_batches = torch.arange(o.rows).split(o.rows // o.updates)
         updater.measure(rollout, mini_batches, step > 1, self.advantages)  # step 1: two passes
         rollout.advantages = self.advantages(rollout)
+        if updater.measure_rest(rollout, mini_batches):
+            rollout.advantages = self.advantages(rollout)
         self.history = [*self.history, rollout.rewards.mean().item()]
 
         # 4 Update the policy: one optimizer step on each mini-batch.

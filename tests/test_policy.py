@@ -338,6 +338,7 @@ def test_greedy_in_segments_draws_the_same_tokens(monkeypatch, segment):
     assert torch.equal(got.mask, want.mask)
     assert torch.equal(got.completions, want.completions)  # both pad what follows an EOS
     torch.testing.assert_close(got.sampler_logprobs, want.sampler_logprobs)
+    torch.testing.assert_close(got.sampler_entropy, want.sampler_entropy)
 
 
 @pytest.mark.parametrize("segment", [1, 2])
@@ -382,15 +383,16 @@ def test_ended_rows_are_not_run_again():
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(share_prompts=True)])
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
-def test_the_samplers_logprobs_are_those_of_the_policy(layout, temperature):
+def test_the_samplers_logprobs_and_entropy_are_those_of_the_policy(layout, temperature):
     model = tiny_model()
     torch.manual_seed(0)
     generation = dict(max_new_tokens=20, eos_ids=[1, 2], pad_id=0)
     rollout = sample(model, PROMPTS, 3, temperature=temperature, layout=layout, **generation)
-    ours, _ = token_logprobs(
+    ours, entropy = token_logprobs(
         model, rollout.prompts, *rows_of(rollout), temperature=temperature or 1.0
     )
     torch.testing.assert_close(rollout.sampler_logprobs, ours.detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(rollout.sampler_entropy, entropy, rtol=0, atol=1e-5)
 
 
 def test_a_cache_with_room_holds_what_a_growing_one_holds():
@@ -425,6 +427,7 @@ def test_a_static_cache_draws_the_same_and_is_kept_for_the_next_call():
         caches.append(model.kept_cache[1])
         assert torch.equal(got.completions * got.mask, want.completions * want.mask)
         torch.testing.assert_close(got.sampler_logprobs, want.sampler_logprobs)
+    torch.testing.assert_close(got.sampler_entropy, want.sampler_entropy)
     assert caches[0] is caches[1] and caches[0].is_compileable
     assert caches[0].layers[0].keys.shape[2] == 128  # 5 + 10 tokens, rounded up
     sample(model, PROMPTS[:2], 4, layout=static, **generation)

@@ -30,6 +30,7 @@ def rollout(lengths, width, right, rewards, truncated):
         mask=mask,
         truncated=torch.tensor(truncated),
         sampler_logprobs=torch.zeros(mask.shape),
+        sampler_entropy=torch.zeros(mask.shape),
         problems=problems,
         texts=[f"text {i}" for i in range(B)],
         right=torch.tensor(right),
@@ -53,6 +54,7 @@ def hand_made():
         [[-0.5, X, X, X], [-1.0, 2, -1, 9], [0.0, 0, 0, 0], [-0.5, 0, 9, 9]]
     )
     trained.old_logprobs = torch.zeros(4, 4)
+    trained.measured = torch.tensor([True, True, False, True])
     trained.sampler_logprobs[0] = torch.tensor([-math.log(5), X, X, X])  # pi_old / sampler = 5
     trained.sampler_logprobs[1, 1] = math.log(2)  # a half
     trained.sampler_logprobs[3, 2:] = X
@@ -75,7 +77,8 @@ EXPECTED = {
     "clip_frac": (1 + 2 + 0) / 10,
     "ratio_first": (1.4 + 0.6 + 1.0) / 3,
     "ratio_first_max": 0.4,
-    "sampler_kl": (5 - 1 - math.log(5) + 0.5 - 1 + math.log(2)) / 10,
+    "sampler_kl": (5 - 1 - math.log(5) + 0.5 - 1 + math.log(2))
+    / 6,  # without the row that was not measured
     "sampler_ratio_max": 5,
     "grad_norm": (3 + 5) / 2,  # of the updates that were made
     "length": (1 + 3 + 1 + 3 + 4 + 2) / 6,  # all sampled
@@ -199,6 +202,7 @@ def sampled_by_hand(t, monkeypatch, lengths=(3, 2, 1, 3, 2, 3, 3, 1)):
             completions.clone(),
             mask.clone(),
             torch.zeros(8, dtype=torch.bool),
+            torch.zeros(mask.shape),
             torch.zeros(mask.shape),
         )
 

@@ -26,9 +26,10 @@ def rollout(seed=0, dtype=torch.float64):
     completions = torch.randint(2, 24, (B, T), generator=g)
     prompts = [[3, 4, 5]] * G + [[6, 7]] * G
     rewards = torch.tensor([1, 0, 0, 1, 0, 1, 0, 0], dtype=dtype)
-    return Rollout(
-        prompts, completions, mask, torch.zeros(B).bool(), right=rewards, rewards=rewards
-    )
+    r = Rollout(prompts, completions, mask, torch.zeros(B).bool(), right=rewards, rewards=rewards)
+    r.sampler_logprobs = -3.0 * mask  # as different from the policy's as can be told apart
+    r.sampler_entropy = 9.0 * mask
+    return r
 
 
 def updater(model, algo, loss_options=None, **options):
@@ -244,6 +245,58 @@ def test_the_pass_that_measures_is_the_pass_that_learns_where_it_fits(rows_run):
     two_updates("dapo", torch.float64, keep_graph=True, micro_batch="2")
     assert rows_run[:4] == [(2, True)] * 2 + [(2, False)] * 2
     assert rows_run[4:6] == [(2, False)] * 2  # already the second update, off policy
+
+
+def one_mixed_group():
+    """A rollout whose second group is all right."""
+    r = rollout()
+    r.right = r.rewards = torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1], dtype=torch.float64)
+    return r
+
+
+@pytest.mark.parametrize("keep_graph", [False, True])
+def test_a_group_without_signal_is_not_run(rows_run, keep_graph):
+    _, _, r = two_updates("grpo", torch.float64, r=one_mixed_group(), keep_graph=keep_graph)
+    assert rows_run[0] == (4, keep_graph) and {n for n, _ in rows_run} == {4}
+    # One pass that measures (and learns), and the pass of the first mini-batch's second update.
+    assert len(rows_run) == (2 if keep_graph else 3)
+    assert r.measured.tolist() == [True] * 4 + [False] * 4
+    assert (r.entropy[4:] == 9.0 * r.mask[4:]).all() and (r.old_logprobs[:4] != -3).all()
+
+
+def test_groups_that_differ_in_rewards_or_in_right_answers_are_run():
+    r = one_mixed_group()
+    r.rewards, r.right = torch.ones(B), torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1])
+    u = updater(tiny_model(), "grpo")
+    assert u.may_have_signal(r).tolist() == [True] * 4 + [False] * 4
+    r.rewards = torch.tensor([0.0, 0, 0, 0, 1, 2, 1, 1])
+    assert u.may_have_signal(r).all()
+
+
+@pytest.mark.parametrize("keep_graph", [False, True])
+@pytest.mark.parametrize("micro_batch", ["2", "4"])
+def test_a_constant_group_with_an_advantage_is_measured_after_all(micro_batch, keep_graph):
+    """RAFT trains on groups that are all right. The result is that of a file that needs all."""
+    trained = []
+    for needs in (False, True):
+        r, u = (
+            one_mixed_group(),
+            updater(tiny_model().double(), "raft", updates=1, micro_batch=micro_batch),
+        )
+        u.needs_all_rows = needs
+
+        def advantages(r, u=u):
+            return u.algo.advantages(r.rewards, G)
+
+        u.measure(r, [torch.arange(B)], keep_graph, advantages)
+        r.advantages = advantages(r)
+        left_out = not r.measured.all()
+        assert u.measure_rest(r, [torch.arange(B)]) == left_out
+        u.update(r, torch.arange(B), on_policy=True)
+        trained.append((r, list(u.model.parameters())))
+    (a, some), (b, every) = trained
+    assert a.measured.all() and torch.equal(a.old_logprobs, b.old_logprobs)
+    assert all(torch.equal(*pair) for pair in zip(some, every, strict=True))
 
 
 def test_a_wrong_guess_is_undone(monkeypatch, rows_run):

@@ -166,7 +166,7 @@ def must_not_be_left_padded(model, rows, pad_id, through_head):
 def generate_agrees(model, prompts, tokens, pad_id, layout):
     """Whether greedy tokens have the same log-probabilities in generate and run row by row."""
     settings = sampling_settings(0, tokens, None, pad_id)
-    drawn, got = generate(model, prompts, 2, settings, layout, segment=1)  # [2 P, tokens]
+    drawn, got, _ = generate(model, prompts, 2, settings, layout, segment=1)  # [2 P, tokens]
     mask = torch.ones_like(drawn, dtype=torch.bool)
     repeated = [prompt for prompt in prompts for _ in range(2)]
     rows = Rows(repeated, drawn, mask)

@@ -30,7 +30,8 @@ def metrics_line(rollout, sampled, updates, group_size):
     ratios = []
     for update in updates:
         ratios += update["ratio"]
-    sampler_log_ratio = (rollout.old_logprobs - rollout.sampler_logprobs)[mask]
+    measured = mask & rollout.measured[:, None].to(mask.device)  # [B, T]
+    sampler_log_ratio = (rollout.old_logprobs - rollout.sampler_logprobs)[measured]
     norms = [update["grad_norm"] for update in updates if update["grad_norm"] is not None]
     return {
         "reward": every.rewards.mean().item(),
@@ -41,8 +42,8 @@ def metrics_line(rollout, sampled, updates, group_size):
         "clip_frac": sum(update["clipped"] for update in updates) / signal,
         "ratio_first": sum(ratios) / len(ratios) if ratios else None,
         "ratio_first_max": furthest_from_1(ratios) if ratios else None,
-        "sampler_kl": kl_estimate(sampler_log_ratio, 0.0).mean().item(),
-        "sampler_ratio_max": sampler_log_ratio.max().exp().item(),
+        "sampler_kl": kl_estimate(sampler_log_ratio, 0.0).mean().item() if measured.any() else None,
+        "sampler_ratio_max": sampler_log_ratio.max().exp().item() if measured.any() else None,
         "grad_norm": sum(norms) / len(norms) if norms else None,
         "length": every.mask.sum(1).float().mean().item(),
         "truncated": every.truncated.float().mean().item(),

@@ -24,10 +24,12 @@ ORDER = ("grpo", "dapo", "gspo", "tepo", "gtpo", "grpo_s", "trgrpo", *MORE)
 COLUMNS = (
     "accuracy",
     "accuracy_trained",
+    "accuracy_lenient",
     "ci_lo",
     "ci_hi",
     "entropy",
     "length",
+    "truncated",
     "clip_frac",
     "pass_at_k",
     "k",

@@ -33,12 +33,14 @@ class Rollout:
     mask: torch.Tensor  # [B, T] bool, on through the first EOS
     truncated: torch.Tensor  # [B] bool: no EOS within max_new_tokens
     sampler_logprobs: torch.Tensor = None  # [B, T] nats, under the sampler
+    sampler_entropy: torch.Tensor = None  # [B, T] nats, of the sampler
     problems: list = None  # B problems
     texts: list = None  # B completions, decoded
     right: torch.Tensor = None  # [B] 1 where the answer is right
     rewards: torch.Tensor = None  # [B] what the policy is trained on
     old_logprobs: torch.Tensor = None  # [B, T] nats, under the policy that sampled
     entropy: torch.Tensor = None  # [B, T] nats, of the policy that sampled
+    measured: torch.Tensor = None  # [B] bool: both are of the policy's own pass, not the sampler's
     ref_logprobs: torch.Tensor = None  # [B, T] under the start policy, if the loss needs it
     history: list = None  # the mean rewards of the steps before this one, oldest first
     advantages: torch.Tensor = None  # [B] or [B, T]
@@ -65,7 +67,7 @@ class Rollout:
         joined = Rollout(None, None, None, None)
         for name in SAMPLED:
             column = [getattr(piece, name) for piece in pieces]
-            if name in ("completions", "mask", "sampler_logprobs"):
+            if name in ("completions", "mask", "sampler_logprobs", "sampler_entropy"):
                 column = [pad(x, (0, width - x.shape[1])) for x in column]
             is_list = isinstance(column[0], list)
             setattr(joined, name, sum(column, []) if is_list else torch.cat(column))
@@ -79,6 +81,7 @@ SAMPLED = (
     "mask",
     "truncated",
     "sampler_logprobs",
+    "sampler_entropy",
     "problems",
     "texts",
     "right",
@@ -108,21 +111,22 @@ def sample(
     """
     settings = sampling_settings(temperature, max_new_tokens, eos_ids, pad_id)
     size = len(prompts) if rows_at_once is None else max(1, rows_at_once // n)
-    pieces = [None] * len(prompts)  # each prompt's n completions, and their log-probabilities
+    pieces = [None] * len(prompts)  # each prompt's n completions, log-probabilities, entropies
     for chosen in batches(prompts, size, layout.equal_lengths):
         batch = [prompts[i] for i in chosen]
-        drawn, logprobs = generate(model, batch, n, settings, layout)
-        for i, *piece in zip(chosen, drawn.split(n), logprobs.split(n), strict=True):
+        by_prompt = [column.split(n) for column in generate(model, batch, n, settings, layout)]
+        for i, *piece in zip(chosen, *by_prompt, strict=True):
             pieces[i] = piece
         if progress is not None:
             progress.update(len(chosen))
-    rows, logprobs = (list(itertools.chain(*column)) for column in zip(*pieces, strict=True))
-    completions = pad_sequence(rows, batch_first=True, padding_value=pad_id)  # [P * n, T]
-    logprobs = pad_sequence(logprobs, batch_first=True)
+    rows = [list(itertools.chain(*column)) for column in zip(*pieces, strict=True)]
+    completions = pad_sequence(rows[0], batch_first=True, padding_value=pad_id)  # [P * n, T]
+    logprobs, entropy = (pad_sequence(column, batch_first=True) for column in rows[1:])
     mask = completion_mask(completions, eos_ids)
     ended = torch.isin(completions, torch.tensor(eos_ids, device=completions.device)).any(1)
     repeated = [prompt for prompt in prompts for _ in range(n)]
-    return Rollout(repeated, completions, mask, ~ended, logprobs.masked_fill(~mask, 0))
+    logprobs, entropy = logprobs.masked_fill(~mask, 0), entropy.masked_fill(~mask, 0)
+    return Rollout(repeated, completions, mask, ~ended, logprobs, entropy)
 
 
 def sampler_weights(rollout, most):
@@ -188,12 +192,11 @@ def batches(prompts, size, equal_lengths):
 
 
 def generate(model, prompts, n, settings, layout=PLAIN, segment=SEGMENT):
-    """n completions of each prompt, its rows contiguous, and the log-probability of each token.
+    """n completions of each prompt, its rows contiguous.
 
-    Returns (ids, logprobs), both [P * n, T]: logprobs in nats, under the distribution that the
-    token was drawn from. What follows a row's first EOS is arbitrary. Rows that
-    have ended are dropped every `segment` tokens, if layout.share_prompts, and with a cache that is
-    not static.
+    Returns (ids, logprobs, entropy), all [P * n, T]: in nats, of the distribution that each token
+    was drawn from. What follows a row's first EOS is arbitrary. Rows that have ended are dropped
+    every `segment` tokens, if layout.share_prompts, and with a cache that is not static.
     """
     ids, real = left_padded(prompts, settings.pad_token_id, model.device)  # [P, L]
     which = torch.arange(len(prompts), device=model.device).repeat_interleave(n)  # [P * n]
@@ -213,14 +216,14 @@ def in_segments(model, ids, real, cache, settings, segment):
     most, settings = settings.max_new_tokens, copy.copy(settings)
     completions = ids.new_full((len(ids), most), settings.pad_token_id)
     logprobs = torch.zeros(completions.shape, device=ids.device)
+    entropy = torch.zeros_like(logprobs)
     eos = torch.tensor(settings.eos_token_id or [], device=ids.device)
     rows = torch.arange(len(ids), device=ids.device)  # those that have not ended
     for start in range(0, most, segment):
         settings.max_new_tokens = min(segment, most - start)
-        drawn, drawn_logprobs = extend(model, ids, real, settings, cache)  # [rows, <= segment]
-        stop = start + drawn.shape[1]
-        completions[rows, start:stop] = drawn
-        logprobs[rows, start:stop] = drawn_logprobs
+        new = extend(model, ids, real, settings, cache)  # each [rows, <= segment]
+        drawn, stop = new[0], start + new[0].shape[1]
+        completions[rows, start:stop], logprobs[rows, start:stop], entropy[rows, start:stop] = new
         going = ~torch.isin(drawn, eos).any(1)
         if not going.any():
             break
@@ -228,11 +231,11 @@ def in_segments(model, ids, real, cache, settings, segment):
         if not going.all():
             rows, ids, real = rows[going], ids[going], real[going]
             cache.batch_select_indices(going.nonzero()[:, 0])
-    return completions[:, :stop], logprobs[:, :stop]
+    return completions[:, :stop], logprobs[:, :stop], entropy[:, :stop]
 
 
 def extend(model, ids, real, settings, cache=None):
-    """One call of model.generate: (new ids, their log-probabilities), both [B, T]."""
+    """One call of model.generate: (new ids, their log-probabilities, entropy), all [B, T]."""
     record = Record(settings.temperature if settings.do_sample else 1.0)
     given = {} if cache is None else {cache_argument(model): cache}
     out = model.generate(
@@ -243,11 +246,11 @@ def extend(model, ids, real, settings, cache=None):
         **given,
     )
     drawn = out[:, ids.shape[1] :]
-    return drawn, record.logprobs_of(drawn)
+    return drawn, *record.of(drawn)
 
 
 class Record(LogitsProcessor):
-    """Records the log-probability of each token that generate draws.
+    """Records what each token that generate draws was drawn from: its log-probability, the entropy.
 
     generate calls it before each token with the logits, and with all tokens drawn so far.
     """
@@ -255,7 +258,7 @@ class Record(LogitsProcessor):
     def __init__(self, temperature):
         self.temperature = temperature
         self.logits = None  # [B, V], of the token to be drawn next
-        self.columns = []  # [B] each
+        self.logprobs, self.entropy = [], []  # [B] for each token
 
     def __call__(self, input_ids, logits):
         if self.logits is not None:
@@ -266,14 +269,17 @@ class Record(LogitsProcessor):
     def drawn(self, token):
         """token [B] was drawn from softmax(self.logits / temperature)."""
         z = self.logits / self.temperature if self.temperature != 1 else self.logits
-        self.columns.append(z.gather(1, token[:, None])[:, 0] - z.logsumexp(1))
+        logp = z.log_softmax(1)  # [B, V]
+        self.logprobs.append(logp.gather(1, token[:, None])[:, 0])
+        self.entropy.append(-(logp.exp() * logp).sum(1))
 
-    def logprobs_of(self, drawn):
-        """The log-probabilities of all tokens drawn, [B, T] ids. [B, T]"""
-        if len(self.columns) < drawn.shape[1]:  # generate does not call again after the last token
+    def of(self, drawn):
+        """(log-probabilities, entropies) of all tokens drawn, [B, T] ids. Both [B, T], in nats."""
+        tokens = drawn.shape[1]
+        if len(self.logprobs) < tokens:  # generate does not call again after the last token
             self.drawn(drawn[:, -1])
         # On a GPU generate may run a token further before it sees that all rows have ended.
-        return torch.stack(self.columns[: drawn.shape[1]], 1)
+        return torch.stack(self.logprobs[:tokens], 1), torch.stack(self.entropy[:tokens], 1)
 
 
 class RoomyLayer(DynamicLayer):

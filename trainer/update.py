@@ -162,6 +162,8 @@ class Updater:
         """Fill in the rollout's old_logprobs, entropy and, if needed, ref_logprobs, all [B, T].
 
         Runs the micro-batches of the updates, so the first ratio compares equal computations.
+        Groups that can give no gradient are not run: what the sampler computed serves for them.
+        `measure_rest` runs those that have an advantage all the same.
         keep_graph: where possible, the first update learns from this pass and does not run the
         model again: if its mini-batch fits into one micro-batch, or if `advantages`, a function of
         the rollout, allows guessed_push. Its ratio is then 1 by construction.
@@ -176,27 +178,58 @@ class Updater:
 
             return self.with_smaller_batches("micro_batch", work)
 
+        rollout.measured = self.may_have_signal(rollout)
         if self.reference is not None:
             rollout.ref_logprobs, _ = measured(self.reference, None)
         first = mini_batches[0] if keep_graph else None
         rollout.old_logprobs, rollout.entropy = measured(self.model, first)
         rollout.logprobs = rollout.old_logprobs.clone()
 
+    def measure_rest(self, rollout, mini_batches):
+        """Run the rows that have an advantage although `measure` left them out.
+
+        RAFT, for one, gives an advantage to groups that are all right. Returns whether there were
+        any: advantages that depend on the entropy then change a little.
+        """
+        rest = nonzero_advantages(rollout).any(1).cpu() & ~rollout.measured  # [B]
+
+        def work(size):
+            for mini_batch in mini_batches:
+                for rows in self.micro_batches(rollout, mini_batch, size):
+                    if rest[rows].any():
+                        logprobs, entropy = self.run(rollout, rows, self.model, False)
+                        rollout.old_logprobs[rows] = rollout.logprobs[rows] = logprobs
+                        rollout.entropy[rows] = entropy
+                        rollout.measured[rows] = True
+
+        self.with_smaller_batches("micro_batch", work)
+        return bool(rest.any())
+
+    def may_have_signal(self, rollout):
+        """Which rows `measure` runs, [B] bool, on the CPU: all, if the loss needs all rows."""
+        if self.needs_all_rows:
+            return torch.ones(len(rollout.prompts), dtype=torch.bool)
+        return self.differs_in_group(rollout.rewards) | self.differs_in_group(rollout.right)
+
     def logprobs_by(self, model, rollout, mini_batches, size, first, guess):
         """(log-probabilities, entropy in nats) under `model`, [B, T] each, without a graph.
 
+        Rows that are not rollout.measured keep the sampler's numbers.
         first: the mini-batch to learn from, or None. If it has at most `size` rows, self.graphs
         gets its graphs. Else, if there is a guess = dL/dlogp, it is backpropagated at once.
         """
         dtype = torch.promote_types(model.dtype, torch.float32)
-        logprobs = torch.zeros(rollout.mask.shape, dtype=dtype, device=rollout.mask.device)
-        entropy = torch.zeros_like(logprobs)
+        logprobs = rollout.sampler_logprobs.to(dtype, copy=True)
+        entropy = rollout.sampler_entropy.to(dtype, copy=True)
         for mini_batch in mini_batches:
             keep = mini_batch is first and len(mini_batch) <= size
             push = guess if mini_batch is first and not keep else None
             model.train(mini_batch is first and self.o.gradient_checkpointing)
             for rows in self.micro_batches(rollout, mini_batch, size):
                 learn = push is not None and bool(push[rows].any())
+                rollout.measured[rows] |= learn
+                if not rollout.measured[rows].any():
+                    continue
                 logprobs[rows], entropy[rows] = self.run(rollout, rows, model, keep or learn)
                 if learn:
                     self.graphs.pop(tuple(rows.tolist())).backward(gradient=push[rows])
