@@ -78,14 +78,13 @@ def checked(row, held_out):
         raise TypeError
     row["step"] = int(row["step"])
     row["completion"] = str(row.get("completion", "".join(row["tokens"])))
-    if not held_out:
-        row["reward"] = finite(row["reward"])
-        row.setdefault("right", (row["reward"] or 0) > 0.5)  # files from before it was recorded
-    row["right"] = bool(row["right"])
     names = ["logprobs", "entropy"]
     if not held_out:
+        row["reward"] = float(row["reward"])
+        row.setdefault("right", row["reward"])  # files from before it was recorded
         row.setdefault("advantages", [None] * len(row["tokens"]))
         names += ["old_logprobs", "advantages"]
+    row["right"] = row["right"] > 0.5
     for name in names:
         row[name] = [finite(value) for value in row[name]]
         if len(row[name]) != len(row["tokens"]):
