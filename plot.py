@@ -614,31 +614,34 @@ def note(algo):
     return textwrap.shorten(text.strip().split("\n\n")[0], 80, placeholder=" …")
 
 
-def push(algo, group):
-    """How the algorithm, with its default options, pushes the tokens of one group.
+def push(algo, group, values=None):
+    """How the algorithm pushes the tokens of one group, which is its whole mini-batch.
 
-    group: a namespace with rewards and right (1 where the answer is right) [G], and with entropy,
-    logprobs, old_logprobs, mask and completions [G, T]; history and ref_logprobs are None.
+    values: {name: value} of its options that are not at their defaults. group: a namespace with
+    rewards and right (1 where the answer is right) [G], and with entropy, logprobs, old_logprobs,
+    mask and completions [G, T]; history and ref_logprobs are None.
 
     Returns -dloss/dlogprobs [G, T], above 0 where the update makes a token more likely, and clipped
     [G, T], where the advantage is not 0 and yet the gradient is exactly 0.
     """
     import torch
 
-    from trainer.algorithm import inputs, load_algorithm
+    from trainer.algorithm import inputs, load_algorithm, split_options
 
     module = load_algorithm(algo)
+    advantage_options, loss_options = split_options(module, values or {})
     G, T = group.mask.shape
 
-    def filled(function):
-        return inputs(function, group, slice(None), group.entropy, T)
+    def filled(function, options):
+        return {**inputs(function, group, slice(None), group.entropy, T), **options}
 
-    advantages = module.advantages(group.rewards, G, **filled(module.advantages))  # [G] or [G, T]
+    more = filled(module.advantages, advantage_options)
+    advantages = module.advantages(group.rewards, G, **more)  # [G] or [G, T]
     logprobs = group.logprobs.detach().clone().requires_grad_()
     batch = logprobs, group.old_logprobs, advantages, group.mask
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # Clip-Cov draws its tokens: every picture shows the same
-        loss = module.loss(*batch, **filled(module.loss))
+        loss = module.loss(*batch, **filled(module.loss, loss_options))
     (gradient,) = torch.autograd.grad(loss, logprobs)  # [G, T]
     has_advantage = advantages.reshape(G, -1) != 0  # [G, 1] or [G, T]
     clipped = has_advantage & (group.mask != 0) & (gradient == 0)

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 KEPT = 2  # checkpoints
-RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "model")
-LINES = ("metrics.jsonl", "samples.jsonl")  # one JSON object per line, appended by each step
+# One JSON object per line, appended while the run goes on.
+LINES = ("metrics.jsonl", "samples.jsonl", "held_out.jsonl")
+RUN_FILES = ("config.json", *LINES, "curves.png", "samples.html", "checkpoints", "model")
 
 
 def check_folder(out):

@@ -63,6 +63,7 @@ def evaluate(
     seed,
     rows_at_once=128,
     quiet=True,
+    shown=0,
     **generation,
 ):
     """Greedy accuracy, strict and lenient; if k > 0, also avg@k and pass@k from random samples.
@@ -71,7 +72,8 @@ def evaluate(
     generation: the remaining keyword arguments of sampling.sample. Restores torch's random state,
     so evaluation never changes training. Returns a dict: accuracy, accuracy_lenient, ci95 (of
     accuracy), avg_at_k, pass_at_k (None if k is 0), k, n (problems), length (mean tokens of the
-    greedy completions), truncated (proportion of them).
+    greedy completions), truncated (proportion of them). With `shown` it also has "greedy": the
+    greedy completions of the first `shown` problems, as `greedy_lines` gives them.
     """
     prompts = [problem["prompt_ids"] for problem in problems]
     devices = [model.device] if model.device.type == "cuda" else []
@@ -84,17 +86,19 @@ def evaluate(
         greedy = sample(model, prompts, 1, temperature=0, **generation)
         if k:
             drawn = sample(model, prompts, samples, temperature=temperature, **generation)
-    result = accuracy(tokenizer, greedy, problems, k)
+    texts = decode(tokenizer, greedy)
+    result = accuracy(texts, greedy, problems, k)
     if k:
         result.update(at_k(tokenizer, drawn, problems, k, samples))
+    if shown:
+        result["greedy"] = greedy_lines(tokenizer, texts, greedy, problems[:shown])
     return result
 
 
-def accuracy(tokenizer, greedy, problems, k):
+def accuracy(texts, greedy, problems, k):
     """The dict of `evaluate` from the greedy completions alone."""
     answers = [problem["answer"] for problem in problems]
     n = len(problems)
-    texts = decode(tokenizer, greedy)
     strict = sum(grade(correct, texts, answers, greedy))
     lenient = sum(grade(matches, texts, answers, greedy))
     return {
@@ -108,6 +112,29 @@ def accuracy(tokenizer, greedy, problems, k):
         "length": greedy.mask.sum(1).float().mean().item(),
         "truncated": greedy.truncated.float().mean().item(),
     }
+
+
+def greedy_lines(tokenizer, texts, greedy, problems):
+    """One dict for each of the problems, the first ones of those that `greedy` answers.
+
+    Its tokens' log-probabilities and entropies are in nats, at temperature 1.
+    """
+    lines = []
+    for i, problem in enumerate(problems):
+        n = int(greedy.mask[i].sum())  # tokens
+        right = correct(texts[i], problem["answer"], greedy.truncated[i].item())
+        line = {
+            "prompt": problem["question"],
+            "completion": texts[i],
+            "answer": problem["answer"],
+            "right": right > 0.5,
+            "tokens": [tokenizer.decode([token]) for token in greedy.completions[i, :n].tolist()],
+        }
+        columns = {"logprobs": greedy.sampler_logprobs, "entropy": greedy.sampler_entropy}
+        for name, values in columns.items():
+            line[name] = [round(value, 6) for value in values[i, :n].tolist()]
+        lines.append(line)
+    return lines
 
 
 def at_k(tokenizer, drawn, problems, k, samples):

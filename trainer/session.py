@@ -16,6 +16,7 @@ from trainer.policy import sampling_copy
 from trainer.records import group_to_show, sample_lines
 
 BAD_STEPS = 3  # this many skipped updates in a row stop the run
+SHOWN = 4  # held-out problems whose greedy completions are kept at each evaluation
 PICTURE_AGE = 60  # seconds until curves.png is drawn again between two evaluations
 
 
@@ -66,7 +67,7 @@ def saves(o, step, interrupted):
 
 
 def write_evaluation(trainer, out, held_out, step):
-    """Evaluate, and append the result to metrics.jsonl.
+    """Evaluate, and append the result to metrics.jsonl, and some completions to held_out.jsonl.
 
     avg@k and pass@k only before and after training: they take as long as several training steps.
     """
@@ -84,12 +85,15 @@ def write_evaluation(trainer, out, held_out, step):
             seed=o.seed + 10_000,
             rows_at_once=rows_of_evaluation(o, rows_at_once),
             quiet=False,
+            shown=SHOWN if o.samples_every > 0 else 0,
             **trainer.generation,
         )
 
     line = {"phase": "eval", "step": step}
     line.update(trainer.updater.with_smaller_batches("sample_batch", work))
+    greedy = [{"step": step, **shown} for shown in line.pop("greedy", [])]
     write_metrics(trainer, out, line)
+    checkpoint.append_lines(out / "held_out.jsonl", greedy)
 
 
 def write_metrics(trainer, out, line):
@@ -190,3 +194,4 @@ def summary(out, seconds):
     )
     files = "curves.png, metrics.jsonl, samples.jsonl, config.json, and the trained model in model/"
     print(f"{out}: {files}")
+    print(f"python view.py {shlex.quote(str(out))} makes a page of what it wrote")
