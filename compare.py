@@ -144,7 +144,8 @@ def refuse_other_origin(out, config, inputs, algo, keep):
     other = origin.other_inputs(config, inputs)
     if other:
         raise ValueError(f"{out} was made with {other}: pass another --out, or --overwrite")
-    now = {"code": origin.code_checksums(algo), "versions": origin.versions()}
+    code = origin.code_checksums(algo, config["options"].get("reward"))
+    now = {"code": code, "versions": origin.versions()}
     changed = origin.other_code(config, now)
     if changed and not keep:
         raise ValueError(

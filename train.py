@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from grpo import constant
 from plot import plot_runs
-from rewards import correct, overlong_penalty
 from trainer import checkpoint, session, start
 from trainer.algorithm import inputs, load_algorithm, split_options
 from trainer.data import problems_at
 from trainer.evaluate import decode, evaluate_only
+from trainer.grading import BadReward, Grader
 from trainer.lock import locked
 from trainer.logprobs import PLAIN
 from trainer.ownfile import OwnFileError
@@ -33,10 +33,6 @@ from trainer.sampling import Rollout, corrected, sample
 from trainer.session import BAD_STEPS
 from trainer.symptoms import Watch
 from trainer.update import Updater
-
-
-class BadReward(Exception):
-    """The reward function returned no valid reward; the message quotes the completion."""
 
 
 class Trainer:
@@ -54,6 +50,7 @@ class Trainer:
         self.updater = Updater(
             model, self.algo, loss_options, options, longest, generation.get("layout", PLAIN)
         )
+        self.grader = Grader(options)
         self.cursor = 0  # prompts drawn so far
         self.history = []  # the mean reward of each step so far
         self.watch = Watch(options.dtype)
@@ -109,7 +106,9 @@ class Trainer:
         for _ in range(1 + o.dynamic_sampling):
             problems = self.next_problems(o.prompts - len(kept))
             batch = self.sample([p["prompt_ids"] for p in problems], o.group_size)
-            self.grade(batch, problems)
+            batch.problems = [p for p in problems for _ in range(o.group_size)]
+            batch.texts = decode(self.tokenizer, batch)
+            self.grader.grade(batch)
             sampled.append(batch)
             one_sided = constant(batch.right.view(-1, o.group_size)).flatten()  # [P]
             for i, group in enumerate(batch.groups(o.group_size)):
@@ -141,34 +140,6 @@ class Trainer:
             )
 
         return self.updater.with_smaller_batches("sample_batch", work)
-
-    def grade(self, batch, problems):
-        """Fill in problems, texts, right and rewards of a batch, which has G rows per problem."""
-        batch.problems = [problem for problem in problems for _ in range(self.o.group_size)]
-        batch.texts = decode(self.tokenizer, batch)
-        lengths, truncated = batch.mask.sum(1).tolist(), batch.truncated.tolist()
-        right, rewards = [], []
-        for row in zip(batch.texts, batch.problems, lengths, truncated, strict=True):
-            is_right, reward = self.reward(*row)
-            right.append(is_right)
-            rewards.append(reward)
-        batch.right = torch.tensor(right, device=self.model.device)  # [B]
-        batch.rewards = torch.tensor(rewards, device=self.model.device)  # [B]
-
-    def reward(self, text, problem, length, truncated):
-        """(1.0 if the completion is right else 0.0, its reward).
-
-        The reward is `correct`, plus DAPO's overlong penalty if --overlong-cache is set. length: in
-        tokens. Raises BadReward if the reward is not in [-1, 1].
-        """
-        right = reward = correct(text, problem["answer"], truncated)
-        if self.o.overlong_cache:
-            reward += overlong_penalty(length, self.o.max_new_tokens, self.o.overlong_cache)
-        if not -1 <= reward <= 1:
-            raise BadReward(
-                f"the reward {reward} is not a number in [-1, 1]; it was given to {text!r}"
-            )
-        return right, reward
 
     def advantages(self, rollout):
         """The algorithm's advantages of the rollout, [B] or [B, T]."""
@@ -281,12 +252,8 @@ def train_and_save(out, trainer, held_out, config, done, started):
             checkpoint.write_json(out / "config.json", {**config, "status": "done"})
             session.summary(out, time.perf_counter() - started)
         return status
-    except (
-        OSError,
-        MemoryError,
-        BadReward,
-        OwnFileError,
-    ) as error:  # others are bugs: show their traceback
+    except (OSError, MemoryError, BadReward, OwnFileError) as error:
+        # Others are bugs: show their traceback.
         return refuse(f"{error}; when that is mended: {session.resume_command(out)}")
 
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 import train
 from tiny.problems import problems
-from trainer import checkpoint, data, start
+from trainer import checkpoint, data, grading, start
 from trainer.options import ALGORITHMS, DEFAULTS, MORE, fill
 from trainer.policy import load_policy
 from trainer.prompts import Prompts, encode_problems
@@ -751,7 +751,7 @@ def test_three_skipped_in_a_row(monkeypatch, half_right, file, tmp_path, capsys)
     assert "after step 3 of 4" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("reward", [float("nan"), float("inf"), 1.5, -2.0])
+@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
 def test_reward_that_is_none(monkeypatch, file, tmp_path, capsys, reward):
     """Refused, with the completion that it was given to."""
     seen = []
@@ -760,7 +760,7 @@ def test_reward_that_is_none(monkeypatch, file, tmp_path, capsys, reward):
         seen.append(text)
         return 0.5 if len(seen) < 4 else reward
 
-    monkeypatch.setattr(train, "correct", correct)
+    monkeypatch.setattr(grading, "correct", correct)
     line = error_line(capsys, *WORDS, "--data", file, "--out", tmp_path / "run")
-    told = f"the reward {reward} is not a number in [-1, 1]; it was given to {seen[3]!r}"
+    told = f"the reward {reward} is not finite; it was given to {seen[3]!r}"
     assert " ".join(told.split()) in line

@@ -92,6 +92,11 @@ class Options:
         "DAPO: over this many last tokens before --max-new-tokens the reward falls by up to 1; "
         "0: no penalty",
     )
+    reward: str | None = setting(
+        None,
+        "FILE.py with reward(completion, problem), which returns a number, or a dict of numbers "
+        "that are added up; default: 1 for a right answer, 0 for another",
+    )
     sampler_correction: float = setting(
         0.0,
         "multiply a row's advantage by pi_old / sampler of its completion, at most this; 0: never",
@@ -193,6 +198,8 @@ EPILOG = """examples:
       with an option of the algorithm; an unknown NAME prints the list of its options
   python train.py --algo my_method.py --option power=0.25
       a method of your own: README.md, "Add a method in ten minutes"
+  python train.py --reward examples/format_reward.py
+      a reward of your own: README.md, "Your own data, reward, method"
   python train.py --preset gsm8k --model HuggingFaceTB/SmolLM2-360M-Instruct \\
           --gradient-checkpointing --micro-batch 2
       for a GPU of 8 GiB, too small for Qwen2.5-0.5B's weights and AdamW's state
@@ -287,6 +294,8 @@ def parse(argv):
     given = vars(build_parser().parse_args(argv))
     if "algo" in given:
         given["algo"] = method(given["algo"])
+    if "reward" in given:  # as config.json keeps it: a path that no current folder changes
+        given["reward"] = str(Path(given["reward"]).expanduser().absolute())
     pairs = given.pop("option", [])
     if "beta" in given:
         pairs = [*pairs, f"beta={given.pop('beta')}"]
@@ -340,6 +349,7 @@ def fill(given):
     import torch
 
     from trainer.algorithm import checked_options
+    from trainer.grading import load_reward
 
     cuda = torch.cuda.is_available()
     preset = given.get("preset", "auto")
@@ -358,6 +368,8 @@ def fill(given):
         o.dtype = "bf16" if o.device.startswith("cuda") else "fp32"
     check(o)
     o.option = checked_options(o.algo, o.option)
+    if o.reward:
+        load_reward(o.reward)  # raises OwnFileError now, not after the model has been loaded
     return o
 
 
@@ -377,6 +389,8 @@ def check_values(o):
     check_algorithm(o)
     check_bounds(o)
     check_prompt(o)
+    if o.reward and not Path(o.reward).is_file():
+        raise ValueError(f"--reward {o.reward}: no such file")
 
 
 def check_algorithm(o):

@@ -16,6 +16,7 @@ import transformers
 
 from trainer.algorithm import load_algorithm
 from trainer.options import is_file
+from trainer.ownfile import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 ONLY_READS = "trainer/runs.py"  # reads finished runs, so it changes no number of a run
@@ -35,10 +36,10 @@ def weights_checksum(model):
     return f"{crc:08x}"
 
 
-def code_checksums(algo):
+def code_checksums(algo, reward=None):
     """{file: checksum} of the files that determine the numbers of a run of this algorithm.
 
-    Ours by their path in the project, a file of the user by its full path.
+    Ours by their path in the project, a file of the user by its full path. reward: --reward.
     """
     names = {"train.py", "rewards.py"}
     if (ROOT / "tiny" / "problems.py").is_file():  # a checkout may be without it
@@ -49,6 +50,8 @@ def code_checksums(algo):
     names.update(own_files(load_algorithm(algo)))
     if is_file(algo):
         names.add(algo)
+    if reward:
+        names.update([reward, *own_files(load_file(reward))])
     checksums = {}
     for name in sorted(names):
         checksums[name] = f"{zlib.crc32((ROOT / name).read_bytes()):08x}"

@@ -75,7 +75,7 @@ def guarded(name, function, path, check):
             result = function(*args, **kwargs)
         except (MemoryError, torch.OutOfMemoryError):
             raise  # the caller tries a smaller batch
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit() is no wish to stop us
             raise told(error, path, place_of(function, path)) from error
         try:
             check(result, *args)

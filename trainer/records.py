@@ -1,6 +1,7 @@
 """What a step records: a line of metrics.jsonl and, every few steps, a group for samples.jsonl."""
 
 import sys
+from statistics import fmean
 
 import torch
 
@@ -51,7 +52,14 @@ def metrics_line(rollout, sampled, updates, group_size):
         "sign_flip": sign_flip[mask].float().mean().item(),
         "skipped": sum(bool(update["bad_rows"]) for update in updates),
         "prompts": len(groups),
+        **mean_parts(every.parts or []),
     }
+
+
+def mean_parts(parts):
+    """{"reward/NAME": mean of the part} of a list of one dict for each completion."""
+    names = parts[0] if parts else {}
+    return {f"reward/{name}": fmean(row[name] for row in parts) for name in names}
 
 
 def furthest_from_1(ratios):

@@ -85,6 +85,7 @@ def write_evaluation(trainer, out, held_out, step):
             seed=o.seed + 10_000,
             rows_at_once=rows_of_evaluation(o, rows_at_once),
             quiet=False,
+            grader=trainer.grader,
             shown=SHOWN if o.samples_every > 0 else 0,
             **trainer.generation,
         )
