@@ -303,7 +303,7 @@ def test_dynamic_sampling_goes_by_correctness_where_the_reward_is_shaped(monkeyp
     mixed = [(1.0, 0.0), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0)]
     last = [(0.0, 0.0), (1.0, 1.0), (0.0, 0.0), (0.0, 0.0)]
     queue = iter(punished + mixed + last)
-    monkeypatch.setattr(t, "reward", lambda *_: next(queue))
+    monkeypatch.setattr(t.grader, "reward", lambda *_: (*next(queue), {}))
     rollout, sampled = t.sample_and_reward()
     assert list(zip(rollout.right.tolist(), rollout.rewards.tolist(), strict=True)) == mixed + last
     assert [len(batch.prompts) for batch in sampled] == [8, 4]
