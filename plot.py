@@ -577,7 +577,10 @@ def print_fit(name, entropy, accuracy):
 
 # The credit picture
 
-HATCH = "//////"  # of clipped tokens
+WIDE = 112  # characters in a line of cells
+MOST_LINES = 4  # of one completion
+HATCH = "////"  # of clipped tokens
+HATCH_COLOUR = "#CFCFCF"  # light: the token's text is read through it
 NOTES = {
     "grpo": "a row shares one push among its tokens, so tokens of short rows get more",
     "dapo": "every token of the group weighs the same",
@@ -763,7 +766,8 @@ def plot_credit(path, out, step=None, shown=2, algos=options.ALGORITHMS):
     rows = read_group(Path(path), step)
     panels = credit_panels(rows, algos)
     picked = pick(rows, shown)
-    cells = 0.19 * len(picked)  # inches; a panel is its title and its rows of cells
+    lines = sum(lines_of(rows[i]["tokens"]) for i in picked)
+    cells = 0.19 * lines  # inches; a panel is its title and its lines of cells
     panel = 0.29 + cells
     height = 0.42 + len(panels) * panel + 0.5
     figure = new_figure(8, height, layout=None)
@@ -771,56 +775,96 @@ def plot_credit(path, out, step=None, shown=2, algos=options.ALGORITHMS):
     caption = f"Step {rows[0]['step']}, {group_of}"
     caption = "\n".join(textwrap.wrap(caption, 116, max_lines=2, placeholder=" …"))
     figure.text(0.01, 1 - 0.08 / height, caption, va="top", fontsize=8.5, parse_math=False)
+    shown_rows = [rows[i] for i in picked]
+    largest = [values[picked].abs().max().item() for _, _, values, _ in panels]
     for i, (name, about, values, clipped) in enumerate(panels, 1):
+        full = largest[0] if i == 1 else max(largest[1:])  # one scale for all methods
         box = 0.08, (height - 0.42 - i * panel) / height, 0.915, cells / height
-        ax = figure.add_axes(box, xlim=(0, 112), ylim=(len(picked), 0))
+        ax = figure.add_axes(box, xlim=(0, WIDE), ylim=(lines, 0))
         ax.set_title(f"{name}: {about}", loc="left", fontsize=9, pad=3, parse_math=False)
-        draw_panel(ax, name, [rows[i] for i in picked], values[picked], clipped[picked])
-    add_credit_legend(figure)
+        ax.set_title(scale_note(panels, largest, i - 1), loc="right", fontsize=8, pad=3)
+        shade = signed_root(values[picked] / (full or 1)) if i > 1 else values[picked] / (full or 1)
+        draw_panel(ax, shown_rows, shade, clipped[picked], "RdBu" if i > 1 else "PRGn_r")
+    add_credit_legend(figure, max(largest[1:]))
     save(figure, out)
 
 
-def draw_panel(ax, name, rows, values, clipped):
-    """Draw rows of a group under one method. values, clipped [rows, T]"""
+def signed_root(x):
+    """The square root of |x| with the sign of x: small pushes of a large range stay visible."""
+    return x.sign() * x.abs().sqrt()
+
+
+def scale_note(panels, largest, i):
+    """What stands at the right of a panel: its largest value, and how it compares with GRPO's."""
+    if i == 0:
+        return f"full colour = {largest[0]:.2g}"
+    if largest[i] == 0:
+        return "nothing is pushed"
+    note = f"largest push ±{largest[i]:.2g}"
+    names = [name for name, *_ in panels]
+    if "GRPO" in names and names[i] != "GRPO":
+        grpo = largest[names.index("GRPO")]
+        note += f", {largest[i] / grpo:.1f} times GRPO's" if grpo else ""
+    return note
+
+
+def draw_panel(ax, rows, shade, clipped, colours):
+    """Draw rows of a group under one method. shade [rows, T] in -1..1; clipped [rows, T]"""
     from matplotlib import colormaps
 
-    of_entropy = name == "Entropy"
-    colours = colormaps["PRGn_r" if of_entropy else "RdBu"]
-    sign = "" if of_entropy else "±"
-    largest = values.abs().max().item()
-    scale = f"full colour = {sign}{largest:.2g}" if largest else "nothing is pushed"
     ax.set_axis_off()
-    ax.set_title(scale, loc="right", fontsize=8, pad=3)
-    for y, row in enumerate(rows):
+    y = 0
+    for i, row in enumerate(rows):
         label = "right" if row["right"] else "WRONG"
         ax.text(-1, y + 0.5, label, ha="right", va="center", fontsize=8)
         length = len(row["tokens"])
-        shade = values[y, :length] / (largest or 1)
-        draw_tokens(ax, y, row["tokens"], shade.tolist(), clipped[y, :length].tolist(), colours)
+        values = shade[i, :length].tolist(), clipped[i, :length].tolist()
+        draw_tokens(ax, y, row["tokens"], *values, colormaps[colours])
+        y += lines_of(row["tokens"])
+
+
+def cells_of(tokens):
+    """(line, place in it, width, text) of each token's cell, in characters; wraps at WIDE.
+
+    After MOST_LINES the rest is left out, and the last cell is an ellipsis.
+    """
+    cells, line, x = [], 0, 0.0
+    for token in tokens:
+        text = cell_text(token)
+        width = len(text) + 0.7
+        if x + width > WIDE - 2:
+            line, x = line + 1, 0.0
+        if line == MOST_LINES:
+            return [*cells, (line - 1, WIDE - 2, 1.7, "…")]
+        cells.append((line, x, width, text))
+        x += width
+    return cells
+
+
+def lines_of(tokens):
+    """How many lines the cells of a completion take, at least one."""
+    return max([line for line, *_ in cells_of(tokens)], default=0) + 1
 
 
 def draw_tokens(ax, y, tokens, shade, clipped, colours):
-    """Draw one completion as a line of cells, as wide as their text.
+    """Draw one completion as lines of cells, as wide as their text.
 
     shade [T] in -1..1; clipped [T], whose cells are hatched.
     """
     from matplotlib.patches import Rectangle
 
-    x, end = 0.0, ax.get_xlim()[1] - 2  # in characters, as the axis
-    for token, value, hatched in zip(tokens, shade, clipped, strict=True):
-        text = cell_text(token)
-        width = len(text) + 0.7
-        if x + width > end:
-            ax.text(x + 0.4, y + 0.5, "…", va="center", fontsize=8)
-            break
-        cell = Rectangle((x, y + 0.04), width, 0.92, fc=tint(colours, value), ec="white", lw=0.4)
+    cells = zip(cells_of(tokens), shade, clipped, strict=False)  # fewer cells, if some are left out
+    for (line, x, width, text), value, hatched in cells:
+        if text == "…":
+            value = hatched = 0
+        place = x, y + line + 0.04
+        cell = Rectangle(place, width, 0.92, fc=tint(colours, value), ec="white", lw=0.4)
         if hatched:
-            cell.set(ec="#999999", hatch=HATCH)
+            cell.set(ec=HATCH_COLOUR, hatch=HATCH)
         ax.add_patch(cell)
         look = {"family": "DejaVu Sans Mono", "fontsize": 7.2, "parse_math": False}
         look["color"] = "white" if abs(value) > 0.75 else "black"
-        ax.text(x + width / 2, y + 0.52, text, ha="center", va="center", **look)
-        x += width
+        ax.text(x + width / 2, y + line + 0.52, text, ha="center", va="center", **look)
 
 
 def tint(colours, value):
@@ -835,8 +879,8 @@ def cell_text(token):
     return text or "␣"
 
 
-def add_credit_legend(figure):
-    """What the colours and the hatching mean, below the panels."""
+def add_credit_legend(figure, largest):
+    """What the colours and the hatching mean, below the panels. largest: push of all methods."""
     from matplotlib import colormaps
     from matplotlib.patches import Patch
 
@@ -847,8 +891,10 @@ def add_credit_legend(figure):
         ("clipped: exactly 0", 0, HATCH),
     ):
         colour = tint(colormaps["RdBu"], value)
-        keys.append(Patch(fc=colour, ec="#999999", hatch=hatch, label=label))
+        edge = HATCH_COLOUR if hatch else "#999999"
+        keys.append(Patch(fc=colour, ec=edge, hatch=hatch, label=label))
     title = "At its default options, the method's update makes a token"
+    title += f"  (one scale: full colour = ±{largest:.2g}, by the square root)"
     look = {"frameon": False, "fontsize": 8.5, "title": title, "title_fontsize": 8.5}
     figure.legend(handles=keys, loc="lower center", ncols=3, **look)
 

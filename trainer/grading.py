@@ -14,6 +14,7 @@ line in the data. Both functions get `truncated`, whether the completion was cut
 if they have a keyword-only parameter of that name.
 """
 
+import copy
 import functools
 import math
 from numbers import Real
@@ -25,6 +26,7 @@ from rewards import correct, extract_answer, overlong_penalty, true_answer
 from trainer.algorithm import named
 from trainer.ownfile import OwnFileError, guarded, load_file, place_of
 
+LARGEST = 1e15  # of a reward: in a standard deviation, the square of more overflows fp32
 QUOTED = 60  # characters of a question in an error
 
 
@@ -88,6 +90,7 @@ class Grader:
     def call(self, function, text, problem, truncated):
         """A function of the file, with an error that names the problem."""
         fields = {name: value for name, value in problem.items() if name != "prompt_ids"}
+        fields = copy.deepcopy(fields)  # the file may change it
         try:
             return function(text, fields, **named(function, {"truncated": truncated}))
         except OwnFileError as error:
@@ -154,8 +157,8 @@ def check_reward(value, *_):
 def check_number(value, what):
     if not isinstance(value, Real):
         raise ValueError(f"must return {what}, not a {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"must return {what}, and {value} is none")
+    if not abs(value) <= LARGEST:  # NaN fails this test
+        raise ValueError(f"must return {what}, finite and at most {LARGEST:g}, not {value}")
 
 
 def check_right(value, *_):
