@@ -198,7 +198,7 @@ BROKEN = {  # the file, and what the line must say after FILE
     "def reward(completion, problem):\n    return problem['nope']": ":2: KeyError: 'nope'",
     "import math\ndef reward(c, p):\n    return math.nan": ":2: reward must return a number",
     "def reward(c, p): return 10**400": ":1: reward must return a number",
-    "def reward(c, p): return {'a': -2e15}": "finite and at most 1e+15, not -2e+15",
+    "def reward(c, p): return {'a': -2e15}": "finite and at most 1e+15, not -2000000000000000.0",
     "def reward(completion, problem): return 'text'": ":1: reward must return a number",
     "def reward(completion, problem): return None": "not a NoneType",
     "def reward(completion, problem): return {'a': 'b'}": "a number as its part 'a', not a str",
