@@ -125,7 +125,7 @@ def entry(rows, methods):
     shared["answer"] = str(first.get("answer", ""))
     shared["skipped"] = bool(first.get("skipped"))
     shared["completions"] = [completion(row) for row in rows]
-    if methods and all(is_complete(row) for row in rows):
+    if methods and len(rows) > 1 and all(is_complete(row) for row in rows):
         add_pushes(shared["completions"], tensors(rows), methods)
     return shared
 
