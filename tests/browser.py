@@ -18,9 +18,9 @@ NAMES = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 CODES = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}
 PATIENCE = 120  # seconds for one reply: the machine may be busy
 FLAGS = (
-    "--headless=new --hide-scrollbars --remote-debugging-pipe --no-sandbox --disable-gpu --disable-dev-shm-usage"
-    " --no-first-run --no-default-browser-check --disable-background-networking --disable-sync"
-    " --disable-component-update --disable-extensions --password-store=basic"
+    "--headless=new --remote-debugging-pipe --no-sandbox --disable-gpu --disable-dev-shm-usage "
+    "--hide-scrollbars --no-first-run --no-default-browser-check --disable-background-networking "
+    "--disable-sync --disable-component-update --disable-extensions --password-store=basic"
 )
 # Chromium's wrapper may be a shell script: the two descriptors are put in place before it starts.
 LAUNCH = (

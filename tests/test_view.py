@@ -20,6 +20,7 @@ HOSTILE = (
     "</script><img src=x onerror=alert(1)><script>alert(2)</script>",
     "\"'`${document.title}\\",
     "<!--<script> &lt;b&gt; &amp;",
+    "--></title></style><img src=y onerror=alert(3)>",
     "\u202ereversed\u2066 \u200f",
     "\x00\x1b[31mred\x7f",
     "\ud800 \u2028\u2029\ufeff",
@@ -223,13 +224,14 @@ def test_hostile_text_never_becomes_markup(tmp_path):
     view.main([str(run)])
     page = (run / "samples.html").read_text(encoding="utf-8")
     template = view.TEMPLATE.read_text(encoding="utf-8")
-    assert template.count("__DATA__") == 2  # the first is in the comment that explains it
+    assert template.count("__DATA__") == 1
     assert Tags(page).found == Tags(template).found
     data = data_of(run / "samples.html")
     assert page.isascii() or not any(c in page for c in "\u2028\u202e\x00")
     tokens = [c["tokens"][0] for group in data["groups"] for c in group["completions"]]
     assert set(HOSTILE) <= set(tokens) and data["about"]["model"] == HOSTILE[0]
-    assert [group["prompt"] for group in data["held_out"][:9]] == [f"held {t}" for t in HOSTILE]
+    prompts = [group["prompt"] for group in data["held_out"]]
+    assert prompts == [f"held {text}" for _ in range(3) for text in HOSTILE]
 
 
 def test_the_script_writes_no_markup_and_the_page_asks_for_nothing():
@@ -417,7 +419,7 @@ def test_shadings_and_their_scale(page):
     legend = "document.querySelector('.legend').textContent"
     seven, newline, eight = page.run(style)
     assert "--up" in seven and "70.0%" in seven and "--down" in newline and newline == eight
-    assert page.run(legend).startswith("Push, GRPO (this run): −0.3849+0.3849here from −0.1925")
+    assert page.run(legend).startswith("Push, GRPO (this run): −0.3848+0.3848here from −0.1924")
     for key, start in (
         ("2", "Advantage: −0.25+0.25here from −0.125 to 0.25"),
         ("3", "Entropy: 00.85 natshere from 0.75 to 0.85 nats"),
