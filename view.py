@@ -20,7 +20,8 @@ import numpy as np
 
 from plot import NOTES, Parser, is_complete, push, style, tensors
 from trainer import options
-from trainer.runs import BAD_VALUE, ORDER, finite, read_folder, read_log
+from trainer.runs import ORDER, finite, read_folder
+from trainer.samples import read_groups
 
 TEMPLATE = Path(__file__).with_name("trainer") / "view.html"
 BUDGET = 4_500_000  # bytes of completions, so that a page has at most 5 MB
@@ -46,50 +47,6 @@ def column(values):
 def power(log_value):
     """e ** log_value, or None for None. It does not overflow."""
     return None if log_value is None else math.exp(min(log_value, 700))
-
-
-# Reading
-
-
-def read_groups(path, held_out=False):
-    """The groups of a samples.jsonl, or of a held_out.jsonl: lists of rows, in the file's order.
-
-    Rows that caused a skipped update make groups of their own. Raises ValueError.
-    """
-    groups = {}
-    for number, row in read_log(path):
-        try:
-            row = checked(row, held_out)
-        except BAD_VALUE:
-            what = "a completion with tokens and numbers"
-            raise ValueError(f"{path}: line {number} is not {what}") from None
-        key = row["step"], row["prompt"], bool(row.get("skipped"))
-        groups.setdefault(key, []).append(row)
-    return list(groups.values())
-
-
-def checked(row, held_out):
-    """The row, if its values have the types that this file needs. Raises one of BAD_VALUE.
-
-    A greedy completion of a held-out problem has no reward, and no second policy.
-    """
-    texts = [row["prompt"], *row["tokens"]]
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError
-    row["step"] = int(row["step"])
-    row["completion"] = str(row.get("completion", "".join(row["tokens"])))
-    names = ["logprobs", "entropy"]
-    if not held_out:
-        row["reward"] = float(row["reward"])
-        row.setdefault("right", row["reward"])  # files from before it was recorded
-        row.setdefault("advantages", [None] * len(row["tokens"]))
-        names += ["old_logprobs", "advantages"]
-    row["right"] = row["right"] > 0.5
-    for name in names:
-        row[name] = [finite(value) for value in row[name]]
-        if len(row[name]) != len(row["tokens"]):
-            raise ValueError
-    return row
 
 
 # What the page gets
@@ -125,7 +82,7 @@ def entry(rows, methods):
     shared["answer"] = str(first.get("answer", ""))
     shared["skipped"] = bool(first.get("skipped"))
     shared["completions"] = [completion(row) for row in rows]
-    if methods and all(is_complete(row) for row in rows):
+    if methods and len(rows) > 1 and all(is_complete(row) for row in rows):
         add_pushes(shared["completions"], tensors(rows), methods)
     return shared
 
@@ -222,9 +179,9 @@ def page_data(run, algos):
 
 
 def json_text(value):
-    """JSON in ASCII without `<`: nothing in it can end a <script> element or begin markup."""
+    """JSON in ASCII without < and >: nothing in it ends a <script> element or begins markup."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c")
+    return text.replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def write_page(data, out):

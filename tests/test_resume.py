@@ -73,7 +73,7 @@ def metrics(run):
 
 def assert_same(run, other):
     assert metrics(run) == metrics(other)
-    for name in ("samples.jsonl", "model/model.safetensors"):
+    for name in ("samples.jsonl", "held_out.jsonl", "model/model.safetensors"):
         assert (run / name).read_bytes() == (other / name).read_bytes()
     assert json.loads((run / "config.json").read_text())["status"] == "done"
     assert not list(run.rglob("*.part"))

@@ -54,6 +54,13 @@ def test_each_algorithm_trains_two_steps(algo, tmp_path):
     config = json.loads((out / "config.json").read_text())
     assert config["status"] == "done" and config["options"]["algo"] == algo
     assert config["versions"]["torch"]
+    held_out = read(out / "held_out.jsonl")  # the first four problems, before and after training
+    assert [line["step"] for line in held_out] == [0] * 4 + [2] * 4
+    assert [line["prompt"] for line in held_out[:4]] == [line["prompt"] for line in held_out[4:]]
+    for line in held_out:
+        assert len(line["tokens"]) == len(line["logprobs"]) == len(line["entropy"]) > 0
+        assert max(line["logprobs"]) <= 0 and line["right"] in (True, False)
+        assert "".join(line["tokens"]).removesuffix("<|endoftext|>") == line["completion"]
     samples = read(out / "samples.jsonl")
     assert len(samples) == 8 and {s["step"] for s in samples} == {1, 2}
     for s in samples:

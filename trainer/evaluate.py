@@ -74,8 +74,8 @@ def evaluate(
     generation: the remaining keyword arguments of sampling.sample. Restores torch's random state,
     so evaluation never changes training. Returns a dict: accuracy, accuracy_lenient, ci95 (of
     accuracy), avg_at_k, pass_at_k (None if k is 0), k, n (problems), length (mean tokens of the
-    greedy completions), truncated (proportion of them). With `shown` it also has "greedy": the
-    greedy completions of the first `shown` problems, as `greedy_lines` gives them.
+    greedy completions), truncated (proportion of them), and if shown > 0 greedy: `greedy_lines` of
+    the first `shown` problems.
     """
     grader = grader or Grader(Options())
     prompts = [problem["prompt_ids"] for problem in problems]
@@ -83,7 +83,6 @@ def evaluate(
     total = len(problems) * (2 if k else 1)
     bar = tqdm(total=total, desc="evaluate", unit="problem", leave=False, disable=quiet)
     generation.update(rows_at_once=rows_at_once, progress=bar)
-    drawn = None
     with torch.random.fork_rng(devices), bar:
         torch.manual_seed(seed)
         greedy = sample(model, prompts, 1, temperature=0, **generation)

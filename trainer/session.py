@@ -193,6 +193,6 @@ def summary(out, seconds):
         f"greedy accuracy on {row['n']} held-out problems: {words[0]} -> {words[1]}, "
         f"in {seconds:.0f} s"
     )
-    files = "curves.png, metrics.jsonl, samples.jsonl, config.json, and the trained model in model/"
-    print(f"{out}: {files}")
+    files = "curves.png, metrics.jsonl, samples.jsonl, held_out.jsonl, config.json"
+    print(f"{out}: {files}, and the trained model in model/")
     print(f"python view.py {shlex.quote(str(out))} makes a page of what it wrote")
