@@ -195,10 +195,10 @@ def loop(trainer, out, held_out, done):
         draw(out)
     step, steps = done, range(done + 1, o.steps + 1)
     bar = tqdm(steps, initial=done, total=o.steps, desc=o.algo, unit="step")
-    with bar:  # closes the bar before a later message is printed
+    with trainer.tracker, bar:  # closes both before a later message is printed
         for step in bar:
             line, rollout, bad_rows = trainer.step(step)
-            checkpoint.append_lines(out / "metrics.jsonl", [line])
+            session.write_metrics(trainer, out, line)
             bar.set_postfix_str(
                 f"accuracy {line['accuracy']:.2f}, entropy {line['entropy']:.2f}, "
                 f"{line['tokens_per_s']:.0f} tokens/s"
@@ -266,12 +266,9 @@ def prepare(given, out, argv):
         evaluate_only(o, out, model, tokenizer, generation, held_out)
         return None
     config.update(start.made_from(o, model, problems + held_out, config))
-    trainer, done = Trainer(o, model, tokenizer, generation, problems), 0
+    trainer = Trainer(o, model, tokenizer, generation, problems)
     config["micro_batch"] = trainer.updater.keep_micro_batch(config.get("micro_batch"))
-    if resume:
-        done = session.restore(trainer, out)
-    else:
-        checkpoint.clear(out, o.model)
+    done = session.begin(trainer, out, resume)
     checkpoint.write_json(out / "config.json", config)
     return trainer, held_out, config, done
 

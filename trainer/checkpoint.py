@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 
 KEPT = 2  # checkpoints
 RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "model")
+RUN_FILES += ("track.json", "tensorboard", "wandb")  # of --track
 LINES = ("metrics.jsonl", "samples.jsonl")  # one JSON object per line, appended by each step
 
 

@@ -11,6 +11,7 @@ from trainer import checkpoint
 from trainer.evaluate import evaluate, rows_of_evaluation
 from trainer.policy import sampling_copy
 from trainer.records import group_to_show, sample_lines
+from trainer.track import Tracker
 
 BAD_STEPS = 3  # this many skipped updates in a row stop the run
 PICTURE_AGE = 60  # seconds until curves.png is drawn again between two evaluations
@@ -86,7 +87,13 @@ def write_evaluation(trainer, out, held_out, step):
 
     line = {"phase": "eval", "step": step}
     line.update(trainer.updater.with_smaller_batches("sample_batch", work))
+    write_metrics(trainer, out, line)
+
+
+def write_metrics(trainer, out, line):
+    """Append a line to metrics.jsonl, and show it in the run's tracker, if it has one."""
     checkpoint.append_lines(out / "metrics.jsonl", [line])
+    trainer.tracker.log(line)
 
 
 def write_samples(trainer, out, step, rollout, bad_rows):
@@ -120,6 +127,20 @@ def save(trainer, out, step, sizes):
     }
     optimizer = trainer.updater.optimizer
     checkpoint.save(out, step, trainer.model, trainer.tokenizer, optimizer, sizes, **counters)
+
+
+def begin(trainer, out, resume):
+    """Clear the run's folder, or take up its run; start the tracker.
+
+    Returns the step after which the run goes on.
+    """
+    done = 0
+    if resume:
+        done = restore(trainer, out)
+    else:
+        checkpoint.clear(out, trainer.o.model)
+    trainer.tracker = Tracker(trainer.o, out)
+    return done
 
 
 def restore(trainer, out):
