@@ -162,7 +162,7 @@ def loop(trainer, out, held_out, done):
         draw(out)
     step, steps = done, range(done + 1, o.steps + 1)
     bar = tqdm(steps, initial=done, total=o.steps, desc=label(o.algo), unit="step")
-    with bar:  # closes the bar before a later message is printed
+    with trainer.tracker, bar:  # closes both before a later message is printed
         for step in bar:
             line, rollout, bad_rows = trainer.step(step)
             session.write_metrics(trainer, out, line)
@@ -233,12 +233,9 @@ def prepare(given, out, argv):
         evaluate_only(o, out, model, tokenizer, generation, held_out)
         return None
     config.update(start.made_from(o, model, problems + held_out, config))
-    trainer, done = Trainer(o, model, tokenizer, generation, problems), 0
+    trainer = Trainer(o, model, tokenizer, generation, problems)
     config["micro_batch"] = trainer.updater.keep_micro_batch(config.get("micro_batch"))
-    if resume:
-        done = session.restore(trainer, out)
-    else:
-        checkpoint.clear(out, o.model)
+    done = session.begin(trainer, out, resume)
     checkpoint.write_json(out / "config.json", config)
     return trainer, held_out, config, done
 

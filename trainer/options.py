@@ -6,6 +6,7 @@ not wait for it.
 
 import argparse
 import difflib
+import importlib.util
 import json
 import math
 import os
@@ -20,6 +21,7 @@ MORE = (  # in the folder more/
     *("ktae", "dhpo", "dr_grpo", "rloo", "cispo", "sapo", "gmpo"),
 )
 ROOT = Path(__file__).resolve().parents[1]
+TRACKERS = ("tensorboard", "trackio", "wandb")
 MOST = 10**9  # a larger whole number is a typing error
 MOST_ROWS = 65_536  # completions of one step: all of them are held in memory
 
@@ -148,6 +150,10 @@ class Options:
     overwrite: bool = detail(
         False, "delete the run that --out holds (with --eval-only: replace its eval.json)"
     )
+    track: str = detail(
+        "none",
+        f"show the metrics there too, beside metrics.jsonl: {', '.join(TRACKERS)} (pip install it)",
+    )
     eval_only: bool = detail(False, "evaluate the model and write eval.json; no training")
     show_prompt: bool = detail(False, "print the first prompt and what ends a completion, and exit")
 
@@ -182,7 +188,7 @@ DEFAULTS = {preset: vars(Options(**changes)) for preset, changes in PRESETS.item
 TYPES = {
     about.name: about.type if about.type in (int, float, bool) else str for about in fields(Options)
 }
-CHANGEABLE_ON_RESUME = ("steps", "save_every", "show_prompt")
+CHANGEABLE_ON_RESUME = ("steps", "save_every", "track", "show_prompt")
 HELP_GROUPS = {  # the first option of each group
     "algo": "what is trained",
     "prompt": "prompt",
@@ -391,6 +397,7 @@ def check_values(o):
     check_prompt(o)
     if o.reward and not Path(o.reward).is_file():
         raise ValueError(f"--reward {o.reward}: no such file")
+    check_track(o)
 
 
 def check_algorithm(o):
@@ -535,6 +542,17 @@ def check_prompt(o):
         raise ValueError("--system has no effect with --chat-template none: use --prompt")
     if o.chat_template == "none" and o.template_option:
         raise ValueError("--template-option has no effect with --chat-template none")
+
+
+def check_track(o):
+    """Raise ValueError if there is no such tracker, or if it is not installed."""
+    if o.track == "none":
+        return
+    if o.track not in TRACKERS:
+        raise ValueError(f"--track {o.track}: {', '.join(TRACKERS)} or none")
+    found = importlib.util.find_spec(o.track)
+    if found is None or found.origin is None:  # without origin: a mere folder of that name
+        raise ValueError(f"--track {o.track}: it is not installed; pip install {o.track}")
 
 
 def check_machine(o):

@@ -14,6 +14,7 @@ from trainer import checkpoint
 from trainer.evaluate import evaluate, rows_of_evaluation
 from trainer.policy import sampling_copy
 from trainer.records import group_to_show, sample_lines
+from trainer.track import Tracker
 
 BAD_STEPS = 3  # this many skipped updates in a row stop the run
 SHOWN = 4  # held-out problems whose greedy completions are kept at each evaluation
@@ -98,8 +99,9 @@ def write_evaluation(trainer, out, held_out, step):
 
 
 def write_metrics(trainer, out, line):
-    """Append a line to metrics.jsonl, and print the warnings that are due with it."""
+    """Append a line to metrics.jsonl, show it in the tracker, print the warnings due with it."""
     checkpoint.append_lines(out / "metrics.jsonl", [line])
+    trainer.tracker.log(line)
     for warning in trainer.watch.see(line):
         tqdm.write(warning)
 
@@ -135,6 +137,20 @@ def save(trainer, out, step, sizes):
     }
     optimizer = trainer.updater.optimizer
     checkpoint.save(out, step, trainer.model, trainer.tokenizer, optimizer, sizes, **counters)
+
+
+def begin(trainer, out, resume):
+    """Clear the run's folder, or take up its run; start the tracker.
+
+    Returns the step after which the run goes on.
+    """
+    done = 0
+    if resume:
+        done = restore(trainer, out)
+    else:
+        checkpoint.clear(out, trainer.o.model)
+    trainer.tracker = Tracker(trainer.o, out)
+    return done
 
 
 def restore(trainer, out):
