@@ -687,7 +687,7 @@ def spoil(monkeypatch, calls, how):
 @pytest.fixture
 def half_right(monkeypatch):
     """Rewards that differ within the groups, so that every update has a gradient."""
-    monkeypatch.setattr(train, "correct", child.parity)
+    monkeypatch.setattr(grading, "correct", child.parity)
 
 
 GRPO = [*WORDS, *"--algo grpo --samples-every 0 --group-size 4 --save-every 1 --lr 0.001".split()]

@@ -15,7 +15,7 @@ import compare
 import grpo
 import plot
 import train
-from trainer import origin
+from trainer import grading, origin
 from trainer.algorithm import load_algorithm, option_defaults
 from trainer.options import algorithm_names, fill, label, method, parse
 from trainer.runs import group, read_csv, read_folder, read_runs
@@ -173,7 +173,7 @@ def test_a_copy_of_grpo_is_grpo_under_another_name(tmp_path, monkeypatch):
     """The same metrics; its own folder, curve and colour."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "plot_runs", lambda *_: None)
-    monkeypatch.setattr(train, "correct", child.parity)
+    monkeypatch.setattr(grading, "correct", child.parity)
     shutil.copy(ROOT / "grpo.py", tmp_path / "grpo.py")
     for algo in ("grpo.py", "grpo"):
         assert train.main(["--algo", algo, *SMALL, "--steps", "2"]) == 0
@@ -347,7 +347,7 @@ def loss(logprobs, old_logprobs, advantages, mask, *, entropy, old_entropy, comp
 def test_inputs_are_filled_in_and_all_rows_are_run(tmp_path, monkeypatch):
     """Keyword inputs need no default; step 2 may learn from the pass that measures, or not."""
     monkeypatch.setattr(train, "plot_runs", lambda *_: None)
-    monkeypatch.setattr(train, "correct", child.parity)
+    monkeypatch.setattr(grading, "correct", child.parity)
     path = write(tmp_path, ALL_INPUTS)
     words = ["--algo", str(path), "--option", "scale=3", "--micro-batch", "2", *SMALL]
     assert train.main([*words, "--steps", "2", "--out", str(tmp_path / "a")]) == 0
@@ -362,7 +362,7 @@ def test_inputs_are_filled_in_and_all_rows_are_run(tmp_path, monkeypatch):
 def test_step_2_may_learn_early_only_where_the_loss_allows_it(tmp_path, monkeypatch):
     """A loss with another gradient at other log-probabilities, and one that needs the entropy."""
     monkeypatch.setattr(train, "plot_runs", lambda *_: None)
-    monkeypatch.setattr(train, "correct", child.parity)
+    monkeypatch.setattr(grading, "correct", child.parity)
     body = "    w = (logprobs - old_logprobs).exp()\n    return -(w * A * ({}) * mask).mean()\n"
     head = "def loss(logprobs, old_logprobs, A, mask, *, entropy=None):\n    A = A[:, None]\n"
     for name, weight in (("old", "old_logprobs.exp()"), ("entropy", "1 + entropy")):

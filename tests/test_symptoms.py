@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 import train
+from trainer import grading
 from trainer.symptoms import SYMPTOMS, WINDOW, Watch
 
 HEALTHY = {
@@ -164,7 +165,7 @@ def test_a_resumed_run_does_not_warn_again():
 
 def test_a_run_prints_its_warning_once_also_across_a_resume(tmp_path, monkeypatch, capsys):
     """No group has a signal; a torn line at the end of metrics.jsonl does not matter."""
-    monkeypatch.setattr(train, "correct", lambda *_: 1.0)
+    monkeypatch.setattr(grading, "correct", lambda *_: 1.0)
     monkeypatch.setattr(train, "plot_runs", lambda *_: None)
     words = """--preset tiny --prompts 2 --group-size 2 --updates 1 --max-new-tokens 4 --eval-n 2
         --k 0 --eval-every 0 --samples-every 0 --save-every 3 --steps 7""".split()

@@ -104,7 +104,7 @@ OPTIONS = {
 @pytest.mark.parametrize("algo", [*ALGORITHMS, *MORE])
 def test_all_22_train_two_steps_with_an_option(algo, tmp_path, monkeypatch):
     """In this process, without pictures, and with rewards that differ within a group."""
-    monkeypatch.setattr(train, "correct", child.parity)
+    monkeypatch.setattr(grading, "correct", child.parity)
     monkeypatch.setattr(train, "plot_runs", lambda *_: None)
     (name, value), out = OPTIONS[algo], tmp_path / "run"
     words = f"--algo {algo} --option {name}={value} --steps 2 --eval-n 4 --k 0 --save-every 0"
@@ -155,7 +155,7 @@ def test_a_keyword_with_a_known_name_is_filled_in(given, tmp_path, monkeypatch):
 
     module = SimpleNamespace(advantages=advantages, loss=loss)
     monkeypatch.setitem(sys.modules, "more.sapo", module)
-    monkeypatch.setattr(train, "correct", child.parity)
+    monkeypatch.setattr(grading, "correct", child.parity)
     t = trainer(tmp_path, "--algo", "sapo", "--lr", "0.01", *given)
     for calls in seen.values():
         calls.clear()  # of try_out
