@@ -21,12 +21,11 @@ from grpo import constant
 from plot import plot_runs
 from rewards import correct, overlong_penalty
 from trainer import checkpoint, session, start
-from trainer.algorithm import inputs, load_algorithm, split_options
+from trainer.algorithm import OwnFileError, inputs, load_algorithm, split_options
 from trainer.data import problems_at
 from trainer.evaluate import decode, evaluate_only
 from trainer.lock import locked
 from trainer.logprobs import PLAIN
-from trainer.ownfile import OwnFileError
 from trainer.policy import sampling_copy
 from trainer.records import metrics_line, peak_mib
 from trainer.sampling import Rollout, corrected, sample

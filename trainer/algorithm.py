@@ -4,19 +4,25 @@ import functools
 import importlib
 import inspect
 import math
+import traceback
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 import grpo
 from trainer.options import MORE, is_file, label
-from trainer.ownfile import OwnFileError, guarded, load_file, place_of
+from trainer.ownfile import described, load_file, place
 
 ARGUMENTS = {  # of the two functions; what stands after them is keyword-only
     "advantages": ("rewards", "group_size"),
     "loss": ("logprobs", "old_logprobs", "advantages", "mask"),
 }
 MAY_BE_NEGATIVE = ("tau", "mu", "ignore_id")  # every other numeric option is at least 0
+
+
+class OwnFileError(ValueError):
+    """An error in a file of the user: one line that begins with FILE:LINE."""
 
 
 def load_algorithm(algo):
@@ -174,9 +180,9 @@ def try_out(module, values, algo):
 def load_own(path):
     """The module in a file of the user, with GRPO's advantages if it has none.
 
-    Its functions raise OwnFileError whatever goes wrong in them. Raises OwnFileError.
+    Its functions raise OwnFileError whatever goes wrong in them. Raises ValueError.
     """
-    module = load_file(path)
+    module = load_file(Path(path).resolve())
     if not hasattr(module, "advantages"):
         module.advantages = grpo.advantages
     for name, arguments in ARGUMENTS.items():
@@ -186,11 +192,56 @@ def load_own(path):
             raise OwnFileError(f"{path}: a method is a function {wanted}; there is none")
         problem = wrong_signature(function, arguments)
         if problem:
-            place = place_of(function, path)
-            raise OwnFileError(f"{place}: {problem}; a method is a function {wanted}")
+            at = place_of(function, path)
+            raise OwnFileError(f"{at}: {problem}; a method is a function {wanted}")
         check = check_loss if name == "loss" else check_advantages
         setattr(module, name, guarded(name, function, path, check))
     return module
+
+
+def guarded(name, function, path, check):
+    """The function of a file, with each of its errors told as an OwnFileError.
+
+    check(result, *arguments) raises ValueError for a result that cannot be used: "must ...".
+    """
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        try:
+            result = function(*args, **kwargs)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise  # the caller tries a smaller batch
+        except Exception as error:
+            at = place_of_error(error, function, path)
+            raise OwnFileError(f"{at}: {described(error)}") from error
+        try:
+            check(result, *args)
+        except ValueError as error:
+            raise OwnFileError(f"{place_of(function, path)}: {name} {error}") from None
+        return result
+
+    return call
+
+
+def place_of_error(error, function, path):
+    """FILE:LINE of the last line of the file that an exception came through, if there is one.
+
+    The file may stand beside ours and call them: its own line is what the user can change.
+    """
+    trace = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in trace if frame.filename == str(Path(path).resolve())]
+    if lines:
+        return f"{path}:{lines[-1]}"
+    found = place(error, Path(path))
+    return place_of(function, path) if found == path else found
+
+
+def place_of(function, path):
+    """FILE:LINE of a function's `def`; the file alone if it is not in there."""
+    code = getattr(function, "__code__", None)
+    if code is None or code.co_filename != str(Path(path).resolve()):
+        return path
+    return f"{path}:{code.co_firstlineno}"
 
 
 def wrong_signature(function, arguments):
@@ -240,8 +291,8 @@ def check_loss(result, logprobs, *_):
 def check_toy(path, module, name, problem):
     """Raise OwnFileError with the problem of what a function returned for the toy batch."""
     if problem:
-        place = place_of(inspect.unwrap(getattr(module, name)), path)
-        raise OwnFileError(f"{place}: {name} {problem}")
+        at = place_of(inspect.unwrap(getattr(module, name)), path)
+        raise OwnFileError(f"{at}: {name} {problem}")
 
 
 def wrong_advantages(advantages, mask):
