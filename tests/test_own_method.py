@@ -417,11 +417,13 @@ def test_resume_from_another_folder_and_of_a_changed_or_moved_file(tmp_path, mon
 
 
 def test_code_checksums_follow_what_a_file_imports(tmp_path):
-    """builtins such as torch.exp have no module of their own."""
-    text = "from torch import exp\nfrom more.cispo import loss\nfrom gtpo import advantages\n"
+    """Ours, and those beside it."""
+    write(tmp_path, "two = 2\n", "beside.py")
+    text = "from beside import two\nfrom torch import exp\n"
+    text += "from more.cispo import loss\nfrom gtpo import advantages\n"
     path = write(tmp_path, text)
     files = origin.code_checksums(str(path)).keys()
     others = {name for name in files if not name.startswith("trainer/")}
     assert others - {"train.py", "rewards.py", "tiny/problems.py"} == {
-        *(str(path), "more/cispo.py", "gtpo.py", "grpo.py")
+        *(str(path), str(tmp_path / "beside.py"), "more/cispo.py", "gtpo.py", "grpo.py")
     }

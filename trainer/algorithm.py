@@ -4,6 +4,7 @@ import functools
 import importlib
 import inspect
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -174,9 +175,9 @@ def try_out(module, values, algo):
 def load_own(path):
     """The module in a file of the user, with GRPO's advantages if it has none.
 
-    Its functions raise OwnFileError whatever goes wrong in them. Raises OwnFileError.
+    Its functions raise OwnFileError whatever goes wrong in them. Raises ValueError.
     """
-    module = load_file(path)
+    module = load_file(Path(path).resolve())
     if not hasattr(module, "advantages"):
         module.advantages = grpo.advantages
     for name, arguments in ARGUMENTS.items():
@@ -186,8 +187,8 @@ def load_own(path):
             raise OwnFileError(f"{path}: a method is a function {wanted}; there is none")
         problem = wrong_signature(function, arguments)
         if problem:
-            place = place_of(function, path)
-            raise OwnFileError(f"{place}: {problem}; a method is a function {wanted}")
+            at = place_of(function, path)
+            raise OwnFileError(f"{at}: {problem}; a method is a function {wanted}")
         check = check_loss if name == "loss" else check_advantages
         setattr(module, name, guarded(name, function, path, check))
     return module
@@ -240,8 +241,8 @@ def check_loss(result, logprobs, *_):
 def check_toy(path, module, name, problem):
     """Raise OwnFileError with the problem of what a function returned for the toy batch."""
     if problem:
-        place = place_of(inspect.unwrap(getattr(module, name)), path)
-        raise OwnFileError(f"{place}: {name} {problem}")
+        at = place_of(inspect.unwrap(getattr(module, name)), path)
+        raise OwnFileError(f"{at}: {name} {problem}")
 
 
 def wrong_advantages(advantages, mask):

@@ -15,9 +15,9 @@ if they have a keyword-only parameter of that name.
 """
 
 import copy
-import functools
 import math
 from numbers import Real
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -38,7 +38,7 @@ class Grader:
     """Grades completions, by rewards.py or by a file of the user."""
 
     def __init__(self, options):
-        """Raises OwnFileError if --reward is no such file."""
+        """Raises ValueError if --reward is no such file."""
         self.o = options
         self.own = load_reward(options.reward) if options.reward else None
         self.parts = None  # the names of the reward's parts, once a completion has been rewarded
@@ -120,11 +120,10 @@ def about(problem):
     return f"the problem is {shortened!r}"
 
 
-@functools.cache
 def load_reward(path):
     """The functions `reward` and `correct` (None if there is none) of a file, as attributes.
 
-    Whatever goes wrong in them is told with FILE:LINE. Raises OwnFileError.
+    Whatever goes wrong in them is told with FILE:LINE. Raises ValueError.
     """
     module = load_file(path)
     if not callable(getattr(module, "reward", None)):
@@ -140,7 +139,7 @@ def load_reward(path):
 def is_of(function, path):
     """Whether a function is defined in the file, and not imported by it."""
     code = getattr(function, "__code__", None)
-    return code is not None and code.co_filename == path
+    return code is not None and code.co_filename == str(Path(path).resolve())
 
 
 def check_reward(value, *_):

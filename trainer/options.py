@@ -375,7 +375,7 @@ def fill(given):
     check(o)
     o.option = checked_options(o.algo, o.option)
     if o.reward:
-        load_reward(o.reward)  # raises OwnFileError now, not after the model has been loaded
+        load_reward(o.reward)  # raises ValueError now, not after the model has been loaded
     return o
 
 

@@ -16,7 +16,7 @@ import transformers
 
 from trainer.algorithm import load_algorithm
 from trainer.options import is_file
-from trainer.ownfile import load_file
+from trainer.ownfile import files_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ONLY_READS = "trainer/runs.py"  # reads finished runs, so it changes no number of a run
@@ -39,7 +39,7 @@ def weights_checksum(model):
 def code_checksums(algo, reward=None):
     """{file: checksum} of the files that determine the numbers of a run of this algorithm.
 
-    Ours by their path in the project, a file of the user by its full path. reward: --reward.
+    Ours by their path in the project, those of the user by their full path. reward: --reward.
     """
     names = {"train.py", "rewards.py"}
     if (ROOT / "tiny" / "problems.py").is_file():  # a checkout may be without it
@@ -47,34 +47,36 @@ def code_checksums(algo, reward=None):
     for path in (ROOT / "trainer").glob("*.py"):
         names.add(f"trainer/{path.name}")
     names.discard(ONLY_READS)
-    names.update(own_files(load_algorithm(algo)))
-    if is_file(algo):
-        names.add(algo)
+    names.update(files_of_user(algo) if is_file(algo) else own_files(load_algorithm(algo)))
     if reward:
-        names.update([reward, *own_files(load_file(reward))])
+        names.update(files_of_user(reward))
     checksums = {}
     for name in sorted(names):
         checksums[name] = f"{zlib.crc32((ROOT / name).read_bytes()):08x}"
     return checksums
 
 
+def files_of_user(algo):
+    """A file of the user under the path that --algo keeps, and the files that it imports."""
+    files = {algo}
+    for path in files_of(Path(algo).resolve())[1:]:
+        inside = path.is_relative_to(ROOT)
+        files.add(path.relative_to(ROOT).as_posix() if inside else str(path))
+    return files
+
+
 def own_files(module):
     """Our files that a module is made of: its own, and those that it imports from, and so on."""
-    files, waiting, seen = set(), [module.__name__], set()
+    files, waiting = set(), [module.__name__]
     while waiting:
         name = waiting.pop()
         file = name.replace(".", "/") + ".py"
-        ours = (ROOT / file).is_file()
-        if name in seen or not (ours or name == module.__name__):
+        if file in files or not (ROOT / file).is_file():
             continue
-        seen.add(name)
-        if ours:
-            files.add(file)
+        files.add(file)
         for value in vars(sys.modules[name]).values():
             is_module = inspect.ismodule(value)
-            waiting.append(
-                value.__name__ if is_module else getattr(value, "__module__", None) or ""
-            )
+            waiting.append(value.__name__ if is_module else getattr(value, "__module__", ""))
     return files
 
 
