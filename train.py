@@ -26,6 +26,7 @@ from trainer.evaluate import decode, evaluate_only
 from trainer.grading import BadReward, Grader
 from trainer.lock import locked
 from trainer.logprobs import PLAIN
+from trainer.ownfile import OwnFileError
 from trainer.policy import sampling_copy
 from trainer.records import metrics_line, peak_mib
 from trainer.sampling import Rollout, corrected, sample
