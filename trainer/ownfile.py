@@ -11,8 +11,6 @@ import traceback
 import zlib
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
 RAISED = (Exception, SystemExit)  # what a file may raise; Ctrl-C stays Ctrl-C
 
@@ -149,6 +147,7 @@ def guarded(name, function, path, check):
 
     check(result, *arguments) raises ValueError for a result that cannot be used: "must ...".
     """
+    import torch  # here: a file is loaded without it
 
     @functools.wraps(function)
     def call(*args, **kwargs):
