@@ -284,14 +284,14 @@ UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogates, line and
 
 def verdict(stream, answer):
     """Whether the completion's answer is right, in words; "" without an answer to compare with."""
-    from trainer.evaluate import matches
+    from trainer.grading import Grader
 
     if answer is None:
         return ""
     truncated = not stream.ended
     if correct(stream.text, answer, truncated):
         return ", right"
-    if matches(stream.text, answer, truncated):
+    if Grader(Options()).lenient(stream.text, {"answer": answer}, truncated):
         return ", wrong: only the lenient rule, which takes the last number, accepts it"
     return ", wrong"
 

@@ -122,7 +122,7 @@ def save(figure, out):
             from PIL import Image  # a dependency of matplotlib
 
             image = Image.open(part).convert("RGB")
-            image.quantize(256, kmeans=1, dither=Image.Dither.NONE).save(part)
+            image.quantize(256, kmeans=1, dither=Image.Dither.NONE).save(part, optimize=True)
         os.replace(part, out)
     finally:
         part.unlink(missing_ok=True)
@@ -578,8 +578,8 @@ def print_fit(name, entropy, accuracy):
 # The credit picture
 
 WIDE = 112  # characters in a line of cells
-MOST_LINES = 4  # of one completion
-HATCH = "////"  # of clipped tokens
+MOST_LINES = 2  # of one completion
+HATCH = "///"  # of clipped tokens
 HATCH_COLOUR = "#CFCFCF"  # light: the token's text is read through it
 NOTES = {
     "grpo": "a row shares one push among its tokens, so tokens of short rows get more",

@@ -106,9 +106,7 @@ class Trainer:
         for _ in range(1 + o.dynamic_sampling):
             problems = self.next_problems(o.prompts - len(kept))
             batch = self.sample([p["prompt_ids"] for p in problems], o.group_size)
-            batch.problems = [p for p in problems for _ in range(o.group_size)]
-            batch.texts = decode(self.tokenizer, batch)
-            self.grader.grade(batch)
+            self.grade(batch, problems)
             sampled.append(batch)
             one_sided = constant(batch.right.view(-1, o.group_size)).flatten()  # [P]
             for i, group in enumerate(batch.groups(o.group_size)):
@@ -140,6 +138,12 @@ class Trainer:
             )
 
         return self.updater.with_smaller_batches("sample_batch", work)
+
+    def grade(self, batch, problems):
+        """Fill in problems, texts, right and rewards of a batch, which has G rows per problem."""
+        batch.problems = [problem for problem in problems for _ in range(self.o.group_size)]
+        batch.texts = decode(self.tokenizer, batch)
+        self.grader.grade(batch)
 
     def advantages(self, rollout):
         """The algorithm's advantages of the rollout, [B] or [B, T]."""

@@ -603,7 +603,7 @@ def test_full_disk_later(file, tmp_path):
     after = contents(tmp_path / "run")
     assert after.keys() == before.keys()
     grown = {path.name for path in after if after[path] != before[path]}
-    assert grown == {"config.json", "metrics.jsonl", "samples.jsonl"}
+    assert grown == {"config.json", "metrics.jsonl", "samples.jsonl", "held_out.jsonl"}
     metrics = tmp_path / "run" / "metrics.jsonl"
     # Its lines, without the evaluation that followed the step that was the last one then.
     trained = before[metrics].rsplit(b"\n", 2)[0]

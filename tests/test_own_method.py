@@ -122,10 +122,11 @@ def test_readmes_four_commands_with_fewer_steps(soft_length, tmp_path, monkeypat
     assert "| soft_length | 1 |" in table and "| TEPO | 1 |" in table
     assert (out / "methods.png").read_bytes().startswith(b"\x89PNG")
 
-    titles = []
-    monkeypatch.setattr(plot, "draw_panel", lambda ax, name, *_: titles.append(name))
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, out: figures.append(figure))
     words = [word.replace("docs/", f"{ROOT}/docs/") for word in lines[3][2:]]
     plot.main([*words, "--out", str(tmp_path / "credit.png")])
+    titles = [ax.get_title(loc="left").split(":")[0] for ax in figures[0].axes]
     assert titles == ["Entropy", "GRPO", "DAPO", "soft_length"]
 
     # Another version of the file: the run is not taken for one of this version.

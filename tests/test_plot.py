@@ -93,9 +93,9 @@ def write_samples(folder, steps=(10,), drift=0.3):
     return folder
 
 
-def check_picture(path, width):
+def check_picture(path, width, limit=LIMIT):
     """A whole PNG of that width in pixels, at most 300 kB; returns its colours."""
-    assert path.stat().st_size <= LIMIT
+    assert path.stat().st_size <= limit
     with Image.open(path) as image:
         image.load()
         assert image.format == "PNG" and image.width == width
@@ -836,7 +836,7 @@ def test_credit_picture_of_all_22(tmp_path, monkeypatch, capsys):
 def test_long_rows_are_cut_and_small(tmp_path):
     """Twenty completions of 300 tokens, letters of another script, dollars.
 
-    The picture has 4 rows per panel and at most 300 kB.
+    The picture has 4 rows of two lines per panel, and at most 500 kB.
     """
     folder = write_samples(tmp_path)
     row = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])
@@ -845,7 +845,18 @@ def test_long_rows_are_cut_and_small(tmp_path):
     with open(folder / "samples.jsonl", "w") as file:
         file.writelines(json.dumps(row | {"reward": float(i < 9)}) + "\n" for i in range(20))
     plot.plot_credit(folder / "samples.jsonl", tmp_path / "credit.png")
-    check_picture(tmp_path / "credit.png", 1280)
+    check_picture(tmp_path / "credit.png", 1280, limit=500_000)
+
+
+def test_long_rows_wrap_and_end_in_an_ellipsis():
+    cells = plot.cells_of(["word"] * 60)  # 4.7 wide: 23 to a line
+    assert [line for line, *_ in cells] == [0] * 23 + [1] * 24
+    assert cells[-1][3] == "…" and cells[22][1] == pytest.approx(22 * 4.7) and cells[23][1] == 0
+    assert (plot.lines_of(["word"] * 23), plot.lines_of(["word"] * 24), plot.lines_of([])) == (
+        1,
+        2,
+        1,
+    )
 
 
 # Command line

@@ -17,6 +17,7 @@ import pytest
 import train
 from trainer import runs, session, start, track
 from trainer.options import TRACKERS, Options
+from trainer.symptoms import Watch
 
 # A run of four steps of four short completions, a checkpoint and an evaluation every second.
 WORDS = """--preset tiny --steps 4 --prompts 2 --group-size 2 --updates 2 --max-new-tokens 8
@@ -40,8 +41,8 @@ def line_of(phase, step):
 
 def go(out, tool, *phases):
     """A process of the run: `phases` are (phase, step). Each line is written, then shown."""
-    out.mkdir(exist_ok=True)
-    trainer = SimpleNamespace(tracker=track.Tracker(Options(track=tool), out))
+    tracker = track.Tracker(Options(track=tool), out)
+    trainer = SimpleNamespace(tracker=tracker, watch=Watch("fp32"))
     with trainer.tracker:
         for phase in phases:
             session.write_metrics(trainer, out, line_of(*phase))

@@ -160,7 +160,7 @@ def try_out(module, values, algo):
     if is_file(algo):
         check_toy(algo, module, "advantages", wrong_advantages(advantages, batch.mask))
     old_logprobs = -batch.mask.float()
-    logprobs = old_logprobs.clone().requires_grad_()
+    logprobs = old_logprobs.clone().requires_grad_(is_file(algo))
     filled = {**toy_inputs(module.loss), **loss_options}
     loss = module.loss(logprobs, old_logprobs, advantages, batch.mask, **filled)
     if is_file(algo):
