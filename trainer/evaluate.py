@@ -70,12 +70,10 @@ def evaluate(
     """Greedy accuracy, strict and lenient; if k > 0, also avg@k and pass@k from random samples.
 
     problems: with "prompt_ids" and "answer". grader: says what is right; None: rewards.correct.
-    samples: completions per problem for avg@k and pass@k.
-    generation: the remaining keyword arguments of sampling.sample. Restores torch's random state,
-    so evaluation never changes training. Returns a dict: accuracy, accuracy_lenient, ci95 (of
-    accuracy), avg_at_k, pass_at_k (None if k is 0), k, n (problems), length (mean tokens of the
-    greedy completions), truncated (proportion of them), and if shown > 0 greedy: `greedy_lines` of
-    the first `shown` problems.
+    samples: completions per problem for these two. generation: the remaining keyword arguments of
+    sampling.sample. Restores torch's random state, so evaluation never changes training. Returns
+    the dict of `accuracy`, updated by that of `at_k`; if shown > 0 also "greedy", the
+    `greedy_lines` of the first `shown` problems.
     """
     grader = grader or Grader(Options())
     prompts = [problem["prompt_ids"] for problem in problems]
@@ -90,19 +88,22 @@ def evaluate(
             drawn = sample(model, prompts, samples, temperature=temperature, **generation)
     texts = decode(tokenizer, greedy)
     right = grade(grader.right, texts, problems, greedy)
-    lenient = grade(grader.lenient, texts, problems, greedy)
-    result = accuracy(right, lenient, greedy, k)
+    result = accuracy(right, grade(grader.lenient, texts, problems, greedy), greedy, k)
     if k:
         repeated = [problem for problem in problems for _ in range(samples)]
-        right_draws = grade(grader.right, decode(tokenizer, drawn), repeated, drawn)
-        result.update(at_k(right_draws, k, samples))
+        drawn_right = grade(grader.right, decode(tokenizer, drawn), repeated, drawn)
+        result.update(at_k(drawn_right, k, samples))
     if shown:
         result["greedy"] = greedy_lines(tokenizer, texts, right, greedy, problems[:shown])
     return result
 
 
 def accuracy(right, lenient, greedy, k):
-    """The dict of `evaluate` from the greedy completions and their n grades, each 0 or 1."""
+    """What `evaluate` says of n greedy completions, from their grades, each 0 or 1.
+
+    A dict: accuracy, accuracy_lenient, ci95 (of accuracy), avg_at_k and pass_at_k (None until
+    `at_k` fills them in), k, n, length (mean, in tokens), truncated (proportion).
+    """
     n, strict = len(right), sum(right)
     return {
         "accuracy": strict / n,
