@@ -41,6 +41,7 @@ def line_of(phase, step):
 
 def go(out, tool, *phases):
     """A process of the run: `phases` are (phase, step). Each line is written, then shown."""
+    out.mkdir(exist_ok=True)
     tracker = track.Tracker(Options(track=tool), out)
     trainer = SimpleNamespace(tracker=tracker, watch=Watch("fp32"))
     with trainer.tracker:

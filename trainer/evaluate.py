@@ -72,20 +72,16 @@ def evaluate(
     problems: with "prompt_ids" and "answer". grader: says what is right; None: rewards.correct.
     samples: completions per problem for these two. generation: the remaining keyword arguments of
     sampling.sample. Restores torch's random state, so evaluation never changes training. Returns
-    the dict of `accuracy`, updated by that of `at_k`; if shown > 0 also "greedy", the
-    `greedy_lines` of the first `shown` problems.
+    the dict of `accuracy`, updated by that of `at_k`; "greedy": `greedy_lines` of `shown` problems.
     """
     grader = grader or Grader(Options())
-    prompts = [problem["prompt_ids"] for problem in problems]
     devices = [model.device] if model.device.type == "cuda" else []
     total = len(problems) * (2 if k else 1)
     bar = tqdm(total=total, desc="evaluate", unit="problem", leave=False, disable=quiet)
     generation.update(rows_at_once=rows_at_once, progress=bar)
     with torch.random.fork_rng(devices), bar:
         torch.manual_seed(seed)
-        greedy = sample(model, prompts, 1, temperature=0, **generation)
-        if k:
-            drawn = sample(model, prompts, samples, temperature=temperature, **generation)
+        greedy, drawn = completions(model, problems, samples if k else 0, temperature, generation)
     texts = decode(tokenizer, greedy)
     right = grade(grader.right, texts, problems, greedy)
     result = accuracy(right, grade(grader.lenient, texts, problems, greedy), greedy, k)
@@ -96,6 +92,15 @@ def evaluate(
     if shown:
         result["greedy"] = greedy_lines(tokenizer, texts, right, greedy, problems[:shown])
     return result
+
+
+def completions(model, problems, samples, temperature, generation):
+    """(the greedy completions of the problems, `samples` random ones of each, None for 0)."""
+    prompts = [problem["prompt_ids"] for problem in problems]
+    greedy = sample(model, prompts, 1, temperature=0, **generation)
+    if not samples:
+        return greedy, None
+    return greedy, sample(model, prompts, samples, temperature=temperature, **generation)
 
 
 def accuracy(right, lenient, greedy, k):
