@@ -142,9 +142,9 @@ class Page:
 
     def place(self, script, across=0.5):
         """A point of an element, scrolled into view: in the middle of its first line box."""
-        into = f"{script}.scrollIntoView({{block: 'center', behavior: 'instant'}})"
-        box = f"(({into}), {script}.getClientRects()[0].toJSON())"
-        found = self.run(box)
+        self.run(f"{script}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+        self.settle()  # the page hears of the scrolling in the next frame
+        found = self.run(f"{script}.getClientRects()[0].toJSON()")
         return found["x"] + across * found["width"], found["y"] + found["height"] / 2
 
     def resize(self, width, height):
