@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from plot import Parser, method_name, plot_runs
-from trainer.options import ALGORITHMS, algorithm_names, fill, parse
+from trainer.options import ALGORITHMS, algorithm_names, fill, label, parse
 from trainer.runs import group, read_runs, write_csv
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
@@ -39,6 +39,7 @@ EXAMPLES = """examples:
   python compare.py --eps 0.2/0.28,3e-4/4e-4         the clip range, of TEPO
   python compare.py --algos tepo,gspo -- --steps 20  shorter, two algorithms
   python compare.py --algos all                      all 22, as small multiples
+  python compare.py --algos tepo,my_method.py        a method of your own (README.md) beside TEPO
   python compare.py --table docs/methods.csv         the table of earlier runs; trains nothing
 """
 
@@ -92,7 +93,7 @@ def run_name(algo, seed, update, clip, default_updates):
     update, clip: the options of its variant. One with the default number of updates has the name,
     and so the folder, of the run without variants.
     """
-    parts = [algo, f"s{seed}"]
+    parts = [label(algo), f"s{seed}"]
     parts += [f"u{n}" for n in update[1:] if int(n) != default_updates]
     parts += [option.replace("=", "") for option in clip[1::2]]
     return "-".join(parts)
@@ -143,7 +144,8 @@ def refuse_other_origin(out, config, inputs, algo, keep):
     other = origin.other_inputs(config, inputs)
     if other:
         raise ValueError(f"{out} was made with {other}: pass another --out, or --overwrite")
-    now = {"code": origin.code_checksums(algo), "versions": origin.versions()}
+    code = origin.code_checksums(algo, config["options"].get("reward"))
+    now = {"code": code, "versions": origin.versions()}
     changed = origin.other_code(config, now)
     if changed and not keep:
         raise ValueError(
@@ -342,7 +344,9 @@ def build_parser():
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    text = "any of the 22, or all; default: the seven at the top; with --eps: tepo"
+    text = (
+        "any of the 22, or all; files of your own; default: the seven at the top; with --eps: tepo"
+    )
     parser.add_argument("--algos", type=algorithm_names, metavar="A,B", help=text)
     text = "default: 0,1,2"
     parser.add_argument("--seeds", type=counts, metavar="N,N", default=[0, 1, 2], help=text)

@@ -23,7 +23,8 @@ import numpy as np
 from trainer import options
 from trainer.runs import ORDER, average, finite, group, read_log, read_runs, rows_of
 
-# The seven have the colours of Okabe and Ito, without their yellow, which is lost on white. The
+# The seven have the colours of Okabe and Ito, without their yellow, which is lost on white, and
+# with a violet in place of their second blue. The
 # others have the fifteen colours that are furthest (in CIELAB) from these and from one another.
 # Dashes and markers distinguish the methods in grey.
 DASHED = (0, (6, 1))
@@ -33,7 +34,7 @@ STYLES = {  # algo: name, colour, dashes, marker
     "gspo": ("GSPO", "#0072B2", (0, (9, 2)), "D"),
     "tepo": ("TEPO", "#D55E00", "-", "o"),
     "gtpo": ("GTPO", "#009E73", (0, (1, 1)), "v"),
-    "grpo_s": ("GRPO-S", "#56B4E9", (0, (5, 1.5, 1, 1.5, 1, 1.5)), "P"),
+    "grpo_s": ("GRPO-S", "#4411BB", (0, (5, 1.5, 1, 1.5, 1, 1.5)), "P"),
     "trgrpo": ("TR-GRPO", "#CC79A7", (0, (2.5, 1.5)), "X"),
     "clip_cov": ("Clip-Cov", "#0000FF", "-", "<"),
     "kl_cov": ("KL-Cov", "#00CC00", "-", ">"),
@@ -51,6 +52,16 @@ STYLES = {  # algo: name, colour, dashes, marker
     "sapo": ("SAPO", "#88BB00", DASHED, "d"),
     "gmpo": ("GMPO", "#663355", DASHED, "8"),
 }
+# Of the user's methods, in the order in which they are first drawn; chosen as for the fifteen.
+OWN_LOOKS = (
+    ("#775522", (0, (3, 1)), "o"),
+    ("#444499", (0, (3, 1, 1, 1)), "s"),
+    ("#22bb55", (0, (7, 1)), "^"),
+    ("#bbbb77", (0, (3, 1)), "D"),
+    ("#55bbbb", (0, (3, 1, 1, 1)), "v"),
+    ("#7799ff", (0, (7, 1)), "P"),
+)
+own = {}  # {label: look}
 TOGETHER = 7  # methods in one panel; more are drawn as small multiples
 BEHIND = {"grpo": "#777777", "dapo": "#B0B0B0"}  # in grey behind every other method
 PANELS = (  # metric, title, unit
@@ -59,6 +70,11 @@ PANELS = (  # metric, title, unit
     ("length", "Completion length", "tokens"),
     ("clip_frac", "Clip fraction", "share of tokens"),
 )
+TRUNCATED = ("truncated", "Cut off at the limit", "share of completions")  # if any run has some
+JOINED_FROM = 4  # evaluations; fewer are points without a line
+ENDS_FROM = 4  # methods; from here on a panel shows the ends of the runs
+LENIENT_FROM = 0.01  # of the accuracy above the strict one
+SHOWN_FROM = 0.05  # of its completions at some step
 MAX_BYTES = 300_000  # of a picture that is to be committed
 
 
@@ -66,8 +82,17 @@ MAX_BYTES = 300_000  # of a picture that is to be committed
 
 
 def style(algo):
-    """Name, colour, dashes and marker of an algorithm, the same in every figure."""
-    return STYLES.get(algo, (algo, "#777777", "-", "."))
+    """Name, colour, dashes and marker of an algorithm.
+
+    Of ours the same in every figure, of the user's the same in this process. A variant in `overlay`
+    is (name, number), and has the look of one of the seven.
+    """
+    if isinstance(algo, tuple):
+        name, number = algo
+        return name, *list(STYLES.values())[number][1:]
+    if algo in STYLES:
+        return STYLES[algo]
+    return algo, *own.setdefault(algo, OWN_LOOKS[len(own) % len(OWN_LOOKS)])
 
 
 def method_name(algo, variant):
@@ -97,7 +122,7 @@ def save(figure, out):
             from PIL import Image  # a dependency of matplotlib
 
             image = Image.open(part).convert("RGB")
-            image.quantize(256, kmeans=1, dither=Image.Dither.NONE).save(part)
+            image.quantize(256, kmeans=1, dither=Image.Dither.NONE).save(part, optimize=True)
         os.replace(part, out)
     finally:
         part.unlink(missing_ok=True)
@@ -125,6 +150,7 @@ def draw_metric(ax, metric, algos):
     for z, (algo, runs) in enumerate(algos.items(), 3):
         if metric == "accuracy":
             draw_sampled_accuracy(ax, algo, runs)
+            draw_lenient(ax, algo, runs)
             draw_evaluations(ax, algo, runs, z)
             continue
         _, colour, dashes, _ = style(algo)
@@ -139,12 +165,32 @@ def draw_metric(ax, metric, algos):
                 label_seeds(ax, x[0], y[0], count[part][0], colour)
 
 
+def few_evaluations(runs):
+    """Whether so few evaluations say nothing about the way from one to the next."""
+    return len(average(runs, "eval", "accuracy")[0]) < JOINED_FROM
+
+
 def draw_sampled_accuracy(ax, algo, runs):
-    """Draw the accuracy of the training rollouts as a thin line, the mean over the seeds."""
+    """Draw the accuracy of the training rollouts, the mean over the seeds, as a thin line.
+
+    As a bold one if there are few evaluations: then it is the curve.
+    """
+    _, colour, dashes, _ = style(algo)
+    look = {"lw": 0.6, "alpha": 0.5}
+    if few_evaluations(runs):
+        look = {"lw": 1.4, "ls": dashes}
     steps, mean, _, _, count = average(runs, "train", "accuracy")
     for part in stretches(count):
         x, y = steps[part], mean[part]
-        ax.plot(x, y, color=style(algo)[1], lw=0.6, alpha=0.5, marker=point(x))
+        ax.plot(x, y, color=colour, marker=point(x), **look)
+
+
+def draw_lenient(ax, algo, runs):
+    """Draw the lenient accuracy, if it is not the strict one, as a dotted line."""
+    steps, lenient, *_ = average(runs, "eval", "accuracy_lenient")
+    _, strict, *_ = average(runs, "eval", "accuracy")
+    if len(lenient) == len(strict) and np.any(lenient - strict > LENIENT_FROM):
+        ax.plot(steps, lenient, color=style(algo)[1], ls=":", lw=1.2, marker="_", ms=6)
 
 
 def point(x):
@@ -163,6 +209,8 @@ def draw_evaluations(ax, algo, runs, z):
     high = np.where(count == 1, own_bound(runs, "ci_hi", steps, mean), high)
     bars = np.abs([mean - low, high - mean])  # [2, N]
     look = {"color": colour, "ls": dashes, "marker": marker, "ms": 4, "elinewidth": 0.9}
+    if few_evaluations(runs):
+        look["ls"] = "none"
     for part in stretches(count):
         x, y = steps[part], mean[part]
         fewer = count[part][0] < count.max()
@@ -215,6 +263,8 @@ def seeds_note(groups):
 def plot_runs(runs, out):
     """Draw accuracy, entropy [nats], length [tokens] and clip fraction into the file `out`.
 
+    And the share of truncated completions, if there are many.
+
     runs: folders, .csv files, or what `read_runs` returns. Runs that differ in the seed alone are
     averaged, at each step over those that have a value; variants of one algorithm stand side by
     side. More than TOGETHER methods make small multiples. A run without lines yet makes empty
@@ -227,40 +277,124 @@ def plot_runs(runs, out):
     used = dict.fromkeys(algo for algos in groups.values() for algo in algos)
     figure = curves(groups, used) if len(used) <= TOGETHER else small_multiples(groups)
     accuracy = (
-        "markers are greedy, on held-out problems; thin lines are the sampled training rollouts"
+        "Accuracy: markers are greedy, on held-out problems (dotted: graded leniently); "
+        "lines without markers are the sampled training rollouts."
     )
-    figure.supxlabel(f"Accuracy: {accuracy}.\n{seeds_note(groups)}", fontsize=8)
+    figure.supxlabel(f"{accuracy}\n{seeds_note(groups)}{clip_note(groups)}", fontsize=8)
     save(figure, out)
 
 
 def curves(groups, used):
     """A figure of {variant: {algo: runs}} in which the methods of `used` share their panels."""
-    figure, columns = variant_panels(groups) if len(groups) > 1 else large_panels()
+    if len(used) == 1 < len(groups) <= TOGETHER:
+        groups = overlay(groups)
+        used = groups[""]
+    panels = panels_of(groups)
+    if len(groups) > 1:
+        figure, columns = variant_panels(groups, panels)
+    else:
+        figure, columns = large_panels(panels, *groups.values())
     for algos, axes in zip(groups.values(), columns, strict=True):
-        for (metric, _, _), ax in zip(PANELS, axes, strict=True):
+        for (metric, _, _), ax in zip(panels, axes, strict=True):
             draw_metric(ax, metric, algos)
             finish_panel(ax, metric)
     add_legend(figure, used)
     return figure
 
 
-def large_panels():
-    """A figure with accuracy over three smaller panels, and its one column of axes."""
-    figure = new_figure(8, 6.2)
-    mosaic = [["accuracy"] * 3, ["entropy", "length", "clip_frac"]]
-    axes = figure.subplot_mosaic(mosaic, height_ratios=(1.4, 1))
-    for metric, title, unit in PANELS:
+def overlay(groups):
+    """The variants of one method as curves of the same panels: {"": {(name, number): runs}}."""
+    curves = {}
+    for variant, algos in groups.items():
+        for algo, runs in algos.items():
+            first = list(STYLES).index(algo) if algo in ORDER[:TOGETHER] else 0
+            number = (first + len(curves)) % TOGETHER
+            curves[f"{style(algo)[0]}\n{short(variant)}", number] = runs
+    return {"": curves}
+
+
+def short(variant, most=24):
+    """A variant's settings for a title: long values are cut, and each goes on a line of its own."""
+    settings = []
+    for setting in variant.split(", "):
+        settings.append(setting if len(setting) <= most else setting[: most - 1] + "…")
+    one_line = ", ".join(settings)
+    return one_line if len(one_line) <= most else "\n".join(settings)
+
+
+def panels_of(groups):
+    """PANELS, without a clip fraction that is always 0; TRUNCATED if the limit cuts off many."""
+    panels = list(PANELS)
+    if not reaches(groups, "clip_frac", 1e-9):
+        panels.remove(PANELS[-1])
+    if reaches(groups, "truncated", SHOWN_FROM):
+        panels.append(TRUNCATED)
+    return panels
+
+
+def clip_note(groups):
+    """A sentence in place of the panel that `panels_of` leaves out; empty if nothing is known."""
+    if reaches(groups, "clip_frac", 0) and not reaches(groups, "clip_frac", 1e-9):
+        return " No token was clipped."
+    return ""
+
+
+def reaches(groups, metric, value):
+    """Whether a metric of training reaches this value anywhere, in the mean over the seeds."""
+    for algos in groups.values():
+        for runs in algos.values():
+            _, mean, *_ = average(runs, "train", metric)
+            if np.any(mean >= value):
+                return True
+    return False
+
+
+def large_panels(panels, algos):
+    """A figure with accuracy over the other panels, smaller, and its one column of axes.
+
+    Beside the accuracy of several methods, a panel for the end of the runs.
+    """
+    metrics = [metric for metric, _, _ in panels]
+    lower = len(panels) - 1
+    figure = new_figure(8 if lower <= 3 else 9.5, 6.2)
+    top, wide = ["accuracy"] * 3 * lower, lower
+    if len(algos) >= ENDS_FROM:
+        top[-wide:] = ["end"] * wide
+    bottom = [metric for metric in metrics[1:] for _ in range(3)]
+    axes = figure.subplot_mosaic([top, bottom], height_ratios=(1.4, 1))
+    for metric, title, unit in panels:
         axes[metric].set(title=title, ylabel=unit, xlabel="training step")
-    return figure, [[axes[metric] for metric, _, _ in PANELS]]
+    if "end" in axes:
+        draw_end(axes["end"], algos)
+    return figure, [[axes[metric] for metric in metrics]]
 
 
-def variant_panels(variants):
+def draw_end(ax, algos):
+    """Draw the last evaluation of each method: the mean over the seeds, and each seed."""
+    for x, (algo, runs) in enumerate(algos.items()):
+        _, colour, _, marker = style(algo)
+        ends = [average([run], "eval", "accuracy")[1][-1:] for run in runs]
+        ends = np.concatenate(ends)
+        if not len(ends):
+            continue
+        ax.plot([x - 0.3, x + 0.3], [ends.mean()] * 2, color=colour, lw=1.8)
+        beside = x + 0.12 * (np.arange(len(ends)) - (len(ends) - 1) / 2)
+        ax.plot(beside, ends, color=colour, marker=marker, ms=4, ls="none", alpha=0.6)
+    ax.set_xticks(range(len(algos)), [style(algo)[0] for algo in algos], rotation=60, fontsize=8)
+    several = any(len(runs) > 1 for runs in algos.values())
+    ax.set_title("Accuracy at the end" + "\n(each seed, and the mean)" * several, fontsize=10)
+    ax.margins(y=0.15)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def variant_panels(variants, panels):
     """A figure with one column per variant and one row per metric, and its columns of axes."""
-    figure = new_figure(max(8, 2.7 * len(variants)), 9)
-    axes = figure.subplots(len(PANELS), len(variants), sharex=True, sharey="row")
+    figure = new_figure(max(8, 2.7 * len(variants)), 2.25 * len(panels))
+    axes = figure.subplots(len(panels), len(variants), sharex=True, sharey="row")
     for ax, variant in zip(axes[0], variants, strict=True):
-        ax.set_title(variant, fontsize=10)
-    for ax, (_, title, unit) in zip(axes[:, 0], PANELS, strict=True):
+        ax.set_title(short(variant), fontsize=10)
+    for ax, (_, title, unit) in zip(axes[:, 0], panels, strict=True):
         ax.set_ylabel(f"{title}\n[{unit}]")
     for ax in axes[-1]:
         ax.set_xlabel("training step")
@@ -328,7 +462,9 @@ def add_grey_legend(figure, algos):
 def finish_panel(ax, metric):
     """Set the limits and scales of a panel, after its curves are drawn."""
     if metric == "accuracy":
-        ax.set_ylim(-0.02, 1.02)
+        row = ax.get_shared_y_axes().get_siblings(ax)
+        highest = max((other.dataLim.y1 for other in row if other.has_data()), default=1)
+        ax.set_ylim(-0.02, 0.52 if highest <= 0.5 else 1.02)
     if metric == "clip_frac":
         # It is 0 with some methods, 0.001 or 0.3 with others: logarithmic, and linear below 0.001.
         ticks = (0, 0.001, 0.01, 0.1, 1)
@@ -348,26 +484,25 @@ def add_legend(figure, algos):
         name, colour, dashes, marker = style(algo)
         look = {"color": colour, "ls": dashes, "marker": marker, "lw": 1.4, "ms": 4}
         lines.append(Line2D([], [], label=name, **look))
-    look = {"frameon": False, "fontsize": 9, "handlelength": 3.2, "columnspacing": 1.1}
-    figure.legend(handles=lines, loc="outside upper center", ncols=7, **look)
+    look = {"frameon": False, "fontsize": 9, "handlelength": 4.6, "columnspacing": 1.1}
+    columns = 7 if len(lines) <= 3 else math.ceil(len(lines) / 2)
+    figure.legend(handles=lines, loc="outside upper center", ncols=columns, **look)
 
 
 # Entropy against accuracy
 
 
 def fit_entropy(entropy, accuracy):
-    """(a, b, R^2) of the least-squares fit accuracy = -a exp(entropy) + b, of arXiv 2505.22617.
+    """(a, b) of the least-squares fit accuracy = -a exp(entropy) + b, of arXiv 2505.22617.
 
     entropy [N] in nats, accuracy [N]. NaN where the points do not determine a line.
     """
     x = np.exp(np.asarray(entropy, float))
     y = np.asarray(accuracy, float)
     if len(x) < 3 or np.ptp(x) < 1e-9 or np.ptp(y) < 1e-9:
-        return math.nan, math.nan, math.nan
+        return math.nan, math.nan
     slope, b = np.polyfit(x, y, 1)
-    unexplained = ((y - slope * x - b) ** 2).sum()
-    total = ((y - y.mean()) ** 2).sum()
-    return -slope, b, 1 - unexplained / total
+    return -slope, b
 
 
 def entropy_points(runs):
@@ -381,50 +516,71 @@ def entropy_points(runs):
     return table[["step", "entropy"]].assign(accuracy=accuracy).dropna()
 
 
-def plot_entropy(runs, out):
-    """Draw accuracy against entropy [nats] of every training step, and the fit.
+def misfit(entropy, accuracy, a, b, parts=10):
+    """The largest mean error of the fit over a tenth of the points, ordered by entropy.
 
-    There is one panel per method. Prints the fits.
+    Noise of single points averages out; what is left is the wrong form of the curve. 0 for none.
     """
-    methods = []
-    for variant, algos in group(runs).items():
-        for algo, seeds in algos.items():
-            methods.append((method_name(algo, variant), seeds))
-    high, wide = math.ceil(len(methods) / 4), min(4, len(methods))
-    figure = new_figure(8, 2.6 * high + 0.6)
-    axes = figure.subplots(high, wide, sharex=True, sharey=True, squeeze=False)
-    last = max((row["step"] for run in runs for row in run["rows"]), default=1)
-    print(f"{'R = -a exp(H) + b':<32} {'a':>8} {'b':>8} {'R2':>6} {'points':>7}")
-    for ax, (name, seeds) in zip(axes.flat, methods, strict=False):
-        shown = draw_entropy(ax, name, entropy_points(seeds), last)
-    for ax in axes.flat[len(methods) - wide : len(methods)]:
-        ax.tick_params(labelbottom=True)
-    for ax in axes.flat[len(methods) :]:
-        ax.set_axis_off()
-    fit = "least-squares fit R = −a exp(H) + b"
-    figure.supxlabel(f"entropy H [nats per token]; line: {fit}", fontsize=9)
-    figure.supylabel("accuracy R of the training rollouts", fontsize=9)
-    figure.colorbar(shown, ax=axes, label="training step", aspect=40, pad=0.01)
+    order = np.argsort(entropy)
+    error = (np.asarray(accuracy) - (b - a * np.exp(entropy)))[order]
+    means = [part.mean() for part in np.array_split(error, parts) if len(part)]
+    return float(np.abs(means).max()) if means else 0.0
+
+
+def plot_entropy(runs, out):
+    """Draw accuracy against entropy [nats] of every training step, and the fit to all of them.
+
+    Prints the fit of each method, and how far it is off.
+    """
+    figure = new_figure(8, 5.6)
+    ax = figure.subplots()
+    print(f"{'R = -a exp(H) + b':<32} {'a':>8} {'b':>8} {'off by':>7} {'points':>7}")
+    every = []
+    for algo, (name, seeds) in entropy_methods(runs):
+        points = entropy_points(seeds)
+        every.append(points[["entropy", "accuracy"]].to_numpy())
+        print_fit(name, *every[-1].T)
+        _, colour, _, marker = style(algo)
+        ax.scatter(*every[-1].T, s=9, lw=0, alpha=0.45, color=colour, marker=marker, label=name)
+    entropy, accuracy = np.concatenate(every).T
+    a, b = fit_entropy(entropy, accuracy)
+    off = print_fit("all", entropy, accuracy) if len(every) > 1 else misfit(entropy, accuracy, a, b)
+    grid = np.linspace(entropy.min(), entropy.max(), 50) if len(entropy) else entropy
+    label = f"least-squares fit −{a:.2f} exp(H) + {b:.2f},\noff by up to {off:.2f}"
+    ax.plot(grid, b - a * np.exp(grid), color="0.25", lw=1.6, label=label)
+    ax.set(xlabel="entropy H [nats per token]", ylabel="accuracy R of the training rollouts")
+    ax.grid(alpha=0.25)
+    legend = ax.legend(fontsize=8, markerscale=1.8)
+    for handle in legend.legend_handles:
+        handle.set_alpha(1)
+    note = "Off by: the largest mean error over a tenth of the points, ordered by entropy."
+    figure.supxlabel(f"A point is the mean of one training step of one seed. {note}", fontsize=8)
     save(figure, out)
 
 
-def draw_entropy(ax, name, points, last):
-    """Draw and print the fit of one method. Returns its points, coloured by step up to `last`."""
-    entropy, accuracy = points["entropy"].to_numpy(), points["accuracy"].to_numpy()
-    a, b, r2 = fit_entropy(entropy, accuracy)
-    print(f"{name:<32} {a:8.3f} {b:8.3f} {r2:6.2f} {len(points):7d}")
-    colours = {"c": points["step"].to_numpy(), "cmap": "viridis", "vmin": 0, "vmax": last}
-    shown = ax.scatter(entropy, accuracy, s=7, lw=0, **colours)
-    grid = np.linspace(entropy.min(), entropy.max(), 50) if len(points) else entropy
-    ax.plot(grid, b - a * np.exp(grid), color="#D55E00", lw=1.6)
-    ax.set_title(f"{name}\na = {a:.2f}, b = {b:.2f}\nR² = {r2:.2f}", fontsize=9)
-    ax.grid(alpha=0.25)
-    return shown
+def entropy_methods(runs):
+    """[(algo for the look, (name, its runs))] of all variants of all methods."""
+    methods = []
+    for variant, algos in group(runs).items():
+        for algo, seeds in algos.items():
+            methods.append((algo, (method_name(algo, variant), seeds)))
+    return methods
+
+
+def print_fit(name, entropy, accuracy):
+    """Print the fit of one method. Returns how far it is off."""
+    a, b = fit_entropy(entropy, accuracy)
+    off = misfit(entropy, accuracy, a, b)
+    print(f"{name:<32} {a:8.3f} {b:8.3f} {off:7.3f} {len(entropy):7d}")
+    return off
 
 
 # The credit picture
 
-HATCH = "//////"  # of clipped tokens
+WIDE = 112  # characters in a line of cells
+MOST_LINES = 2  # of one completion
+HATCH = "///"  # of clipped tokens
+HATCH_COLOUR = "#CFCFCF"  # light: the token's text is read through it
 NOTES = {
     "grpo": "a row shares one push among its tokens, so tokens of short rows get more",
     "dapo": "every token of the group weighs the same",
@@ -449,6 +605,16 @@ NOTES = {
     "sapo": "GRPO, but the push fades out smoothly where w leaves 1",
     "gmpo": "each token clipped, then one ratio a row",
 }
+
+
+def note(algo):
+    """What the credit picture says about a method; of a user's file, how its docstring begins."""
+    if not options.is_file(algo):
+        return NOTES[algo]
+    from trainer.algorithm import load_algorithm
+
+    text = load_algorithm(algo).__doc__ or Path(algo).name
+    return textwrap.shorten(text.strip().split("\n\n")[0], 80, placeholder=" …")
 
 
 def push(algo, group, values=None):
@@ -587,7 +753,7 @@ def credit_panels(rows, algos):
     nowhere = group.mask < 0
     panels = [("Entropy", "of the policy that sampled, nats", group.entropy, nowhere)]
     for algo in sorted(algos, key=[*ORDER, *algos].index):
-        panels.append((style(algo)[0], NOTES.get(algo, ""), *push(algo, group)))
+        panels.append((style(options.label(algo))[0], note(algo), *push(algo, group)))
     return panels
 
 
@@ -600,7 +766,8 @@ def plot_credit(path, out, step=None, shown=2, algos=options.ALGORITHMS):
     rows = read_group(Path(path), step)
     panels = credit_panels(rows, algos)
     picked = pick(rows, shown)
-    cells = 0.19 * len(picked)  # inches; a panel is its title and its rows of cells
+    lines = sum(lines_of(rows[i]["tokens"]) for i in picked)
+    cells = 0.19 * lines  # inches; a panel is its title and its lines of cells
     panel = 0.29 + cells
     height = 0.42 + len(panels) * panel + 0.5
     figure = new_figure(8, height, layout=None)
@@ -608,56 +775,96 @@ def plot_credit(path, out, step=None, shown=2, algos=options.ALGORITHMS):
     caption = f"Step {rows[0]['step']}, {group_of}"
     caption = "\n".join(textwrap.wrap(caption, 116, max_lines=2, placeholder=" …"))
     figure.text(0.01, 1 - 0.08 / height, caption, va="top", fontsize=8.5, parse_math=False)
-    for i, (name, note, values, clipped) in enumerate(panels, 1):
+    shown_rows = [rows[i] for i in picked]
+    largest = [values[picked].abs().max().item() for _, _, values, _ in panels]
+    for i, (name, about, values, clipped) in enumerate(panels, 1):
+        full = largest[0] if i == 1 else max(largest[1:])  # one scale for all methods
         box = 0.08, (height - 0.42 - i * panel) / height, 0.915, cells / height
-        ax = figure.add_axes(box, xlim=(0, 112), ylim=(len(picked), 0))
-        ax.set_title(f"{name}: {note}", loc="left", fontsize=9, pad=3)
-        draw_panel(ax, name, [rows[i] for i in picked], values[picked], clipped[picked])
-    add_credit_legend(figure)
+        ax = figure.add_axes(box, xlim=(0, WIDE), ylim=(lines, 0))
+        ax.set_title(f"{name}: {about}", loc="left", fontsize=9, pad=3, parse_math=False)
+        ax.set_title(scale_note(panels, largest, i - 1), loc="right", fontsize=8, pad=3)
+        shade = signed_root(values[picked] / (full or 1)) if i > 1 else values[picked] / (full or 1)
+        draw_panel(ax, shown_rows, shade, clipped[picked], "RdBu" if i > 1 else "PRGn_r")
+    add_credit_legend(figure, max(largest[1:]))
     save(figure, out)
 
 
-def draw_panel(ax, name, rows, values, clipped):
-    """Draw rows of a group under one method. values, clipped [rows, T]"""
+def signed_root(x):
+    """The square root of |x| with the sign of x: small pushes of a large range stay visible."""
+    return x.sign() * x.abs().sqrt()
+
+
+def scale_note(panels, largest, i):
+    """What stands at the right of a panel: its largest value, and how it compares with GRPO's."""
+    if i == 0:
+        return f"full colour = {largest[0]:.2g}"
+    if largest[i] == 0:
+        return "nothing is pushed"
+    note = f"largest push ±{largest[i]:.2g}"
+    names = [name for name, *_ in panels]
+    if "GRPO" in names and names[i] != "GRPO":
+        grpo = largest[names.index("GRPO")]
+        note += f", {largest[i] / grpo:.1f} times GRPO's" if grpo else ""
+    return note
+
+
+def draw_panel(ax, rows, shade, clipped, colours):
+    """Draw rows of a group under one method. shade [rows, T] in -1..1; clipped [rows, T]"""
     from matplotlib import colormaps
 
-    of_entropy = name == "Entropy"
-    colours = colormaps["PRGn_r" if of_entropy else "RdBu"]
-    sign = "" if of_entropy else "±"
-    largest = values.abs().max().item()
-    scale = f"full colour = {sign}{largest:.2g}" if largest else "nothing is pushed"
     ax.set_axis_off()
-    ax.set_title(scale, loc="right", fontsize=8, pad=3)
-    for y, row in enumerate(rows):
+    y = 0
+    for i, row in enumerate(rows):
         label = "right" if row["right"] else "WRONG"
         ax.text(-1, y + 0.5, label, ha="right", va="center", fontsize=8)
         length = len(row["tokens"])
-        shade = values[y, :length] / (largest or 1)
-        draw_tokens(ax, y, row["tokens"], shade.tolist(), clipped[y, :length].tolist(), colours)
+        values = shade[i, :length].tolist(), clipped[i, :length].tolist()
+        draw_tokens(ax, y, row["tokens"], *values, colormaps[colours])
+        y += lines_of(row["tokens"])
+
+
+def cells_of(tokens):
+    """(line, place in it, width, text) of each token's cell, in characters; wraps at WIDE.
+
+    After MOST_LINES the rest is left out, and the last cell is an ellipsis.
+    """
+    cells, line, x = [], 0, 0.0
+    for token in tokens:
+        text = cell_text(token)
+        width = len(text) + 0.7
+        if x + width > WIDE - 2:
+            line, x = line + 1, 0.0
+        if line == MOST_LINES:
+            return [*cells, (line - 1, WIDE - 2, 1.7, "…")]
+        cells.append((line, x, width, text))
+        x += width
+    return cells
+
+
+def lines_of(tokens):
+    """How many lines the cells of a completion take, at least one."""
+    return max([line for line, *_ in cells_of(tokens)], default=0) + 1
 
 
 def draw_tokens(ax, y, tokens, shade, clipped, colours):
-    """Draw one completion as a line of cells, as wide as their text.
+    """Draw one completion as lines of cells, as wide as their text.
 
     shade [T] in -1..1; clipped [T], whose cells are hatched.
     """
     from matplotlib.patches import Rectangle
 
-    x, end = 0.0, ax.get_xlim()[1] - 2  # in characters, as the axis
-    for token, value, hatched in zip(tokens, shade, clipped, strict=True):
-        text = cell_text(token)
-        width = len(text) + 0.7
-        if x + width > end:
-            ax.text(x + 0.4, y + 0.5, "…", va="center", fontsize=8)
-            break
-        cell = Rectangle((x, y + 0.04), width, 0.92, fc=tint(colours, value), ec="white", lw=0.4)
+    cells = zip(cells_of(tokens), shade, clipped, strict=False)  # fewer cells, if some are left out
+    for (line, x, width, text), value, hatched in cells:
+        if text == "…":
+            value = hatched = 0
+        place = x, y + line + 0.04
+        cell = Rectangle(place, width, 0.92, fc=tint(colours, value), ec="white", lw=0.4)
         if hatched:
-            cell.set(ec="#999999", hatch=HATCH)
+            cell.set(ec=HATCH_COLOUR, hatch=HATCH)
         ax.add_patch(cell)
         look = {"family": "DejaVu Sans Mono", "fontsize": 7.2, "parse_math": False}
         look["color"] = "white" if abs(value) > 0.75 else "black"
-        ax.text(x + width / 2, y + 0.52, text, ha="center", va="center", **look)
-        x += width
+        ax.text(x + width / 2, y + line + 0.52, text, ha="center", va="center", **look)
 
 
 def tint(colours, value):
@@ -672,8 +879,8 @@ def cell_text(token):
     return text or "␣"
 
 
-def add_credit_legend(figure):
-    """What the colours and the hatching mean, below the panels."""
+def add_credit_legend(figure, largest):
+    """What the colours and the hatching mean, below the panels. largest: push of all methods."""
     from matplotlib import colormaps
     from matplotlib.patches import Patch
 
@@ -684,8 +891,10 @@ def add_credit_legend(figure):
         ("clipped: exactly 0", 0, HATCH),
     ):
         colour = tint(colormaps["RdBu"], value)
-        keys.append(Patch(fc=colour, ec="#999999", hatch=hatch, label=label))
+        edge = HATCH_COLOUR if hatch else "#999999"
+        keys.append(Patch(fc=colour, ec=edge, hatch=hatch, label=label))
     title = "At its default options, the method's update makes a token"
+    title += f"  (one scale: full colour = ±{largest:.2g}, by the square root)"
     look = {"frameon": False, "fontsize": 8.5, "title": title, "title_fontsize": 8.5}
     figure.legend(handles=keys, loc="lower center", ncols=3, **look)
 
@@ -728,7 +937,7 @@ def build_parser():
     kind.add_argument("--credit", action="store_true", help=text)
     text = "with --credit: the group of this step; default: where the policy had moved most"
     parser.add_argument("--step", type=int, metavar="N", help=text)
-    text = "with --credit: these methods, or all; default: the seven"
+    text = "with --credit: these methods, or files of your own, or all; default: the seven"
     parser.add_argument("--algos", type=options.algorithm_names, metavar="A,B", help=text)
     return parser
 

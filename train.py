@@ -9,7 +9,7 @@ import contextlib
 import sys
 import time
 
-from trainer.options import check_command_line, parse
+from trainer.options import check_command_line, label, parse
 
 if __name__ == "__main__":  # before torch is imported, so that --help does not wait for it
     check_command_line()
@@ -19,22 +19,20 @@ from tqdm import tqdm
 
 from grpo import constant
 from plot import plot_runs
-from rewards import correct, overlong_penalty
 from trainer import checkpoint, session, start
 from trainer.algorithm import inputs, load_algorithm, split_options
 from trainer.data import problems_at
 from trainer.evaluate import decode, evaluate_only
+from trainer.grading import BadReward, Grader
 from trainer.lock import locked
 from trainer.logprobs import PLAIN
+from trainer.ownfile import OwnFileError
 from trainer.policy import sampling_copy
-from trainer.records import metrics_line, peak_mib, ratio_warning
+from trainer.records import metrics_line, peak_mib
 from trainer.sampling import Rollout, corrected, sample
 from trainer.session import BAD_STEPS
+from trainer.symptoms import Watch
 from trainer.update import Updater
-
-
-class BadReward(Exception):
-    """The reward function returned no valid reward; the message quotes the completion."""
 
 
 class Trainer:
@@ -52,9 +50,10 @@ class Trainer:
         self.updater = Updater(
             model, self.algo, loss_options, options, longest, generation.get("layout", PLAIN)
         )
+        self.grader = Grader(options)
         self.cursor = 0  # prompts drawn so far
         self.history = []  # the mean reward of each step so far
-        self.warned = False  # of ratios that are not 1 before the first update
+        self.watch = Watch(options.dtype)
 
     def step(self, step):
         """One rollout and its updates.
@@ -93,7 +92,6 @@ class Trainer:
         line.update(lr=lr, rollout_s=rollout_s, update_s=seconds - rollout_s)
         line["tokens_per_s"] = sum(batch.mask.sum().item() for batch in sampled) / seconds
         line["peak_mib"] = peak_mib(self.model.device)
-        self.warn_of_ratios(step, line["ratio_first_max"])
         bad_rows = sorted({row for update in updates for row in update["bad_rows"]})
         return line, rollout, bad_rows
 
@@ -145,29 +143,7 @@ class Trainer:
         """Fill in problems, texts, right and rewards of a batch, which has G rows per problem."""
         batch.problems = [problem for problem in problems for _ in range(self.o.group_size)]
         batch.texts = decode(self.tokenizer, batch)
-        lengths, truncated = batch.mask.sum(1).tolist(), batch.truncated.tolist()
-        right, rewards = [], []
-        for row in zip(batch.texts, batch.problems, lengths, truncated, strict=True):
-            is_right, reward = self.reward(*row)
-            right.append(is_right)
-            rewards.append(reward)
-        batch.right = torch.tensor(right, device=self.model.device)  # [B]
-        batch.rewards = torch.tensor(rewards, device=self.model.device)  # [B]
-
-    def reward(self, text, problem, length, truncated):
-        """(1.0 if the completion is right else 0.0, its reward).
-
-        The reward is `correct`, plus DAPO's overlong penalty if --overlong-cache is set. length: in
-        tokens. Raises BadReward if the reward is not in [-1, 1].
-        """
-        right = reward = correct(text, problem["answer"], truncated)
-        if self.o.overlong_cache:
-            reward += overlong_penalty(length, self.o.max_new_tokens, self.o.overlong_cache)
-        if not -1 <= reward <= 1:
-            raise BadReward(
-                f"the reward {reward} is not a number in [-1, 1]; it was given to {text!r}"
-            )
-        return right, reward
+        self.grader.grade(batch)
 
     def advantages(self, rollout):
         """The algorithm's advantages of the rollout, [B] or [B, T]."""
@@ -176,13 +152,6 @@ class Trainer:
         options = {**filled, **self.advantage_options}
         advantages = function(rollout.rewards, self.o.group_size, **options)
         return corrected(advantages, rollout, self.o.sampler_correction)
-
-    def warn_of_ratios(self, step, largest):
-        """Print a warning, once per run, if a ratio before the first update is not 1."""
-        warning = ratio_warning(step, largest, self.o.dtype)
-        if warning and not self.warned:
-            self.warned = True
-            tqdm.write(warning)
 
 
 def loop(trainer, out, held_out, done):
@@ -196,11 +165,11 @@ def loop(trainer, out, held_out, done):
         session.write_evaluation(trainer, out, held_out, done)
         draw(out)
     step, steps = done, range(done + 1, o.steps + 1)
-    bar = tqdm(steps, initial=done, total=o.steps, desc=o.algo, unit="step")
-    with bar:  # closes the bar before a later message is printed
+    bar = tqdm(steps, initial=done, total=o.steps, desc=label(o.algo), unit="step")
+    with trainer.tracker, bar:  # closes both before a later message is printed
         for step in bar:
             line, rollout, bad_rows = trainer.step(step)
-            checkpoint.append_lines(out / "metrics.jsonl", [line])
+            session.write_metrics(trainer, out, line)
             bar.set_postfix_str(
                 f"accuracy {line['accuracy']:.2f}, entropy {line['entropy']:.2f}, "
                 f"{line['tokens_per_s']:.0f} tokens/s"
@@ -268,12 +237,9 @@ def prepare(given, out, argv):
         evaluate_only(o, out, model, tokenizer, generation, held_out)
         return None
     config.update(start.made_from(o, model, problems + held_out, config))
-    trainer, done = Trainer(o, model, tokenizer, generation, problems), 0
+    trainer = Trainer(o, model, tokenizer, generation, problems)
     config["micro_batch"] = trainer.updater.keep_micro_batch(config.get("micro_batch"))
-    if resume:
-        done = session.restore(trainer, out)
-    else:
-        checkpoint.clear(out, o.model)
+    done = session.begin(trainer, out, resume)
     checkpoint.write_json(out / "config.json", config)
     return trainer, held_out, config, done
 
@@ -287,7 +253,8 @@ def train_and_save(out, trainer, held_out, config, done, started):
             checkpoint.write_json(out / "config.json", {**config, "status": "done"})
             session.summary(out, time.perf_counter() - started)
         return status
-    except (OSError, MemoryError, BadReward) as error:  # others are bugs: show their traceback
+    except (OSError, MemoryError, BadReward, OwnFileError) as error:
+        # Others are bugs: show their traceback.
         return refuse(f"{error}; when that is mended: {session.resume_command(out)}")
 
 

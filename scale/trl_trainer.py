@@ -36,6 +36,7 @@ from trainer.options import (
     add_option,
     add_template_option,
     fill,
+    label,
     template_options,
 )
 
@@ -386,7 +387,7 @@ def config_defaults(o):
     accumulated = o.rows // o.updates // (micro_batch * processes)
     steps_per_rollout = o.updates * o.epochs
     return dict(
-        output_dir=o.out or f"runs/trl-{o.algo}-{o.preset}-s{o.seed}",
+        output_dir=o.out or f"runs/trl-{label(o.algo)}-{o.preset}-s{o.seed}",
         max_steps=o.steps * steps_per_rollout,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=accumulated,

@@ -58,12 +58,13 @@ def _run(argv, log, fault):
     from tqdm import tqdm
 
     import train
+    from trainer import grading
 
     # tqdm's own lock is shared by all forks: a child that is killed while it draws its bar would
     # keep it, and the others would wait forever.
     tqdm.set_lock(threading.RLock())
     torch.set_num_threads(1)
-    train.correct = parity
+    grading.correct = parity
     train.plot_runs = lambda *_: None  # takes half of the time, and is tested elsewhere
     if fault:
         globals()[fault[0]](*fault[1:])
@@ -192,9 +193,9 @@ def file_size_limit(size):
 def true_reward():
     """The real reward instead of `parity`."""
     import rewards
-    import train
+    from trainer import grading
 
-    train.correct = rewards.correct
+    grading.correct = rewards.correct
 
 
 def little_memory():

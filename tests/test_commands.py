@@ -63,6 +63,8 @@ def without_slow_imports(*words):
         ("plot.py x --entropi", 2, "plot.py: error: no option --entropi; did you mean --entropy?"),
         ("view.py --help", 0, "samples.html"),
         ("view.py x --ot y", 2, "view.py: error: no option --ot; did you mean --out?"),
+        ("ask.py --help", 0, "--answer"),
+        ("ask.py tiny x --answr 3", 2, "ask.py: error: no option --answr; did you mean --answer?"),
         ("compare.py --help", 0, "--off-policy"),
         ("compare.py --algo x", 2, "compare.py: error: no option --algo; did you mean --algos?"),
         ("bench.py --help", 0, "--peer"),

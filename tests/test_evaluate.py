@@ -13,7 +13,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import train
-from trainer import evaluate
+from trainer import evaluate, grading
 from trainer.options import fill
 from trainer.policy import load_policy
 from trainer.prompts import encode_problems
@@ -119,7 +119,7 @@ def test_decode_keeps_all_of_a_completion_that_was_cut(tiny):
 @pytest.fixture
 def by_chance(monkeypatch):
     """About every other text is right, so that the figures depend on what was drawn."""
-    monkeypatch.setattr(evaluate, "correct", parity)
+    monkeypatch.setattr(grading, "correct", parity)
 
 
 def test_evaluate_leaves_the_generator_alone(tiny, by_chance):

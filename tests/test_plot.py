@@ -93,9 +93,9 @@ def write_samples(folder, steps=(10,), drift=0.3):
     return folder
 
 
-def check_picture(path, width):
+def check_picture(path, width, limit=LIMIT):
     """A whole PNG of that width in pixels, at most 300 kB; returns its colours."""
-    assert path.stat().st_size <= LIMIT
+    assert path.stat().st_size <= limit
     with Image.open(path) as image:
         image.load()
         assert image.format == "PNG" and image.width == width
@@ -259,6 +259,55 @@ def test_band_and_mean_are_what_is_drawn(tmp_path):
     assert (at_5.min(), at_5.max()) == (15, 17) and ax.lines[0].get_ydata()[4] == 16
 
 
+def with_values(run, phase, **values):
+    """The run with these values in the rows of a phase."""
+    for row in run["rows"]:
+        if row["phase"] == phase:
+            row.update(values)
+    return run
+
+
+def test_lenient_accuracy_is_drawn_where_it_is_not_the_strict_one(tmp_path):
+    from matplotlib.figure import Figure
+
+    for lenient, lines in ((0.9, ["-", ":", "-"]), (None, ["-", "-"]), (0.2, ["-", "-"])):
+        run = with_values(read_folder(write_run(tmp_path / "r")), "eval", accuracy_lenient=lenient)
+        for row in run["rows"]:
+            row["accuracy"] = min(row["accuracy"], 0.2)
+        ax = Figure().add_subplot()
+        plot.draw_metric(ax, "accuracy", {"tepo": [run]})
+        assert [line.get_linestyle() for line in ax.lines] == lines
+        if lenient == 0.9:
+            assert (ax.lines[1].get_ydata() == 0.9).all()
+
+
+@pytest.mark.parametrize("share, panels", [(0.5, 5), (0.04, 4), (None, 4)])
+@pytest.mark.parametrize("variants", [1, 2])
+def test_a_panel_shows_what_the_limit_cuts_off(tmp_path, monkeypatch, share, panels, variants):
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, out: figures.append(figure))
+    runs = [read_folder(write_run(tmp_path / str(u), updates=u)) for u in (1, 4)[:variants]]
+    runs.append(read_folder(write_run(tmp_path / "gspo", "gspo", updates=1)))
+    with_values(runs[-1], "train", truncated=share, clip_frac=0.1)
+    plot.plot_runs(runs, tmp_path / "x.png")
+    assert len(figures[0].axes) == panels * variants
+    if panels == 5:
+        lines = [line for ax in figures[0].axes for line in ax.lines]
+        assert any((line.get_ydata() == 0.5).all() for line in lines)
+
+
+@pytest.mark.parametrize("highest, top", [(0.45, 0.52), (0.55, 1.02)])
+def test_low_accuracies_have_half_the_scale(tmp_path, highest, top):
+    from matplotlib.figure import Figure
+
+    run = with_values(read_folder(write_run(tmp_path / "r")), "train", accuracy=0.1)
+    with_values(run, "eval", accuracy=0.3, ci_lo=0.2, ci_hi=highest)
+    ax = Figure().add_subplot()
+    plot.draw_metric(ax, "accuracy", {"tepo": [run]})
+    plot.finish_panel(ax, "accuracy")
+    assert ax.get_ylim() == (-0.02, top)
+
+
 def test_a_value_that_one_seed_lacks_is_left_out_of_the_mean_at_that_step_alone(tmp_path):
     runs = read_runs([write_run(tmp_path / str(s), seed=s) for s in range(3)])
     next(row for row in runs[2]["rows"] if row["phase"] == "train")["accuracy"] = None
@@ -408,6 +457,58 @@ def test_each_option_says_whether_it_makes_another_experiment(tmp_path):
 # Pictures
 
 
+def test_few_evaluations_are_points_and_the_rollouts_the_curve(tmp_path):
+    from matplotlib.figure import Figure
+
+    for steps, joined in ((8, False), (12, True)):  # 3 and 4 evaluations
+        run = read_folder(write_run(tmp_path / str(steps), steps=steps))
+        ax = Figure().add_subplot()
+        plot.draw_metric(ax, "accuracy", {"tepo": [run]})
+        rollouts, markers = ax.lines[:2]
+        assert (markers.get_linestyle() == "-") == joined
+        assert (rollouts.get_linewidth() > 1) == (not joined)
+
+
+def test_variants_of_one_method_share_their_panels(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, out: figures.append(figure))
+    for prompt in ("a" * 99 + "{question}", "{question}"):
+        name = str(len(prompt))
+        write_run(tmp_path / name, prompt=prompt, lr=1 / len(prompt))
+    plot.plot_runs([tmp_path / "10", tmp_path / "109"], tmp_path / "x.png")
+    names = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert len(names) == 2 and names[0].startswith("TEPO\n") and len(figures[0].axes) == 3
+    lines = "\n".join(names).split("\n")
+    assert max(map(len, lines)) <= 24 and any("…" in line for line in lines)
+    colours = {line.get_color() for line in figures[0].axes[1].lines}
+    assert len(colours) == 2 and plot.STYLES["tepo"][1] in colours
+
+
+def test_a_panel_shows_the_end_of_several_methods(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, out: figures.append(figure))
+    methods = ("grpo", "dapo", "gspo", "tepo")
+    folders = [write_run(tmp_path / f"{a}{s}", a, s) for a in methods for s in (0, 1)]
+    plot.plot_runs(folders, tmp_path / "x.png")
+    (end,) = [ax for ax in figures[0].axes if "end" in ax.get_title()]
+    means, seeds = end.lines[::2], end.lines[1::2]
+    assert [text.get_text() for text in end.get_xticklabels()] == ["GRPO", "DAPO", "GSPO", "TEPO"]
+    for mean, seed in zip(means, seeds, strict=True):  # at step 12: 0.2 + 0.12 (seed + 1)
+        np.testing.assert_allclose(mean.get_ydata(), 0.38)
+        np.testing.assert_allclose(seed.get_ydata(), [0.32, 0.44])
+
+
+@pytest.mark.parametrize("clipped, panels", [(0.0, 3), (1e-6, 4), (None, 3)])
+def test_a_clip_that_never_acts_is_a_sentence_and_no_panel(tmp_path, monkeypatch, clipped, panels):
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, out: figures.append(figure))
+    run = with_values(read_folder(write_run(tmp_path / "r")), "train", clip_frac=clipped)
+    plot.plot_runs([run], tmp_path / "x.png")
+    assert len(figures[0].axes) == panels
+    told = "No token was clipped" in figures[0].get_supxlabel()
+    assert told == (clipped == 0)
+
+
 def test_styles_tell_all_apart():
     """By colour; in grey by dashes and marker together, the seven by each of the two."""
     assert list(plot.STYLES) == list(plot.NOTES) == list(ORDER)
@@ -539,19 +640,28 @@ def test_picture_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_fit_finds_known_coefficients():
     entropy = np.linspace(0.1, 1.2, 40)
-    a, b, r2 = plot.fit_entropy(entropy, -0.35 * np.exp(entropy) + 1.2)
-    assert (a, b, r2) == pytest.approx((0.35, 1.2, 1.0))
+    a, b = plot.fit_entropy(entropy, -0.35 * np.exp(entropy) + 1.2)
+    assert (a, b) == pytest.approx((0.35, 1.2))
     noise = 0.05 * np.random.default_rng(0).normal(size=40)
     noisy = -0.35 * np.exp(entropy) + 1.2 + noise
-    a, b, r2 = plot.fit_entropy(entropy, noisy)
+    a, b = plot.fit_entropy(entropy, noisy)
     assert (a, b) == pytest.approx((0.35, 1.2), abs=0.05)
     rest = noisy + a * np.exp(entropy) - b
-    assert r2 == pytest.approx(1 - rest.var() / noisy.var()) and 0.9 < r2 < 1
-    assert rest.mean() == pytest.approx(0, abs=1e-12) and rest @ np.exp(entropy) == pytest.approx(
-        0, abs=1e-9
-    )
+    assert rest.mean() == pytest.approx(0, abs=1e-12)
+    assert rest @ np.exp(entropy) == pytest.approx(0, abs=1e-9)
     for points in ([], [1.0, 2.0], [0.5] * 9):
         assert all(map(math.isnan, plot.fit_entropy(points, points)))
+
+
+def test_misfit_is_the_largest_mean_error_of_a_tenth():
+    entropy = np.linspace(0, 1, 40)[::-1]  # in any order
+    right = 0.9 - 0.2 * np.exp(entropy)
+    assert plot.misfit(entropy, right, 0.2, 0.9) == pytest.approx(0, abs=1e-12)
+    shifted = right.copy()
+    shifted[:4] -= [0.1, 0.2, 0.3, 0.4]  # the tenth with the highest entropy
+    shifted[20] += 0.9  # a single point counts a quarter
+    assert plot.misfit(entropy, shifted, 0.2, 0.9) == pytest.approx(0.25)
+    assert plot.misfit(np.array([]), np.array([]), 0.2, 0.9) == 0
 
 
 def test_entropy_figure_prints_the_fit(tmp_path, capsys):
@@ -569,7 +679,8 @@ def test_entropy_figure_prints_the_fit(tmp_path, capsys):
     printed = {
         line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]
     }
-    assert printed == {name: ["0.200", "0.900", "1.00", "24"] for name in ("GSPO", "TEPO")}
+    fits = {name: ["0.200", "0.900", "0.000", "24"] for name in ("GSPO", "TEPO")}
+    assert printed == {**fits, "all": ["0.200", "0.900", "0.000", "48"]}
     plot.plot_entropy(read_runs([write_run(tmp_path / "w", steps=0)]), tmp_path / "empty.png")
 
 
@@ -725,7 +836,7 @@ def test_credit_picture_of_all_22(tmp_path, monkeypatch, capsys):
 def test_long_rows_are_cut_and_small(tmp_path):
     """Twenty completions of 300 tokens, letters of another script, dollars.
 
-    The picture has 4 rows per panel and at most 300 kB.
+    The picture has 4 rows of two lines per panel, and at most 500 kB.
     """
     folder = write_samples(tmp_path)
     row = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])
@@ -734,7 +845,18 @@ def test_long_rows_are_cut_and_small(tmp_path):
     with open(folder / "samples.jsonl", "w") as file:
         file.writelines(json.dumps(row | {"reward": float(i < 9)}) + "\n" for i in range(20))
     plot.plot_credit(folder / "samples.jsonl", tmp_path / "credit.png")
-    check_picture(tmp_path / "credit.png", 1280)
+    check_picture(tmp_path / "credit.png", 1280, limit=500_000)
+
+
+def test_long_rows_wrap_and_end_in_an_ellipsis():
+    cells = plot.cells_of(["word"] * 60)  # 4.7 wide: 23 to a line
+    assert [line for line, *_ in cells] == [0] * 23 + [1] * 24
+    assert cells[-1][3] == "…" and cells[22][1] == pytest.approx(22 * 4.7) and cells[23][1] == 0
+    assert (plot.lines_of(["word"] * 23), plot.lines_of(["word"] * 24), plot.lines_of([])) == (
+        1,
+        2,
+        1,
+    )
 
 
 # Command line

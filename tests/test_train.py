@@ -14,7 +14,7 @@ from conftest import ROOT, tiny_model
 
 import grpo
 import train
-from trainer import session, start
+from trainer import grading, session, start
 from trainer.algorithm import checked_options, inputs, keywords, load_algorithm
 from trainer.options import ALGORITHMS, DEFAULTS, MORE, fill, parse
 from trainer.policy import sampling_copy
@@ -104,7 +104,7 @@ OPTIONS = {
 @pytest.mark.parametrize("algo", [*ALGORITHMS, *MORE])
 def test_all_22_train_two_steps_with_an_option(algo, tmp_path, monkeypatch):
     """In this process, without pictures, and with rewards that differ within a group."""
-    monkeypatch.setattr(train, "correct", child.parity)
+    monkeypatch.setattr(grading, "correct", child.parity)
     monkeypatch.setattr(train, "plot_runs", lambda *_: None)
     (name, value), out = OPTIONS[algo], tmp_path / "run"
     words = f"--algo {algo} --option {name}={value} --steps 2 --eval-n 4 --k 0 --save-every 0"
@@ -155,7 +155,7 @@ def test_a_keyword_with_a_known_name_is_filled_in(given, tmp_path, monkeypatch):
 
     module = SimpleNamespace(advantages=advantages, loss=loss)
     monkeypatch.setitem(sys.modules, "more.sapo", module)
-    monkeypatch.setattr(train, "correct", child.parity)
+    monkeypatch.setattr(grading, "correct", child.parity)
     t = trainer(tmp_path, "--algo", "sapo", "--lr", "0.01", *given)
     for calls in seen.values():
         calls.clear()  # of try_out
@@ -262,7 +262,7 @@ def test_a_step_is_on_policy_first_and_moves_after(tmp_path):
 def fake_rewards(t, monkeypatch, rewards):
     """The next completions get these rewards, one after another, both shaped and unshaped."""
     queue = iter(rewards)
-    monkeypatch.setattr(t, "reward", lambda *_: (next(queue),) * 2)
+    monkeypatch.setattr(t.grader, "reward", lambda *_: (*(next(queue),) * 2, {}))
 
 
 def test_dynamic_sampling_replaces_groups_of_equal_rewards(tmp_path, monkeypatch):
@@ -286,8 +286,8 @@ def test_a_truncated_completion_earns_nothing_for_a_line_that_is_cut(tmp_path, m
     """
     t = trainer(tmp_path, "--prompts", "4", "--max-new-tokens", "8")
     problem = {"answer": "#### 7"}
-    assert t.reward("#### 7", problem, 8, True) == (0.0, 0.0)  # perhaps cut from #### 72
-    assert t.reward("#### 7\n", problem, 8, True) == (1.0, 1.0)
+    assert t.grader.reward("#### 7", problem, 8, True) == (0.0, 0.0, {})  # perhaps cut from #### 72
+    assert t.grader.reward("#### 7\n", problem, 8, True) == (1.0, 1.0, {})
     answers = [f"#### {i}" for i in range(len(t.problems))]
     for p, answer in zip(t.problems, answers, strict=True):
         p["answer"] = answer
@@ -301,12 +301,13 @@ def test_a_truncated_completion_earns_nothing_for_a_line_that_is_cut(tmp_path, m
 def test_overlong_punishment_is_added_but_is_not_accuracy(tmp_path, monkeypatch):
     t = trainer(tmp_path, "--overlong-cache", "4")
     problem = {"answer": "#### 7"}
-    assert t.reward("#### 7", problem, 8, False) == (1.0, 1.0)
-    assert t.reward("#### 7", problem, 10, False) == (1.0, 0.5)
-    assert t.reward("#### 8", problem, 13, True) == (0.0, -1.0)
-    monkeypatch.setattr(train, "correct", lambda *_: float("nan"))
-    with pytest.raises(train.BadReward, match="so it says"):
-        t.reward("so it says", problem, 1, False)
+    reward = t.grader.reward
+    assert reward("#### 7", problem, 8, False) == (1.0, 1.0, {})
+    assert reward("#### 7", problem, 10, False) == (1.0, 0.5, {})
+    assert reward("#### 8", problem, 13, True) == (0.0, -1.0, {})
+    monkeypatch.setattr(grading, "correct", lambda *_: float("nan"))
+    with pytest.raises(grading.BadReward, match="so it says"):
+        reward("so it says", problem, 1, False)
 
 
 def test_beta_and_the_kl_mask_get_what_they_need(tmp_path):

@@ -1,19 +1,29 @@
 """The interface to an algorithm file: its two functions, their inputs and their options."""
 
+import functools
 import importlib
 import inspect
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from trainer.options import MORE
+import grpo
+from trainer.options import MORE, is_file, label
+from trainer.ownfile import OwnFileError, guarded, load_file, place_of
 
+ARGUMENTS = {  # of the two functions; what stands after them is keyword-only
+    "advantages": ("rewards", "group_size"),
+    "loss": ("logprobs", "old_logprobs", "advantages", "mask"),
+}
 MAY_BE_NEGATIVE = ("tau", "mu", "ignore_id")  # every other numeric option is at least 0
 
 
 def load_algorithm(algo):
-    """The module of a method: the file algo.py, or more/algo.py."""
+    """The module of a method: the file algo.py, more/algo.py, or a file of the user."""
+    if is_file(algo):
+        return load_own(algo)
     return importlib.import_module(f"more.{algo}" if algo in MORE else algo)
 
 
@@ -37,17 +47,25 @@ def named(function, values):
     return {name: value for name, value in values.items() if name in known}
 
 
-def inputs(function, rollout, rows, entropy, max_length):
-    """What the trainer fills in, {name: value}: the keyword-only parameters with a name of `known`.
+def inputs(function, *batch):
+    """What the trainer fills in, {name: value}: the keyword-only parameters that `known` has.
 
-    function: `advantages` or `loss` of an algorithm. rows: its part of the rollout, B rows. entropy
-    [B, T]: in nats, of the policy that sampled in `advantages`, of the current one in `loss`.
+    function: `advantages` or `loss` of an algorithm. batch: the arguments of `known`.
+    """
+    return named(function, known(*batch))
+
+
+def known(rollout, rows, entropy, max_length):
+    """All that the trainer can fill in, {name: value}.
+
+    rows: a part of the rollout, B rows. entropy [B, T]: in nats, of the policy that sampled in
+    `advantages`, of the current one in `loss`.
     """
 
     def of_rows(values):
         return None if values is None else values[rows]
 
-    known = {
+    return {
         "mask": rollout.mask[rows],  # [B, T]
         "completions": rollout.completions[rows],  # [B, T], token ids
         "right": rollout.right[rows],  # [B], 1 where the answer is right
@@ -57,7 +75,6 @@ def inputs(function, rollout, rows, entropy, max_length):
         "old_entropy": of_rows(rollout.entropy),  # [B, T], of the policy that sampled
         "ref_logprobs": of_rows(rollout.ref_logprobs),  # [B, T], if `beta` is above 0
     }
-    return named(function, known)
 
 
 def split_options(module, values):
@@ -90,10 +107,10 @@ def checked_options(algo, given):
     values = {}
     for name, text in given.items():
         if name not in defaults:
-            known = ", ".join(f"{known}={default}" for known, default in defaults.items())
-            raise ValueError(f"{algo} has no option {name!r}; it has {known}")
+            options = ", ".join(f"{known}={default}" for known, default in defaults.items())
+            raise ValueError(f"{label(algo)} has no option {name!r}; it has {options or 'none'}")
         values[name] = converted(name, text, type(defaults[name]))
-    try_out(module, values)
+    try_out(module, values, algo)
     return values
 
 
@@ -116,16 +133,132 @@ def converted(name, text, kind):
     return value
 
 
-def try_out(module, values):
-    """Call both functions once, on two completions of one token. Raises what they raise."""
-    ones = torch.ones(2, 1)
-    rewards = torch.tensor([1.0, 0.0])
-    batch = SimpleNamespace(mask=ones, completions=ones.long(), right=rewards, history=[0.5])
-    batch.entropy = batch.ref_logprobs = ones
+def toy():
+    """A batch of two groups of two completions, of 3, 1, 2 and 3 tokens. [4, 3]"""
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]).bool()
+    right = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    batch = SimpleNamespace(mask=mask, completions=mask.long(), right=right, history=[0.5])
+    batch.entropy = mask.float()
+    batch.ref_logprobs = -mask.float()
+    return batch
+
+
+def toy_inputs(function):
+    batch = toy()
+    return inputs(function, batch, slice(None), batch.entropy, batch.mask.shape[1])
+
+
+def try_out(module, values, algo):
+    """Call both functions once on the toy batch. Raises what they raise.
+
+    What a file of the user returns must be finite and of the right shape; else OwnFileError.
+    """
+    batch = toy()
     advantage_options, loss_options = split_options(module, values)
+    filled = {**toy_inputs(module.advantages), **advantage_options}
+    advantages = module.advantages(batch.right, 2, **filled)
+    if is_file(algo):
+        check_toy(algo, module, "advantages", wrong_advantages(advantages, batch.mask))
+    old_logprobs = -batch.mask.float()
+    logprobs = old_logprobs.clone().requires_grad_(is_file(algo))
+    filled = {**toy_inputs(module.loss), **loss_options}
+    loss = module.loss(logprobs, old_logprobs, advantages, batch.mask, **filled)
+    if is_file(algo):
+        (gradient,) = torch.autograd.grad(loss, logprobs, allow_unused=True)
+        check_toy(algo, module, "loss", wrong_loss(loss, gradient))
 
-    def filled(function, options):
-        return {**inputs(function, batch, slice(None), ones, 1), **options}
 
-    advantages = module.advantages(rewards, 2, **filled(module.advantages, advantage_options))
-    module.loss(-ones, -ones, advantages, ones, **filled(module.loss, loss_options))
+# A file of the user
+
+
+@functools.cache
+def load_own(path):
+    """The module in a file of the user, with GRPO's advantages if it has none.
+
+    Its functions raise OwnFileError whatever goes wrong in them. Raises ValueError.
+    """
+    module = load_file(Path(path).resolve())
+    if not hasattr(module, "advantages"):
+        module.advantages = grpo.advantages
+    for name, arguments in ARGUMENTS.items():
+        function = getattr(module, name, None)
+        wanted = f"{name}({', '.join(arguments)}, *, ...)"
+        if not callable(function):
+            raise OwnFileError(f"{path}: a method is a function {wanted}; there is none")
+        problem = wrong_signature(function, arguments)
+        if problem:
+            at = place_of(function, path)
+            raise OwnFileError(f"{at}: {problem}; a method is a function {wanted}")
+        check = check_loss if name == "loss" else check_advantages
+        setattr(module, name, guarded(name, function, path, check))
+    return module
+
+
+def wrong_signature(function, arguments):
+    """What the trainer cannot call or fill in, in words, or None."""
+    try:
+        takes = list(parameters(function).values())
+    except (TypeError, ValueError) as error:  # a builtin, for one
+        return str(error)
+    for parameter in takes[len(arguments) :]:
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+            return f"put * before {parameter.name}: inputs and options are keyword-only"
+    filled = toy_inputs(function)
+    try:
+        inspect.signature(function).bind(*arguments, **filled)
+    except TypeError as error:
+        return f"it cannot be called: {error}"
+    for name, parameter in keywords(function).items():
+        if name not in filled and not isinstance(parameter.default, bool | int | float | str):
+            names = ", ".join(known(toy(), slice(None), None, 1))
+            return (
+                f"{name} is no option, whose default is a number, bool or text, and nothing that "
+                f"is filled in ({names})"
+            )
+    return None
+
+
+def check_advantages(result, rewards, *_):
+    """Raise ValueError unless the advantages of B rewards are a tensor [B] or [B, T]."""
+    B = len(rewards)
+    if not isinstance(result, torch.Tensor):
+        raise ValueError(f"must return a tensor, [B] or [B, T], not a {type(result).__name__}")
+    if result.ndim not in (1, 2) or len(result) != B:
+        shape = list(result.shape)
+        raise ValueError(f"must return [B] or [B, T], and B is {B}; it returned {shape}")
+
+
+def check_loss(result, logprobs, *_):
+    """Raise ValueError unless the loss is one number with a gradient."""
+    if not isinstance(result, torch.Tensor):
+        raise ValueError(f"must return a tensor of one number, not a {type(result).__name__}")
+    if result.ndim:
+        raise ValueError(f"must return one number, and not a tensor {list(result.shape)}")
+    if logprobs.requires_grad and not result.requires_grad:
+        raise ValueError("must depend on logprobs, or it has no gradient")
+
+
+def check_toy(path, module, name, problem):
+    """Raise OwnFileError with the problem of what a function returned for the toy batch."""
+    if problem:
+        at = place_of(inspect.unwrap(getattr(module, name)), path)
+        raise OwnFileError(f"{at}: {name} {problem}")
+
+
+def wrong_advantages(advantages, mask):
+    if advantages.shape not in (mask.shape, mask.shape[:1]):
+        shape = list(advantages.shape)
+        return f"must return [B] or [B, T], for B = 4 and T = 3; it returned {shape}"
+    if not advantages.isfinite().all():
+        return f"gave {advantages.tolist()} for rewards of 1, 0, 0, 1"
+    return None
+
+
+def wrong_loss(loss, gradient):
+    if gradient is None:
+        return "must depend on logprobs, or it has no gradient"
+    if not loss.isfinite():
+        return f"gave {loss.item()} for a batch of four completions"
+    if not gradient.isfinite().all():
+        return "has a gradient that is not finite, for a batch of four completions"
+    return None

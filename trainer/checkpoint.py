@@ -22,6 +22,7 @@ KEPT = 2  # checkpoints
 # One JSON object per line, appended while the run goes on.
 LINES = ("metrics.jsonl", "samples.jsonl", "held_out.jsonl")
 RUN_FILES = ("config.json", *LINES, "curves.png", "samples.html", "checkpoints", "model")
+RUN_FILES += ("track.json", "tensorboard", "wandb")  # of --track
 
 
 def check_folder(out):

@@ -22,15 +22,17 @@ from rewards import true_answer
 
 # Training problems of the embedded generator; short runs do not use all of them.
 TINY_TRAIN = 20_000
+RESERVED = ("question", "answer", "prompt_ids")  # the last is filled in later
 FILE_TYPES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip")
 
 
-def load_problems(name, split):
+def load_problems(name, split, any_answer=False):
     """The problems of a split, "train" or "test": a list of {"question", "answer"}.
 
     name: "tiny" (the embedded generator), "gsm8k", another Hub data set with those two fields
     ("owner/name" or "owner/name:config"), a local folder with train.jsonl and test.jsonl, or one
-    .jsonl file, whose last tenth (at most 500) is then the test split. Of problems with the same
+    .jsonl file, whose last tenth (at most 500) is then the test split. any_answer: the answer need
+    not hold a number; --reward says what is right. Of problems with the same
     question only the first is kept; prints how many repeat one. Raises ValueError, in one line.
     """
     if name == "tiny":
@@ -55,7 +57,7 @@ def load_problems(name, split):
         )
     else:
         rows = hub_rows(name, split)
-    problems = check(rows, where)
+    problems = check(rows, where, any_answer)
     repeats = len(rows) - rows.count(None) - len(problems)
     # One file serves both splits: print the line for the training split only.
     if repeats and not (one_file and split == "test"):
@@ -137,7 +139,7 @@ def hub_rows(name, split):
         ) from None
 
 
-def check(rows, where):
+def check(rows, where, any_answer=False):
     """The rows as problems, in order, the first of each question only.
 
     Raises ValueError, with the row's number, if a row is no problem or there is none.
@@ -147,7 +149,7 @@ def check(rows, where):
         if row is None:
             continue
         try:
-            problem = problem_of(row)
+            problem = problem_of(row, any_answer)
         except ValueError as error:
             raise ValueError(f"{where}, line {number}: {error}") from None
         seen.setdefault(problem["question"], problem)
@@ -156,8 +158,8 @@ def check(rows, where):
     return list(seen.values())
 
 
-def problem_of(row):
-    """{"question", "answer"}, both text, from one row, whose answer may be a JSON number.
+def problem_of(row, any_answer=False):
+    """{"question", "answer"}, both text, and the row's other fields; the answer may be a number.
 
     Raises ValueError, in one line.
     """
@@ -176,8 +178,21 @@ def problem_of(row):
         raise ValueError(f"{error.object[error.start]!r} is no character") from None
     if not question.strip():
         raise ValueError("the question is empty")
-    true_answer(answer)  # raises ValueError if it contains no number
-    return {"question": question, "answer": answer}
+    if not any_answer:
+        true_answer(answer)  # raises ValueError if it contains no number
+    others = {name: plain(value) for name, value in row.items() if name not in RESERVED}
+    return {"question": question, "answer": answer, **others}
+
+
+def plain(value):
+    """A JSON value with float in place of Decimal, which read_jsonl makes of its numbers."""
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    return value
 
 
 def problems_at(problems, seed, cursor, count):
@@ -215,7 +230,7 @@ def checksum(problems, expected=None):
 
     Raises ValueError, with what differs, if it is not `expected`, that of the resumed run.
     """
-    rows = [(p["question"], p["answer"]) for p in problems]
+    rows = [[p["question"], p["answer"], *others(p)] for p in problems]
     ids = [p["prompt_ids"] for p in problems]
     found = {"problems": crc32_of(rows), "prompts": crc32_of(ids)}
     if expected is None or found == expected:
@@ -237,8 +252,14 @@ def checksum(problems, expected=None):
     )
 
 
+def others(problem):
+    """The further fields of a problem, as a list of one dict; [] if it has none."""
+    fields = {name: value for name, value in problem.items() if name not in RESERVED}
+    return [fields] if fields else []
+
+
 def crc32_of(rows):
-    return zlib.crc32(json.dumps(rows).encode())
+    return zlib.crc32(json.dumps(rows, default=str).encode())
 
 
 def offline_without_network(*names):

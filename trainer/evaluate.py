@@ -7,10 +7,10 @@ from dataclasses import asdict
 import torch
 from tqdm import tqdm
 
-from rewards import correct, extract_answer, true_answer
 from trainer import checkpoint
 from trainer.data import checksum
-from trainer.options import flag
+from trainer.grading import Grader
+from trainer.options import Options, flag
 from trainer.origin import other_inputs, versions, weights_checksum
 from trainer.policy import sampling_copy
 from trainer.sampling import sample
@@ -64,45 +64,55 @@ def evaluate(
     rows_at_once=128,
     quiet=True,
     shown=0,
+    grader=None,
     **generation,
 ):
     """Greedy accuracy, strict and lenient; if k > 0, also avg@k and pass@k from random samples.
 
-    problems: with "prompt_ids" and "answer". samples: completions per problem for avg@k and pass@k.
-    generation: the remaining keyword arguments of sampling.sample. Restores torch's random state,
-    so evaluation never changes training. Returns a dict: accuracy, accuracy_lenient, ci95 (of
-    accuracy), avg_at_k, pass_at_k (None if k is 0), k, n (problems), length (mean tokens of the
-    greedy completions), truncated (proportion of them), and if shown > 0 greedy: `greedy_lines` of
-    the first `shown` problems.
+    problems: with "prompt_ids" and "answer". grader: says what is right; None: rewards.correct.
+    samples: completions per problem for these two. generation: the remaining keyword arguments of
+    sampling.sample. Restores torch's random state, so evaluation never changes training. Returns
+    the dict of `accuracy`, updated by that of `at_k`; "greedy": `greedy_lines` of `shown` problems.
     """
-    prompts = [problem["prompt_ids"] for problem in problems]
+    grader = grader or Grader(Options())
     devices = [model.device] if model.device.type == "cuda" else []
     total = len(problems) * (2 if k else 1)
     bar = tqdm(total=total, desc="evaluate", unit="problem", leave=False, disable=quiet)
     generation.update(rows_at_once=rows_at_once, progress=bar)
     with torch.random.fork_rng(devices), bar:
         torch.manual_seed(seed)
-        greedy = sample(model, prompts, 1, temperature=0, **generation)
-        if k:
-            drawn = sample(model, prompts, samples, temperature=temperature, **generation)
+        greedy, drawn = completions(model, problems, samples if k else 0, temperature, generation)
     texts = decode(tokenizer, greedy)
-    result = accuracy(texts, greedy, problems, k)
+    right = grade(grader.right, texts, problems, greedy)
+    result = accuracy(right, grade(grader.lenient, texts, problems, greedy), greedy, k)
     if k:
-        result.update(at_k(tokenizer, drawn, problems, k, samples))
+        repeated = [problem for problem in problems for _ in range(samples)]
+        drawn_right = grade(grader.right, decode(tokenizer, drawn), repeated, drawn)
+        result.update(at_k(drawn_right, k, samples))
     if shown:
-        result["greedy"] = greedy_lines(tokenizer, texts, greedy, problems[:shown])
+        result["greedy"] = greedy_lines(tokenizer, texts, right, greedy, problems[:shown])
     return result
 
 
-def accuracy(texts, greedy, problems, k):
-    """The dict of `evaluate` from the greedy completions alone."""
-    answers = [problem["answer"] for problem in problems]
-    n = len(problems)
-    strict = sum(grade(correct, texts, answers, greedy))
-    lenient = sum(grade(matches, texts, answers, greedy))
+def completions(model, problems, samples, temperature, generation):
+    """(the greedy completions of the problems, `samples` random ones of each, None for 0)."""
+    prompts = [problem["prompt_ids"] for problem in problems]
+    greedy = sample(model, prompts, 1, temperature=0, **generation)
+    if not samples:
+        return greedy, None
+    return greedy, sample(model, prompts, samples, temperature=temperature, **generation)
+
+
+def accuracy(right, lenient, greedy, k):
+    """What `evaluate` says of n greedy completions, from their grades, each 0 or 1.
+
+    A dict: accuracy, accuracy_lenient, ci95 (of accuracy), avg_at_k and pass_at_k (None until
+    `at_k` fills them in), k, n, length (mean, in tokens), truncated (proportion).
+    """
+    n, strict = len(right), sum(right)
     return {
         "accuracy": strict / n,
-        "accuracy_lenient": lenient / n,
+        "accuracy_lenient": sum(lenient) / n,
         "ci95": list(wilson(strict, n)),
         "avg_at_k": None,
         "pass_at_k": None,
@@ -113,7 +123,7 @@ def accuracy(texts, greedy, problems, k):
     }
 
 
-def greedy_lines(tokenizer, texts, greedy, problems):
+def greedy_lines(tokenizer, texts, right, greedy, problems):
     """One dict for each of the problems, the first ones of those that `greedy` answers.
 
     Its tokens' log-probabilities and entropies are in nats, at temperature 1.
@@ -121,12 +131,11 @@ def greedy_lines(tokenizer, texts, greedy, problems):
     lines = []
     for i, problem in enumerate(problems):
         n = int(greedy.mask[i].sum())  # tokens
-        right = correct(texts[i], problem["answer"], greedy.truncated[i].item())
         line = {
             "prompt": problem["question"],
             "completion": texts[i],
             "answer": problem["answer"],
-            "right": right > 0.5,
+            "right": right[i] > 0.5,
             "tokens": [tokenizer.decode([token]) for token in greedy.completions[i, :n].tolist()],
         }
         columns = {"logprobs": greedy.sampler_logprobs, "entropy": greedy.sampler_entropy}
@@ -136,35 +145,29 @@ def greedy_lines(tokenizer, texts, greedy, problems):
     return lines
 
 
-def at_k(tokenizer, drawn, problems, k, samples):
-    """avg@k and pass@k from `samples` completions of each problem, as a dict."""
-    answers = [problem["answer"] for problem in problems for _ in range(samples)]
-    right = grade(correct, decode(tokenizer, drawn), answers, drawn)
+def at_k(right, k, samples):
+    """avg@k and pass@k from the grades of `samples` completions of each problem, as a dict."""
     starts = range(0, len(right), samples)
     counts = [int(sum(right[start : start + samples])) for start in starts]  # right per problem
     return {
         "avg_at_k": sum(counts) / len(right),
-        "pass_at_k": sum(pass_at_k(samples, c, k) for c in counts) / len(problems),
+        "pass_at_k": sum(pass_at_k(samples, c, k) for c in counts) / len(counts),
     }
 
 
-def grade(measure, texts, answers, rollout):
-    """measure(text, answer, truncated) for each completion, as a list.
+def grade(measure, texts, problems, rollout):
+    """measure(text, problem, truncated) for each completion of the rollout, as a list.
 
-    measure: `correct` or `matches`. texts: the decoded completions of the rollout.
+    measure: a Grader's `right` or `lenient`. texts: the decoded completions.
     """
-    rows = zip(texts, answers, rollout.truncated.tolist(), strict=True)
-    return [measure(text, answer, cut) for text, answer, cut in rows]
-
-
-def matches(text, answer, truncated=False):
-    """Whether the lenient answer is right: the last number counts where there is no marker."""
-    return extract_answer(text, lenient=True, truncated=truncated) == true_answer(answer)
+    rows = zip(texts, problems, rollout.truncated.tolist(), strict=True)
+    return [measure(*row) for row in rows]
 
 
 # Besides the model and the data, the results of an evaluation depend on these options.
 RESULTS_DEPEND_ON = (
     "prompt",
+    "reward",
     "temperature",
     "max_new_tokens",
     "dtype",
@@ -202,6 +205,7 @@ def evaluate_only(o, out, model, tokenizer, generation, problems):
             seed=o.seed + 10_000,
             rows_at_once=rows,
             quiet=False,
+            grader=Grader(o),
             **generation,
         )
     except torch.OutOfMemoryError:

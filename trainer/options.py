@@ -6,17 +6,22 @@ not wait for it.
 
 import argparse
 import difflib
+import importlib.util
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 ALGORITHMS = ("tepo", "grpo", "dapo", "gspo", "gtpo", "grpo_s", "trgrpo")
 MORE = (  # in the folder more/
     *("clip_cov", "kl_cov", "ce_gppo", "aspo", "dppo", "reweight", "raft", "ha_dw"),
     *("ktae", "dhpo", "dr_grpo", "rloo", "cispo", "sapo", "gmpo"),
 )
+ROOT = Path(__file__).resolve().parents[1]
+TRACKERS = ("tensorboard", "trackio", "wandb")
 MOST = 10**9  # a larger whole number is a typing error
 MOST_ROWS = 65_536  # completions of one step: all of them are held in memory
 
@@ -43,7 +48,12 @@ class Options:
     preset: str = detail("auto", "set of defaults: tiny, gsm8k, or auto (gsm8k on a CUDA GPU)")
 
     # What is trained
-    algo: str = detail("tepo", f"the method: {', '.join(ALGORITHMS)}; in more/: {', '.join(MORE)}")
+    algo: str = detail(
+        "tepo",
+        f"the method: {', '.join(ALGORITHMS)}; in more/: {', '.join(MORE)}; or your own FILE.py, "
+        "with loss(logprobs, old_logprobs, advantages, mask, *, ...) and, unless GRPO's are meant, "
+        "advantages(rewards, group_size, *, ...)",
+    )
     model: str = setting(
         "tiny", "tiny (embedded), the folder of a model or of a run, or a Hub name"
     )
@@ -83,6 +93,11 @@ class Options:
         0,
         "DAPO: over this many last tokens before --max-new-tokens the reward falls by up to 1; "
         "0: no penalty",
+    )
+    reward: str | None = setting(
+        None,
+        "FILE.py with reward(completion, problem), which returns a number, or a dict of numbers "
+        "that are added up; default: 1 for a right answer, 0 for another",
     )
     sampler_correction: float = setting(
         0.0,
@@ -135,6 +150,10 @@ class Options:
     overwrite: bool = detail(
         False, "delete the run that --out holds (with --eval-only: replace its eval.json)"
     )
+    track: str = detail(
+        "none",
+        f"show the metrics there too, beside metrics.jsonl: {', '.join(TRACKERS)} (pip install it)",
+    )
     eval_only: bool = detail(False, "evaluate the model and write eval.json; no training")
     show_prompt: bool = detail(False, "print the first prompt and what ends a completion, and exit")
 
@@ -169,7 +188,7 @@ DEFAULTS = {preset: vars(Options(**changes)) for preset, changes in PRESETS.item
 TYPES = {
     about.name: about.type if about.type in (int, float, bool) else str for about in fields(Options)
 }
-CHANGEABLE_ON_RESUME = ("steps", "save_every", "show_prompt")
+CHANGEABLE_ON_RESUME = ("steps", "save_every", "track", "show_prompt")
 HELP_GROUPS = {  # the first option of each group
     "algo": "what is trained",
     "prompt": "prompt",
@@ -183,6 +202,10 @@ EPILOG = """examples:
       on a GPU: Qwen2.5-0.5B on GSM8K; else the embedded tiny model, in minutes
   python train.py --algo gspo --preset tiny --updates 16 --option eps_high=0.01
       with an option of the algorithm; an unknown NAME prints the list of its options
+  python train.py --algo my_method.py --option power=0.25
+      a method of your own: README.md, "Add a method in ten minutes"
+  python train.py --reward examples/format_reward.py
+      a reward of your own: README.md, "Your own data, reward, method"
   python train.py --preset gsm8k --model HuggingFaceTB/SmolLM2-360M-Instruct \\
           --gradient-checkpointing --micro-batch 2
       for a GPU of 8 GiB, too small for Qwen2.5-0.5B's weights and AdamW's state
@@ -275,6 +298,10 @@ def flag(name):
 def parse(argv):
     """{name: value} of the options in a command line. Raises ValueError for a wrong one."""
     given = vars(build_parser().parse_args(argv))
+    if "algo" in given:
+        given["algo"] = method(given["algo"])
+    if "reward" in given:  # as config.json keeps it: a path that no current folder changes
+        given["reward"] = str(Path(given["reward"]).expanduser().absolute())
     pairs = given.pop("option", [])
     if "beta" in given:
         pairs = [*pairs, f"beta={given.pop('beta')}"]
@@ -328,6 +355,7 @@ def fill(given):
     import torch
 
     from trainer.algorithm import checked_options
+    from trainer.grading import load_reward
 
     cuda = torch.cuda.is_available()
     preset = given.get("preset", "auto")
@@ -339,12 +367,15 @@ def fill(given):
     if preset not in PRESETS:
         raise ValueError(f"--preset is auto, tiny or gsm8k, not {preset!r}")
     o = Options(**{**PRESETS[preset], **given, "preset": preset})
+    o.algo = method(o.algo)
     if o.device == "auto":
         o.device = "cuda" if cuda else "cpu"
     if o.dtype == "auto":
         o.dtype = "bf16" if o.device.startswith("cuda") else "fp32"
     check(o)
     o.option = checked_options(o.algo, o.option)
+    if o.reward:
+        load_reward(o.reward)  # raises ValueError now, not after the model has been loaded
     return o
 
 
@@ -364,33 +395,92 @@ def check_values(o):
     check_algorithm(o)
     check_bounds(o)
     check_prompt(o)
+    if o.reward and not Path(o.reward).is_file():
+        raise ValueError(f"--reward {o.reward}: no such file")
+    check_track(o)
 
 
 def check_algorithm(o):
     check_name(o.algo)
 
 
+def is_file(algo):
+    """Whether --algo names a file of the user and not one of our methods."""
+    return algo.endswith(".py") or "/" in algo or os.sep in algo
+
+
+def method(algo):
+    """--algo as config.json keeps it: a name, or a path that no current folder changes.
+
+    The path of one of our own files becomes its name.
+    """
+    if not is_file(algo):
+        return algo
+    path = Path(algo).expanduser().absolute()
+    for name in (*ALGORITHMS, *MORE):
+        folder = ROOT / "more" if name in MORE else ROOT
+        if path.resolve() == folder / f"{name}.py":
+            return name
+    return str(path)
+
+
+def label(algo):
+    """What a method is called in folders, tables and figures.
+
+    For a file, its name without .py; with it, where that is the name of one of ours.
+    """
+    if not is_file(algo):
+        return algo
+    path = Path(algo)
+    return path.name if path.stem in (*ALGORITHMS, *MORE) else path.stem
+
+
+def check_file(path):
+    """Raise ValueError if --algo names no file, or one whose name cannot be a label."""
+    if not Path(path).exists():
+        raise ValueError(f"--algo {path}: no such file")
+    if not Path(path).is_file():
+        raise ValueError(f"--algo {path}: not a file; a method is a Python file")
+    if not re.fullmatch(r"[A-Za-z][\w-]*\.py", Path(path).name, re.ASCII):
+        raise ValueError(
+            f"--algo {path}: its runs and curves are named after the file, so its name is made of "
+            f"letters, digits, - and _, such as my_method.py"
+        )
+
+
 def check_name(algo):
     """Raise ValueError if there is no such method."""
+    if is_file(algo):
+        return check_file(algo)
     names = [*ALGORITHMS, *MORE]
     if algo in names:
         return
     name = algo.lower().replace("-", "_")
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    if Path(f"{algo}.py").is_file():
+        near = [f"{algo}.py"]
     meant = f"did you mean {near[0]}? " if near else ""
     raise ValueError(f"no algorithm {algo!r}; {meant}There are {', '.join(names)}")
 
 
 def algorithm_names(text):
-    """ "tepo,grpo" -> ["tepo", "grpo"]; "all" -> all 22. For argparse: raises ArgumentTypeError."""
-    if text == "all":
-        return [*ALGORITHMS, *MORE]
-    names = list(dict.fromkeys(text.split(",")))
+    """ "tepo,my.py" -> ["tepo", "/path/of/my.py"]; "all" stands for all 22.
+
+    For argparse: raises ArgumentTypeError.
+    """
+    names = []
+    for word in text.split(","):
+        names += [*ALGORITHMS, *MORE] if word == "all" else [method(word)]
+    names = list(dict.fromkeys(names))
+    labels = {}
     for name in names:
         try:
             check_name(name)
         except ValueError as error:
             raise argparse.ArgumentTypeError(error) from None
+        other = labels.setdefault(label(name), name)
+        if other != name:
+            raise argparse.ArgumentTypeError(f"{other} and {name} have one name: rename a file")
     return names
 
 
@@ -452,6 +542,17 @@ def check_prompt(o):
         raise ValueError("--system has no effect with --chat-template none: use --prompt")
     if o.chat_template == "none" and o.template_option:
         raise ValueError("--template-option has no effect with --chat-template none")
+
+
+def check_track(o):
+    """Raise ValueError if there is no such tracker, or if it is not installed."""
+    if o.track == "none":
+        return
+    if o.track not in TRACKERS:
+        raise ValueError(f"--track {o.track}: {', '.join(TRACKERS)} or none")
+    found = importlib.util.find_spec(o.track)
+    if found is None or found.origin is None:  # without origin: a mere folder of that name
+        raise ValueError(f"--track {o.track}: it is not installed; pip install {o.track}")
 
 
 def check_machine(o):

@@ -15,6 +15,8 @@ import torch
 import transformers
 
 from trainer.algorithm import load_algorithm
+from trainer.options import is_file
+from trainer.ownfile import files_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ONLY_READS = "trainer/runs.py"  # reads finished runs, so it changes no number of a run
@@ -34,19 +36,33 @@ def weights_checksum(model):
     return f"{crc:08x}"
 
 
-def code_checksums(algo):
-    """{file: checksum} of our files that determine the numbers of a run of this algorithm."""
+def code_checksums(algo, reward=None):
+    """{file: checksum} of the files that determine the numbers of a run of this algorithm.
+
+    Ours by their path in the project, those of the user by their full path. reward: --reward.
+    """
     names = {"train.py", "rewards.py"}
     if (ROOT / "tiny" / "problems.py").is_file():  # a checkout may be without it
         names.add("tiny/problems.py")
     for path in (ROOT / "trainer").glob("*.py"):
         names.add(f"trainer/{path.name}")
     names.discard(ONLY_READS)
-    names.update(own_files(load_algorithm(algo)))
+    names.update(files_of_user(algo) if is_file(algo) else own_files(load_algorithm(algo)))
+    if reward:
+        names.update(files_of_user(reward))
     checksums = {}
     for name in sorted(names):
         checksums[name] = f"{zlib.crc32((ROOT / name).read_bytes()):08x}"
     return checksums
+
+
+def files_of_user(algo):
+    """A file of the user under the path that --algo keeps, and the files that it imports."""
+    files = {algo}
+    for path in files_of(Path(algo).resolve())[1:]:
+        inside = path.is_relative_to(ROOT)
+        files.add(path.relative_to(ROOT).as_posix() if inside else str(path))
+    return files
 
 
 def own_files(module):

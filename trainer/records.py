@@ -1,6 +1,7 @@
 """What a step records: a line of metrics.jsonl and, every few steps, a group for samples.jsonl."""
 
 import sys
+from statistics import fmean
 
 import torch
 
@@ -12,9 +13,6 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None
-
-# Rounding explains |pi_theta / pi_old - 1| up to this, before the first update on a rollout.
-RATIO_LIMITS = {"fp32": 1e-3, "bf16": 2e-2}
 
 
 def metrics_line(rollout, sampled, updates, group_size):
@@ -54,28 +52,19 @@ def metrics_line(rollout, sampled, updates, group_size):
         "sign_flip": sign_flip[mask].float().mean().item(),
         "skipped": sum(bool(update["bad_rows"]) for update in updates),
         "prompts": len(groups),
+        **mean_parts(every.parts or []),
     }
+
+
+def mean_parts(parts):
+    """{"reward/NAME": mean of the part} of a list of one dict for each completion."""
+    names = parts[0] if parts else {}
+    return {f"reward/{name}": fmean(row[name] for row in parts) for name in names}
 
 
 def furthest_from_1(ratios):
     """The largest |w - 1| of a list of ratios; NaN if one of them is NaN."""
     return (torch.tensor(ratios, dtype=torch.float64) - 1).abs().max().item()
-
-
-def ratio_warning(step, largest, dtype):
-    """A warning if a ratio before the first update is not 1 up to rounding, else None.
-
-    largest: ratio_first_max, None if nothing was run.
-    """
-    limit = RATIO_LIMITS[dtype]
-    if largest is None or largest <= limit:  # NaN fails this test, and is reported
-        return None
-    return (
-        f"warning: step {step}: before the first update, pi_theta / pi_old differs from 1 by up to "
-        f"{largest:.2g} (rounding in {dtype} explains {limit:g}). Two passes of the same weights "
-        f"differ, so every ratio of this run has an error of this size. Does the model contain "
-        f"something random, such as dropout? Printed once; see ratio_first_max in metrics.jsonl"
-    )
 
 
 def per_token(advantages, mask):

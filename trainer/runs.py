@@ -1,7 +1,8 @@
 """Runs as data: read from folders or .csv files, grouped by what differs, averaged over seeds.
 
 A run is {"algo", "seed", "settings": {option: value}, "rows": [{"phase", "step", and COLUMNS}]}.
-Settings are the options that define the experiment. A value that a row does not have is None.
+Settings are the options that define the experiment. A value that a row does not have is None. The
+algo of a user's file is its label; "file" tells two files with one label apart.
 
 pandas is imported where it is used: a training run draws its curves without it.
 """
@@ -16,17 +17,19 @@ from statistics import fmean
 
 import numpy as np
 
-from trainer.options import DEFAULTS, MORE, Options
+from trainer.options import DEFAULTS, MORE, Options, is_file, label
 
 # In figures and tables.
 ORDER = ("grpo", "dapo", "gspo", "tepo", "gtpo", "grpo_s", "trgrpo", *MORE)
 COLUMNS = (
     "accuracy",
     "accuracy_trained",
+    "accuracy_lenient",
     "ci_lo",
     "ci_hi",
     "entropy",
     "length",
+    "truncated",
     "clip_frac",
     "pass_at_k",
     "k",
@@ -95,8 +98,11 @@ def read_folder(folder):
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         options = config["options"]
-        run = {"algo": options["algo"], "seed": int(options["seed"])}
+        algo = options["algo"]
+        run = {"algo": label(algo), "seed": int(options["seed"])}
         run["settings"] = settings_of(options)
+        if is_file(algo):  # by its content if that is recorded: a file may move
+            run["file"] = config.get("code", {}).get(algo, algo)
     except (OSError, *BAD_VALUE):
         why = "config.json is missing or does not say algo and seed"
         raise ValueError(f"{folder}: {why}") from None
@@ -230,7 +236,14 @@ def why_no_run(path):
 
 
 def same_experiment(run, other):
-    return all(run[key] == other[key] for key in ("algo", "seed", "settings"))
+    same = all(run[key] == other[key] for key in ("algo", "seed", "settings"))
+    return same and not other_file(run, other)
+
+
+def other_file(run, other):
+    """Whether two runs have one label, but were made with two files of the user."""
+    files = run.get("file"), other.get("file")
+    return run["algo"] == other["algo"] and None not in files and files[0] != files[1]
 
 
 # Grouping runs and averaging seeds
@@ -258,8 +271,15 @@ def varied(run, names):
 def group(runs):
     """{variant: {algo: [runs that differ in the seed alone]}}, algorithms in ORDER.
 
-    A lone variant is "". Raises ValueError where a run comes twice: it would count as two seeds.
+    A lone variant is "". Raises ValueError where a run comes twice, which would count as two seeds,
+    and where one name stands for two methods.
     """
+    for run, other in permutations(runs, 2):
+        if other_file(run, other):
+            raise ValueError(
+                f"these runs of {run['algo']} were made with two different files: leave some out, "
+                f"or name the files differently before training"
+            )
     names = differing(runs)
     groups = {}
     for run in sorted(runs, key=place):

@@ -38,6 +38,7 @@ class Rollout:
     texts: list = None  # B completions, decoded
     right: torch.Tensor = None  # [B] 1 where the answer is right
     rewards: torch.Tensor = None  # [B] what the policy is trained on
+    parts: list = None  # B dicts, {name: part of the reward}; empty if it is one number
     old_logprobs: torch.Tensor = None  # [B, T] nats, under the policy that sampled
     entropy: torch.Tensor = None  # [B, T] nats, of the policy that sampled
     measured: torch.Tensor = None  # [B] bool: both are of the policy's own pass, not the sampler's
@@ -58,7 +59,11 @@ class Rollout:
 
     def rows(self, start, stop):
         """The rows start to stop - 1, with the fields named in SAMPLED."""
-        return Rollout(*(getattr(self, name)[start:stop] for name in SAMPLED))
+        rows = Rollout(None, None, None, None)
+        for name in SAMPLED:
+            values = getattr(self, name)
+            setattr(rows, name, None if values is None else values[start:stop])
+        return rows
 
     @staticmethod
     def join(pieces):
@@ -67,6 +72,8 @@ class Rollout:
         joined = Rollout(None, None, None, None)
         for name in SAMPLED:
             column = [getattr(piece, name) for piece in pieces]
+            if column[0] is None:
+                continue
             if name in ("completions", "mask", "sampler_logprobs", "sampler_entropy"):
                 column = [pad(x, (0, width - x.shape[1])) for x in column]
             is_list = isinstance(column[0], list)
@@ -86,6 +93,7 @@ SAMPLED = (
     "texts",
     "right",
     "rewards",
+    "parts",
 )
 
 

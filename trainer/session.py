@@ -1,5 +1,6 @@
 """What a run does between its training steps: evaluate, record, save and stop."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -7,10 +8,13 @@ import signal
 import sys
 import time
 
+from tqdm import tqdm
+
 from trainer import checkpoint
 from trainer.evaluate import evaluate, rows_of_evaluation
 from trainer.policy import sampling_copy
 from trainer.records import group_to_show, sample_lines
+from trainer.track import Tracker
 
 BAD_STEPS = 3  # this many skipped updates in a row stop the run
 SHOWN = 4  # held-out problems whose greedy completions are kept at each evaluation
@@ -82,6 +86,7 @@ def write_evaluation(trainer, out, held_out, step):
             seed=o.seed + 10_000,
             rows_at_once=rows_of_evaluation(o, rows_at_once),
             quiet=False,
+            grader=trainer.grader,
             shown=SHOWN if o.samples_every > 0 else 0,
             **trainer.generation,
         )
@@ -89,8 +94,16 @@ def write_evaluation(trainer, out, held_out, step):
     line = {"phase": "eval", "step": step}
     line.update(trainer.updater.with_smaller_batches("sample_batch", work))
     greedy = [{"step": step, **shown} for shown in line.pop("greedy", [])]
-    checkpoint.append_lines(out / "metrics.jsonl", [line])
+    write_metrics(trainer, out, line)
     checkpoint.append_lines(out / "held_out.jsonl", greedy)
+
+
+def write_metrics(trainer, out, line):
+    """Append a line to metrics.jsonl, show it in the tracker, print the warnings due with it."""
+    checkpoint.append_lines(out / "metrics.jsonl", [line])
+    trainer.tracker.log(line)
+    for warning in trainer.watch.see(line):
+        tqdm.write(warning)
 
 
 def write_samples(trainer, out, step, rollout, bad_rows):
@@ -126,14 +139,40 @@ def save(trainer, out, step, sizes):
     checkpoint.save(out, step, trainer.model, trainer.tokenizer, optimizer, sizes, **counters)
 
 
+def begin(trainer, out, resume):
+    """Clear the run's folder, or take up its run; start the tracker.
+
+    Returns the step after which the run goes on.
+    """
+    done = 0
+    if resume:
+        done = restore(trainer, out)
+    else:
+        checkpoint.clear(out, trainer.o.model)
+    trainer.tracker = Tracker(trainer.o, out)
+    return done
+
+
 def restore(trainer, out):
     """Take up the run at its latest checkpoint. Returns the step after which it goes on."""
+    lines = lines_so_far(out)  # before those of later steps are cut off
     state = checkpoint.load(out, trainer.model, trainer.updater.optimizer, say=print)
     trainer.cursor = state["cursor"]
     trainer.history = state.get("history", [])  # older checkpoints are of methods without it
     trainer.updater.bad_steps = state["bad_steps"]
+    trainer.watch.catch_up(lines, state["step"])
     print(f"resuming {out} after step {state['step']} of {trainer.o.steps}")
     return state["step"]
+
+
+def lines_so_far(out):
+    """The lines of metrics.jsonl that can be read, as a list of dicts."""
+    path = out / "metrics.jsonl"
+    lines = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # the last one may be torn
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def stopped_by_bad_steps(out, step):

@@ -12,7 +12,8 @@ import torch
 
 from trainer import checkpoint, origin
 from trainer.data import checksum, load_problems, offline_without_network, split_overlap
-from trainer.options import CHANGEABLE_ON_RESUME, fill, flag
+from trainer.grading import load_reward
+from trainer.options import CHANGEABLE_ON_RESUME, fill, flag, label
 from trainer.policy import context_length, load_policy, use_threads
 from trainer.probes import probe
 from trainer.prompts import Chat, encode_problems, show, start_line
@@ -30,7 +31,7 @@ def run_folder(given):
             raise ValueError(f"{out} holds no run to resume (no readable config.json)")
         return out
     o = fill(given)
-    name = f"{o.algo}-{o.preset}"
+    name = f"{label(o.algo)}-{o.preset}"
     if o.eval_only:
         name = f"eval-{path_name(o.model)}-{path_name(o.data)}"
     out = Path(o.out or f"runs/{name}-s{o.seed}")
@@ -144,10 +145,11 @@ def load_data(o):
     No question of the test split is trained on, even if --eval-n leaves it out of the evaluation.
     With --eval-only there are no training problems.
     """
-    held_out = load_problems(o.data, "test")
+    any_answer = bool(o.reward and load_reward(o.reward).correct)
+    held_out = load_problems(o.data, "test", any_answer)
     train, overlap = [], 0
     if not o.eval_only:
-        train, overlap = split_overlap(load_problems(o.data, "train"), held_out)
+        train, overlap = split_overlap(load_problems(o.data, "train", any_answer), held_out)
     return train, held_out[: o.eval_n], overlap
 
 
@@ -160,7 +162,7 @@ def made_from(o, model, problems, config):
     now = {
         "checksum": checksum(problems, config.get("checksum")),
         "weights": origin.weights_checksum(model),
-        "code": origin.code_checksums(o.algo),
+        "code": origin.code_checksums(o.algo, o.reward),
         "versions": origin.versions(),
     }
     processor = platform.processor() or platform.machine()

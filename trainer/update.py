@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from grpo import constant
-from trainer.algorithm import inputs, parameters
+from trainer.algorithm import inputs, parameters, toy, toy_inputs
 from trainer.batches import split_micro_batches
 from trainer.logprobs import token_logprobs
 from trainer.memory import rows_that_fit
@@ -242,7 +242,7 @@ class Updater:
 
         On policy each ratio is 1. A loss that takes the log-probabilities only for their ratio then
         has the same gradient at all of them, so also at 0. `has_learned` checks it against the
-        gradient at the measured ones. Advantages that need the entropy raise an error here.
+        gradient at the measured ones. What needs the entropy raises an error here.
         """
         if self.needs_all_rows or self.o.sampler_correction:
             return None  # they need the measured log-probabilities
@@ -253,9 +253,9 @@ class Updater:
         rollout.logprobs = rollout.old_logprobs = zeros
         try:
             rollout.advantages = advantages(rollout)
+            _, push = self.loss_gradient(rollout, rows, self.loss_inputs(rollout, rows, None))
         except (ValueError, TypeError, AttributeError):
             return None
-        _, push = self.loss_gradient(rollout, rows, self.loss_inputs(rollout, rows, None))
         return push
 
     def has_learned(self, push):
@@ -422,12 +422,13 @@ def takes_ratios_only(algo, loss_options):
 
     Then its gradient on policy does not depend on them. loss_options: without a KL term.
     """
-    advantages, mask = torch.tensor([1.0, -1.0]), torch.ones(2, 4)
+    advantages, mask = torch.tensor([1.0, -1.0, -1.0, 1.0]), toy().mask
+    filled = {**toy_inputs(algo.loss), **loss_options}
     gradients = []
-    for logprobs in (torch.zeros(2, 4), -torch.arange(8.0).view(2, 4)):
+    for logprobs in (torch.zeros(4, 3), -torch.arange(12.0).view(4, 3)):
         old_logprobs = logprobs.clone()
         logprobs.requires_grad_()
-        loss = algo.loss(logprobs, old_logprobs, advantages, mask, **loss_options)
+        loss = algo.loss(logprobs, old_logprobs, advantages, mask, **filled)
         gradients += torch.autograd.grad(loss, logprobs)
     return torch.equal(*gradients)
 

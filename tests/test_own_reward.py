@@ -1,0 +1,284 @@
+"""--reward FILE.py: the examples, the parts, accuracy, errors, resume, compare."""
+
+import json
+import shutil
+from fractions import Fraction
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+
+import train
+from trainer import origin
+from trainer.data import load_problems
+from trainer.grading import Grader
+from trainer.options import Options
+from trainer.ownfile import load_file
+
+EXAMPLES = ROOT / "examples"
+SMALL = """--preset tiny --prompts 2 --group-size 4 --updates 2 --max-new-tokens 12 --eval-n 4
+    --k 0 --steps 2 --save-every 1""".split()
+COUNTDOWN = ["--data", str(EXAMPLES / "countdown.jsonl")]
+
+
+def write(folder, text, name="mine.py"):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def run(tmp_path, path, *words, out="run"):
+    """(exit status, the run's folder) of a small run with this reward."""
+    folder = tmp_path / out
+    words = [*SMALL, "--reward", str(path), "--out", str(folder), *words]
+    return train.main(words), folder
+
+
+def lines(folder, phase):
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["phase"] == phase]
+
+
+def grader(path, **options):
+    return Grader(Options(reward=str(path), **options))
+
+
+# The examples
+
+
+@pytest.mark.parametrize("name", ["format_reward", "length_reward", "countdown"])
+def test_each_example_trains(tmp_path, name):
+    status, folder = run(tmp_path, EXAMPLES / f"{name}.py", *(COUNTDOWN * (name == "countdown")))
+    assert status == 0
+    for line in lines(folder, "train"):
+        parts = {key: value for key, value in line.items() if key.startswith("reward/")}
+        names = {"format_reward": {"right", "format"}, "countdown": {"right", "legal"}}
+        assert set(parts) == {f"reward/{part}" for part in names.get(name, ())}
+        if parts:
+            assert line["reward"] == pytest.approx(sum(parts.values()))
+            assert parts["reward/right"] == line["accuracy"]
+
+
+def test_format_reward_by_hand():
+    problem = {"question": "q", "answer": "7"}
+    reward = grader(EXAMPLES / "format_reward.py").reward
+    assert reward("7\n#### 7", problem, 5, False) == (1, 1.2, {"right": 1, "format": 0.2})
+    assert reward("7\n#### 8\n", problem, 5, False) == (0, 0.2, {"right": 0, "format": 0.2})
+    assert reward("#### 7 eggs", problem, 5, False) == (1, 1.0, {"right": 1, "format": 0})
+    assert reward("#### 7", problem, 5, True) == (0, 0, {"right": 0, "format": 0})
+
+
+def test_length_reward_by_hand():
+    problem = {"question": "q", "answer": "7"}
+    reward = grader(EXAMPLES / "length_reward.py").reward
+    assert reward("#### 7", problem, 3, False)[:2] == (1, pytest.approx(1 - 0.5 * 6 / 200))
+    assert reward("x" * 500 + "\n#### 7", problem, 3, False)[:2] == (1, 0.5)
+    assert reward("#### 8", problem, 3, False)[:2] == (0, 0)
+
+
+COUNTDOWN_CASES = [
+    ("#### 3 * 7 + 8", True, True),
+    ("so\n#### 8+7*3\nthat is it", True, True),
+    ("#### 3 * 8 + 7", False, True),
+    ("#### (3 + 7) * 8", False, True),
+    ("#### 3 * 7 + 8 + 0", False, False),  # another number
+    ("#### 21 + 8", False, False),
+    ("#### 3 * 7", False, False),  # one is left out
+    ("3 * 7 + 8", False, False),  # no marker
+    ("#### 8 / (3 - 3)", False, False),
+    ("#### 3 ** 7 ** 8", False, False),
+    ("#### __import__('os').getcwd()", False, False),
+    ("#### " + "(" * 99, False, False),
+    ("#### " + "(" * 5000 + "1" + ")" * 5000, False, False),
+    ("#### 3.0 * 7 + 8", False, False),
+    ("#### True * 3 * 7 + 8", False, False),
+    ("#### 3 * 7 + 8\x00", False, False),
+    ("#### -3 * -7 + 8", False, False),  # signs are not among the operations
+    ("####", False, False),
+]
+
+
+@pytest.mark.parametrize("completion, right, legal", COUNTDOWN_CASES)
+def test_countdown_checks_the_expression(completion, right, legal):
+    problem = {"question": "q", "answer": "29", "numbers": [3, 7, 8]}
+    got = grader(EXAMPLES / "countdown.py").reward(completion, problem, 5, False)
+    parts = {"right": float(right), "legal": 0.1 * legal}
+    assert got == (float(right), pytest.approx(sum(parts.values())), parts)
+
+
+def test_countdown_does_not_take_what_was_cut():
+    problem = {"question": "q", "answer": "29", "numbers": [3, 7, 8]}
+    check = grader(EXAMPLES / "countdown.py").right
+    assert check("#### 3 * 7 + 8", problem, True) == 0  # perhaps cut from + 80
+    assert check("#### 3 * 7 + 8\n", problem, True) == 1
+
+
+def test_the_countdown_problems_are_those_of_its_generator_and_can_be_solved():
+    module = load_file(EXAMPLES / "countdown.py")
+    text = (EXAMPLES / "countdown.jsonl").read_text()
+    assert [json.loads(line) for line in text.splitlines()] == module.problems(400)
+    for problem in module.problems(20):  # left to right, by one of all choices of operations
+        reached = {Fraction(problem["numbers"][0])}
+        for number in problem["numbers"][1:]:
+            calculate = module.OPERATIONS.values()
+            reached = {f(a, number) for a in reached for f in calculate}
+        assert int(problem["answer"]) in reached
+
+
+# What reaches the run
+
+
+def test_accuracy_stays_what_it_is(tmp_path):
+    """A constant reward gives no signal, and the same held-out accuracy as the default."""
+    status, own = run(tmp_path, write(tmp_path, "def reward(completion, problem): return 1\n"))
+    assert status == 0
+    assert train.main([*SMALL, "--out", str(tmp_path / "plain")]) == 0
+    first, plain = lines(own, "eval")[0], lines(tmp_path / "plain", "eval")[0]
+    assert first == plain
+    assert [line["reward"] for line in lines(own, "train")] == [1.0, 1.0]
+    assert [line["zero_std"] for line in lines(own, "train")] == [1.0, 1.0]
+
+
+def test_a_file_with_correct_decides_accuracy(tmp_path):
+    text = """
+def reward(completion, problem): return {"a": 0.25, "b": -3}
+def correct(completion, problem): return problem["answer"] == "yes"
+"""
+    data = write(tmp_path, "", "data.jsonl")
+    rows = [{"question": f"q{i}", "answer": "yes" if i < 12 else "no"} for i in range(20)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, folder = run(tmp_path, write(tmp_path, text), "--data", str(data))
+    assert status == 0
+    for line in lines(folder, "train"):
+        assert (line["reward"], line["reward/a"], line["reward/b"]) == (-2.75, 0.25, -3)
+    held_out = lines(folder, "eval")[0]  # the last two problems, both "no"
+    assert held_out["accuracy"] == held_out["accuracy_lenient"] == 0 and held_out["n"] == 2
+
+
+def test_the_fields_of_a_line_reach_the_reward(tmp_path):
+    path = write(tmp_path, "def reward(completion, problem): return problem['more']['x'][0]\n")
+    data = write(tmp_path, '{"question": "q", "answer": 1, "more": {"x": [0.5, 1]}}\n', "d.jsonl")
+    shutil.copy(data, tmp_path / "train.jsonl")
+    (problem,) = load_problems(str(tmp_path), "train")
+    assert problem == {"question": "q", "answer": "1", "more": {"x": [0.5, 1]}}
+    assert grader(path).reward("", {**problem, "prompt_ids": [1]}, 1, False)[1] == 0.5
+
+
+def test_the_overlong_penalty_is_added(tmp_path):
+    path = write(tmp_path, "def reward(completion, problem): return {'x': 2}\n")
+    own = grader(path, overlong_cache=4, max_new_tokens=12)
+    assert own.reward("", {"question": "q", "answer": "1"}, 10, False) == (0, 1.5, {"x": 2})
+
+
+@pytest.mark.parametrize(
+    "value", ["1", "True", "0.5", "-10.0**15", "__import__('numpy').float32(2)"]
+)
+def test_numbers_of_any_kind(tmp_path, value):
+    path = write(tmp_path, f"def reward(completion, problem): return {value}\n")
+    assert grader(path).reward("", {"question": "q", "answer": "1"}, 1, False)[1] == eval(value)
+
+
+def test_grading_a_batch_fills_it_in(tmp_path):
+    path = write(tmp_path, "def reward(completion, problem): return {'n': len(completion)}\n")
+    batch = SimpleNamespace(mask=torch.ones(2, 3).bool(), truncated=torch.tensor([False, True]))
+    batch.texts, batch.problems = ["#### 1", ""], [{"question": "q", "answer": "1"}] * 2
+    grader(path).grade(batch)
+    assert batch.right.tolist() == [1, 0] and batch.rewards.tolist() == [6, 0]
+    assert batch.parts == [{"n": 6}, {"n": 0}]
+
+
+# Errors
+
+
+BROKEN = {  # the file, and what the line must say after FILE
+    "def reward(completion, problem):\n    return 1 / 0": ":2: ZeroDivisionError",
+    "def reward(completion, problem):\n    raise SystemExit(3)": ":2: SystemExit",
+    "def reward(completion, problem):\n    return problem['nope']": ":2: KeyError: 'nope'",
+    "import math\ndef reward(c, p):\n    return math.nan": ":2: reward must return a number",
+    "def reward(c, p): return 10**400": ":1: reward must return a number",
+    "def reward(c, p): return {'a': -2e15}": "finite and at most 1e+15, not -2000000000000000.0",
+    "def reward(completion, problem): return 'text'": ":1: reward must return a number",
+    "def reward(completion, problem): return None": "not a NoneType",
+    "def reward(completion, problem): return {'a': 'b'}": "a number as its part 'a', not a str",
+    "def reward(completion, problem): return {1: 2}": "must name its parts by texts, not 1",
+    "import itertools\nn = itertools.count()\ndef reward(c, p): return {str(next(n)): 1}": (
+        ":3: reward must return the same parts for every completion; it returned 1 after 0"
+    ),
+    "def reward(completion): return 1": ":1: TypeError",
+    "def reward(c, p): return 1\ndef correct(c, p): return 2": ":2: correct must return True",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_an_error_names_the_problem_and_the_line(tmp_path, capsys, text):
+    path = write(tmp_path, text)
+    status, folder = run(tmp_path, path)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert status == 2 and error.startswith("train.py: error:") and str(path) in error
+    assert BROKEN[text] in error and "the problem is '" in error
+    assert "Traceback" not in error
+
+
+def test_what_is_mended_goes_on(tmp_path, capsys):
+    text = "import itertools\nn = itertools.count()\ndef reward(c, p): return 1 / (12 - next(n))\n"
+    path = write(tmp_path, text)
+    status, folder = run(tmp_path, path)
+    assert status == 2 and f"--resume {folder}" in capsys.readouterr().err
+    assert len(lines(folder, "train")) == 1
+    path.write_text("def reward(c, p): return 1\n")
+    assert train.main(["--resume", str(folder)]) == 0
+    assert f"changed since the run began: {path}" in capsys.readouterr().out
+
+
+UNUSABLE = {
+    "x = 1": "there is no function reward(completion, problem) in it",
+    "reward = 3": "there is no function reward(completion, problem) in it",
+    "def reward(": "SyntaxError",
+    "import nothing_like_it": ":1: ModuleNotFoundError",
+    "raise SystemExit": ":1: SystemExit",
+}
+
+
+@pytest.mark.parametrize("text", UNUSABLE)
+def test_a_file_that_is_no_reward_is_refused_before_the_model(tmp_path, capsys, monkeypatch, text):
+    monkeypatch.setattr(train.start, "load_policy", lambda *_: pytest.fail("loaded"))
+    status, folder = run(tmp_path, write(tmp_path, text))
+    error = capsys.readouterr().err.strip()
+    assert status == 2 and UNUSABLE[text] in error and len(error.splitlines()) == 1
+    assert not (folder / "metrics.jsonl").exists()
+
+
+def test_no_such_file(tmp_path, capsys):
+    assert run(tmp_path, tmp_path / "none.py")[0] == 2
+    assert "no such file" in capsys.readouterr().err
+    assert run(tmp_path, tmp_path)[0] == 2
+
+
+# Resume and reuse
+
+
+def test_a_run_goes_on_exactly_from_anywhere(tmp_path, monkeypatch):
+    shutil.copy(EXAMPLES / "format_reward.py", tmp_path / "r.py")
+    monkeypatch.chdir(tmp_path)
+    status, whole = run(tmp_path, "r.py", "--steps", "3", out="whole")
+    _, part = run(tmp_path, "r.py", out="part")
+    monkeypatch.chdir("/")
+    assert status == 0 and train.main(["--resume", str(part), "--steps", "3"]) == 0
+    timeless = [
+        [
+            {k: v for k, v in line.items() if not k.endswith(("_s", "mib"))}
+            for line in lines(f, "train")
+        ]
+        for f in (whole, part)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_the_file_is_part_of_what_a_run_was_made_from(tmp_path):
+    path = write(tmp_path, "from rewards import correct\ndef reward(c, p): return 1\n")
+    before = origin.code_checksums("grpo", str(path))
+    assert before.keys() - origin.code_checksums("grpo").keys() == {str(path)}
+    path.write_text("from rewards import correct\ndef reward(c, p): return 2\n")
+    after = origin.code_checksums("grpo", str(path))
+    assert {name for name in before if before[name] != after[name]} == {str(path)}

@@ -1,0 +1,165 @@
+"""Step 2 of the loop: which completions are right, and what reward each one gets.
+
+Without --reward, a completion is right if `rewards.correct` says so, and its reward is 1 or 0. A
+file of the user, --reward FILE.py, has
+
+    reward(completion: str, problem: dict) -> float | dict[str, float]
+
+and, if a task needs its own check of what is right,
+
+    correct(completion: str, problem: dict) -> bool
+
+which then decides accuracy too, in training and on held-out problems. problem has the fields of its
+line in the data. Both functions get `truncated`, whether the completion was cut off at the limit,
+if they have a keyword-only parameter of that name.
+"""
+
+import copy
+import math
+from numbers import Real
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from rewards import correct, extract_answer, overlong_penalty, true_answer
+from trainer.algorithm import named
+from trainer.ownfile import OwnFileError, guarded, load_file, place_of
+
+LARGEST = 1e15  # of a reward: in a standard deviation, the square of more overflows fp32
+QUOTED = 60  # characters of a question in an error
+
+
+class BadReward(Exception):
+    """The reward is not a finite number; the message quotes the completion."""
+
+
+class Grader:
+    """Grades completions, by rewards.py or by a file of the user."""
+
+    def __init__(self, options):
+        """Raises ValueError if --reward is no such file."""
+        self.o = options
+        self.own = load_reward(options.reward) if options.reward else None
+        self.parts = None  # the names of the reward's parts, once a completion has been rewarded
+
+    def grade(self, batch):
+        """Fill in right, rewards and parts of a batch that has its problems and texts."""
+        lengths, truncated = batch.mask.sum(1).tolist(), batch.truncated.tolist()
+        right, rewards, batch.parts = [], [], []
+        for row in zip(batch.texts, batch.problems, lengths, truncated, strict=True):
+            is_right, reward, parts = self.reward(*row)
+            right.append(is_right)
+            rewards.append(reward)
+            batch.parts.append(parts)
+        device = batch.mask.device
+        batch.right = torch.tensor(right, device=device)  # [B]
+        batch.rewards = torch.tensor(rewards, device=device)  # [B]
+
+    def reward(self, text, problem, length, truncated):
+        """(1.0 if the completion is right else 0.0, its reward, the reward's parts by name).
+
+        DAPO's overlong penalty is added if --overlong-cache is set. length: in tokens. Raises
+        BadReward or OwnFileError.
+        """
+        right = reward = self.right(text, problem, truncated)
+        parts = {}
+        if self.own:
+            value = self.call(self.own.reward, text, problem, truncated)
+            parts = self.named_parts(value, problem)
+            reward = float(sum(parts.values()) if isinstance(value, dict) else value)
+        if self.o.overlong_cache:
+            reward += overlong_penalty(length, self.o.max_new_tokens, self.o.overlong_cache)
+        if not math.isfinite(reward):
+            raise BadReward(f"the reward {reward} is not finite; it was given to {text!r}")
+        return right, reward, parts
+
+    def right(self, text, problem, truncated):
+        """1.0 if the completion is right, else 0.0."""
+        if self.own and self.own.correct:
+            return float(bool(self.call(self.own.correct, text, problem, truncated)))
+        return correct(text, problem["answer"], truncated)
+
+    def lenient(self, text, problem, truncated):
+        """`right`, but the last number counts where there is no marker."""
+        if self.own and self.own.correct:
+            return self.right(text, problem, truncated)
+        found = extract_answer(text, lenient=True, truncated=truncated)
+        return float(found == true_answer(problem["answer"]))
+
+    def call(self, function, text, problem, truncated):
+        """A function of the file, with an error that names the problem."""
+        fields = {name: value for name, value in problem.items() if name != "prompt_ids"}
+        fields = copy.deepcopy(fields)  # the file may change it
+        try:
+            return function(text, fields, **named(function, {"truncated": truncated}))
+        except OwnFileError as error:
+            raise OwnFileError(f"{error}; {about(problem)}") from error
+
+    def named_parts(self, value, problem):
+        """The parts of a reward, {name: number}; {} if it is one number. Raises OwnFileError."""
+        parts = {}
+        if isinstance(value, dict):
+            parts = {name: float(part) for name, part in value.items()}
+        if self.parts is None:
+            self.parts = parts.keys()
+        if parts.keys() != self.parts:
+            place = place_of(self.own.reward.__wrapped__, self.o.reward)
+            got, before = (", ".join(names) or "one number" for names in (parts, self.parts))
+            raise OwnFileError(
+                f"{place}: reward must return the same parts for every completion; it returned "
+                f"{got} after {before}; {about(problem)}"
+            )
+        return parts
+
+
+def about(problem):
+    """Which problem it was, for an error message."""
+    question = " ".join(problem["question"].split())
+    shortened = question if len(question) <= QUOTED else question[:QUOTED] + "…"
+    return f"the problem is {shortened!r}"
+
+
+def load_reward(path):
+    """The functions `reward` and `correct` (None if there is none) of a file, as attributes.
+
+    Whatever goes wrong in them is told with FILE:LINE. Raises ValueError.
+    """
+    module = load_file(path)
+    if not callable(getattr(module, "reward", None)):
+        raise OwnFileError(f"{path}: there is no function reward(completion, problem) in it")
+    functions = SimpleNamespace(correct=None)
+    functions.reward = guarded("reward", module.reward, path, check_reward)
+    own_check = getattr(module, "correct", None)
+    if is_of(own_check, path):  # not rewards.correct, imported to be called
+        functions.correct = guarded("correct", own_check, path, check_right)
+    return functions
+
+
+def is_of(function, path):
+    """Whether a function is defined in the file, and not imported by it."""
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename == str(Path(path).resolve())
+
+
+def check_reward(value, *_):
+    """Raise ValueError unless it is a finite number or a dict of such numbers by name."""
+    if not isinstance(value, dict):
+        return check_number(value, "a number, or a dict of numbers by name")
+    for name, part in value.items():
+        if not isinstance(name, str):
+            raise ValueError(f"must name its parts by texts, not {name!r}")
+        check_number(part, f"a number as its part {name!r}")
+    return None
+
+
+def check_number(value, what):
+    if not isinstance(value, Real):
+        raise ValueError(f"must return {what}, not a {type(value).__name__}")
+    if not abs(value) <= LARGEST:  # NaN fails this test
+        raise ValueError(f"must return {what}, finite and at most {LARGEST:g}, not {value}")
+
+
+def check_right(value, *_):
+    if value not in (True, False):
+        raise ValueError(f"must return True or False, not {value!r}")

@@ -1,0 +1,150 @@
+"""Show the metrics in a tracker too: --track tensorboard, trackio or wandb.
+
+metrics.jsonl stays the truth. The tracker gets the same numbers under the same names, those of
+evaluations with the prefix eval/. track.json in the run's folder holds the run's name there, and
+the last step of each phase that was handed over; only a line of a later step is handed over. So a
+resumed run, which repeats the steps after its checkpoint with the same numbers, continues its line
+and shows no step twice. What the tracker lacks of metrics.jsonl is handed over at the start.
+
+- tensorboard writes into RUN/tensorboard: `tensorboard --logdir runs`.
+- trackio writes into its own folder on this machine (TRACKIO_DIR): `trackio show`. It sends nothing
+  of the run, unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL is set; if you are logged in to the Hub,
+  it asks the Hub for your user name. It stores twice a second, so a run that is killed may lack
+  its last steps there.
+- wandb sends the metrics and options to its server; with WANDB_MODE=offline it only writes into
+  RUN/wandb, for `wandb sync`. Neither the printed output nor the code is sent.
+"""
+
+import json
+import math
+import os
+import secrets
+from dataclasses import asdict
+
+from tqdm import tqdm
+
+from trainer import checkpoint
+from trainer.runs import read_log
+
+PROJECT = "grpo"  # the runs of this folder, in trackio and (unless WANDB_PROJECT is set) in wandb
+
+
+class Tracker:
+    """Hands lines of metrics.jsonl to a tracker; as a context manager it closes the tracker.
+
+    A tracker that fails is switched off, with one printed line: training goes on.
+    """
+
+    def __init__(self, o, out):
+        """out: the run's folder. Raises ValueError, in one line, if the tracker does not start."""
+        self.tool = o.track
+        if self.tool == "none":
+            return
+        self.path = out / "track.json"
+        self.records = read_records(self.path)  # {tool: its record}
+        if self.tool not in self.records:
+            name = f"{out.resolve().name}-{secrets.token_hex(3)}"  # of this run alone
+            self.records[self.tool] = {"name": name, "train": -1, "eval": -1}
+        self.record = self.records[self.tool]
+        try:
+            self.send, self.close = START[self.tool](o, out, self.record["name"])
+        except Exception as error:  # of any type: not logged in, no server, an old version
+            raise ValueError(f"--track {self.tool} does not start: {error}") from None
+        path = out / "metrics.jsonl"
+        for _, line in read_log(path) if path.exists() else []:
+            self.log(line)
+
+    def log(self, line):
+        """Hand over a line of metrics.jsonl, unless its step has been handed over before."""
+        if self.tool == "none" or line["step"] <= self.record[line["phase"]]:
+            return
+        self.record[line["phase"]] = line["step"]
+        try:
+            # First: if the process is killed here, a step is missing, but none comes twice.
+            checkpoint.write_json(self.path, self.records)
+            self.send(numbers(line), line["step"])
+        except Exception as error:
+            self.give_up(error)
+
+    def give_up(self, error):
+        why = " ".join(str(error).split()) or type(error).__name__
+        tqdm.write(f"warning: --track {self.tool} failed and is off now ({why}); training goes on")
+        self.tool = "none"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.tool == "none":
+            return
+        try:
+            self.close()
+        except Exception as error:
+            self.give_up(error)
+
+
+def read_records(path):
+    """The content of track.json; {} if there is none, or if it cannot be read."""
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+        for record in records.values():
+            record["name"], record["train"] + 0, record["eval"] + 0
+        return records
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def numbers(line):
+    """{name: number} of a line of metrics.jsonl; what has no value (None, NaN) is left out."""
+    prefix = "eval/" if line["phase"] == "eval" else ""
+    values = {key: value for key, value in line.items() if key not in ("phase", "step", "ci95")}
+    if "ci95" in line:
+        values["ci95_low"], values["ci95_high"] = line["ci95"]
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, int | float) and math.isfinite(value):
+            found[prefix + key] = value
+    return found
+
+
+# How to start each tracker: (the run's options, its folder, its name) -> (send, close).
+# send(values, step) hands over {name: number}.
+
+
+def start_tensorboard(o, out, name):
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(out / "tensorboard"))
+
+    def send(values, step):
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+        writer.flush()  # by itself it writes every two minutes
+
+    return send, writer.close
+
+
+def start_trackio(o, out, name):
+    import trackio
+
+    trackio.init(project=PROJECT, name=name, config=asdict(o), resume="allow")
+    return trackio.log, trackio.finish
+
+
+def start_wandb(o, out, name):
+    import wandb
+
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", PROJECT),
+        id=name,
+        name=out.resolve().name,
+        dir=str(out),
+        config=asdict(o),
+        allow_val_change=True,  # --steps may be raised when a run is resumed
+        resume="allow",
+        settings=wandb.Settings(console="off", save_code=False),
+    )
+    return run.log, run.finish
+
+
+START = {"tensorboard": start_tensorboard, "trackio": start_trackio, "wandb": start_wandb}
