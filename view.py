@@ -59,17 +59,18 @@ def chosen_methods(o, algos):
     in a file of the user runs only if `algos` names it: a run may come from somebody else.
     """
     own, values, methods, note = o["algo"], dict(o.get("option", {})), [], ""
-    if own in ORDER:
-        about = NOTES[own]
+    known = own in ORDER or own in algos
+    if known:
+        about = NOTES.get(own, "")
         if values.pop("beta", 0):
             about += "; without its KL term, for which the reference policy is not recorded"
         words = [f"{name} = {value}" for name, value in values.items()]
         name = ", ".join(["this run", *words])
-        methods.append((own, f"{style(own)[0]} ({name})", about, values))
-    elif own not in algos:
+        methods.append((own, f"{style(Path(own).stem)[0]} ({name})", about, values))
+    else:
         note = f"The run's own method is a file, {own}: view.py runs it only if --algos names it."
     for algo in sorted(algos, key=[*ORDER, *algos].index):
-        if algo != own or values or own not in ORDER:
+        if algo != own or values:
             name = style(Path(algo).stem)[0]
             methods.append((algo, name, NOTES.get(algo, ""), {}))
     return methods, note

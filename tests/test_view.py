@@ -152,6 +152,19 @@ def test_a_file_of_a_stranger_is_not_run(tmp_path, capsys):
     assert data["algo"] == "trap" and [m["name"] for m in data["methods"]] == ["GRPO"]
 
 
+def test_a_file_that_is_named_runs_with_the_options_of_the_run(tmp_path):
+    """A copy of dapo.py; the right row's ratio 1.1 is clipped only with the run's eps_high."""
+    mine = tmp_path / "mine.py"
+    mine.write_text((ROOT / "dapo.py").read_text())
+    rows = [row(1, ["a"], True, math.log(1.1)), row(1, ["b"], False)]
+    run = write_run(tmp_path / "run", rows, algo=str(mine), option={"eps_high": 0.05})
+    view.main([str(run), "--algos", f"{mine},grpo"])
+    data = data_of(run / "samples.html")
+    names = [method["name"] for method in data["methods"]]
+    assert names == ["mine (this run, eps_high = 0.05)", "GRPO", "mine"]
+    assert data["groups"][0]["completions"][0]["clipped"] == [[0], [], []]
+
+
 def test_rows_that_are_not_complete_have_no_push(tmp_path):
     """Rows of a skipped update with numbers that are not finite, and an older file's rows."""
     bad = row(20, ["a", "b"], True, skipped=True)
