@@ -299,8 +299,8 @@ for i in range(G):
 #
 # - GRPO and GSPO push every completion of equal reward by the same sum, however long it is. DAPO
 #   and TEPO push every token equally, so a long completion is pushed more in total.
-# - GTPO pushes the undecided tokens of a right completion harder than its certain ones. In a wrong
-#   completion the certain tokens are pushed down harder.
+# - GTPO pushes a token of a right completion harder where the policy was less certain than in the
+#   other right ones at this position. In a wrong completion it is the other way round.
 # - TR-GRPO gives tokens with p below 0.25 the weight 1, and likely ones up to 1.4.
 
 # %%
@@ -414,4 +414,4 @@ print(f"  after:  exp({after[one_right]:.5f} - {after[one_wrong]:.5f}) = {odds_a
 #
 # `Trainer.step` in train.py is this step for 16 prompts at once, with four updates per rollout.
 # After the first of them the ratio is no longer 1, and there the methods begin to differ in what
-# they clip. `python train.py --algo tepo` takes a hundred such steps.
+# they clip. `python train.py --algo tepo --preset tiny` takes a hundred such steps.

@@ -11,8 +11,9 @@ and shows no step twice. What the tracker lacks of metrics.jsonl is handed over 
   of the run, unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL is set; if you are logged in to the Hub,
   it asks the Hub for your user name. It stores twice a second, so a run that is killed may lack
   its last steps there.
-- wandb sends the metrics and options to its server; with WANDB_MODE=offline it only writes into
-  RUN/wandb, for `wandb sync`. Neither the printed output nor the code is sent.
+- wandb sends the metrics, the options and what it notes about the machine to its server; with
+  WANDB_MODE=offline it only writes into RUN/wandb, for `wandb sync`. Neither the printed output nor
+  the code is sent. What has not been synced when a run is overwritten is lost.
 """
 
 import json
