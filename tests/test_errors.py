@@ -751,7 +751,7 @@ def test_three_skipped_in_a_row(monkeypatch, half_right, file, tmp_path, capsys)
     assert "after step 3 of 4" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), 1.5, -2.0])
 def test_reward_that_is_none(monkeypatch, file, tmp_path, capsys, reward):
     """Refused, with the completion that it was given to."""
     seen = []
@@ -762,5 +762,5 @@ def test_reward_that_is_none(monkeypatch, file, tmp_path, capsys, reward):
 
     monkeypatch.setattr(grading, "correct", correct)
     line = error_line(capsys, *WORDS, "--data", file, "--out", tmp_path / "run")
-    told = f"the reward {reward} is not finite; it was given to {seen[3]!r}"
+    told = f"the reward {reward} is not a number in [-1, 1]; it was given to {seen[3]!r}"
     assert " ".join(told.split()) in line

@@ -15,7 +15,6 @@ if they have a keyword-only parameter of that name.
 """
 
 import copy
-import math
 from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +30,7 @@ QUOTED = 60  # characters of a question in an error
 
 
 class BadReward(Exception):
-    """The reward is not a finite number; the message quotes the completion."""
+    """The default reward is not a number in [-1, 1]; the message quotes the completion."""
 
 
 class Grader:
@@ -70,8 +69,10 @@ class Grader:
             reward = float(sum(parts.values()) if isinstance(value, dict) else value)
         if self.o.overlong_cache:
             reward += overlong_penalty(length, self.o.max_new_tokens, self.o.overlong_cache)
-        if not math.isfinite(reward):
-            raise BadReward(f"the reward {reward} is not finite; it was given to {text!r}")
+        if not self.own and not -1 <= reward <= 1:
+            raise BadReward(
+                f"the reward {reward} is not a number in [-1, 1]; it was given to {text!r}"
+            )
         return right, reward, parts
 
     def right(self, text, problem, truncated):
