@@ -122,7 +122,9 @@ def save(figure, out):
             from PIL import Image  # a dependency of matplotlib
 
             image = Image.open(part).convert("RGB")
-            image.quantize(256, kmeans=1, dither=Image.Dither.NONE).save(part, optimize=True)
+            image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+                part, optimize=True
+            )
         os.replace(part, out)
     finally:
         part.unlink(missing_ok=True)
@@ -800,11 +802,11 @@ def scale_note(panels, largest, i):
         return f"full colour = {largest[0]:.2g}"
     if largest[i] == 0:
         return "nothing is pushed"
-    note = f"largest push ±{largest[i]:.2g}"
+    note = f"at most ±{largest[i]:.2g}"
     names = [name for name, *_ in panels]
     if "GRPO" in names and names[i] != "GRPO":
         grpo = largest[names.index("GRPO")]
-        note += f", {largest[i] / grpo:.1f} times GRPO's" if grpo else ""
+        note += f", {largest[i] / grpo:.1f} × GRPO's" if grpo else ""
     return note
 
 
