@@ -1,0 +1,104 @@
+"""What the experiments of claims/ share: a trainer in this process, the .csv, the command line.
+
+An experiment is three functions: `measure(args)` returns rows (dicts of numbers and texts),
+`draw(rows, out)` makes the figure of them, and `say(rows)` returns the lines to print, with the
+numbers that CLAIMS.md quotes. Both see the rows as the .csv holds them, so `--redraw` gives the
+same figure and the same lines without measuring again.
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import multiprocessing
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, in a worker too
+
+from tqdm import tqdm
+
+
+@contextlib.contextmanager
+def trainer(algo, *flags, seed=0):
+    """(Trainer, held-out problems) of the embedded task; flags: further options of train.py.
+
+    `trainer.step(n)` for n = 1, 2, ... trains. The run's folder is deleted at the end.
+    """
+    import train
+    from trainer import start
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        argv = ["--preset", "tiny", "--algo", algo, "--seed", str(seed), "--threads", "1"]
+        argv += ["--device", "cpu", "--k", "0", "--out", str(out), *flags]
+        with contextlib.redirect_stdout(io.StringIO()):  # the lines of a run's start
+            given = train.parse(argv)
+            prepared, held_out, *_ = train.prepare(given, start.run_folder(given), argv)
+        yield prepared, held_out
+
+
+def each(work, tasks, jobs):
+    """[row, ...] of work(task) -> [row, ...] for every task, in their order, `jobs` at a time."""
+    with contextlib.ExitStack() as stack:
+        results = map(work, tasks)
+        if jobs > 1:
+            context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads
+            results = stack.enter_context(ProcessPoolExecutor(jobs, context)).map(work, tasks)
+        return [row for rows in tqdm(results, total=len(tasks), unit="run") for row in rows]
+
+
+def write_rows(path, rows):
+    """Write the .csv: numbers to five digits."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: rounded(value) for key, value in row.items()})
+
+
+def rounded(value):
+    """A number to five digits; a text, an integer and None as they are."""
+    return f"{value:.5g}" if isinstance(value, float) else value
+
+
+def read_rows(path):
+    """The rows of a .csv; what reads as a number is one, and nothing is None."""
+    with open(path, newline="") as file:
+        return [{key: read(text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def read(text):
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text or None
+
+
+def build_parser(doc, name):
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)")
+    add("--jobs", type=int, default=2, help="runs at a time, one thread each (default 2)")
+    add("--out", type=Path, default=Path(name).with_suffix(".png"), help="the figure")
+    add("--redraw", action="store_true", help="figure and lines of the .csv; measures nothing")
+    return parser
+
+
+def command(doc, name, measure, draw, say, argv=None):
+    """Measure, write the .csv and the figure, print the lines. name: the experiment's __file__."""
+    args = build_parser(doc, name).parse_args(argv)
+    table = args.out.with_suffix(".csv")
+    if args.redraw and not table.exists():
+        print(f"error: no {table} to draw: run it without --redraw first", file=sys.stderr)
+        return 2
+    if not args.redraw:
+        write_rows(table, measure(args))
+    rows = read_rows(table)
+    draw(rows, args.out)
+    print("\n".join([*say(rows), f"wrote {args.out}" + ("" if args.redraw else f" and {table}")]))
+    return 0
