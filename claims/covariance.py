@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from claims import kit
-from compare import mean_interval
+from compare import cell, mean_interval
 from plot import new_figure, save, style
 from trainer.logprobs import shared_hidden
 
@@ -163,3 +163,97 @@ def fall(values):
 def falls(run):
     """(change of the rollouts' entropy over the run, the part made on the same states), in nats."""
     return fall([row["entropy"] for row in run]), fall(on_the_same_states(run))
+
+
+def say(rows):
+    lines = ["correlation with the measured change over the steps of a run, mean over seeds:"]
+    for algo in METHODS:
+        runs = runs_of(rows, algo)
+        texts = [f"{key} {cell([agreement(run, key) for run in runs], 2)}" for key in PREDICTIONS]
+        lines.append(f"    {style(algo)[0]}: {', '.join(texts)}")
+    lines.append("entropy of the rollouts, end less start; of it on the same states:")
+    for algo in METHODS:
+        both = [falls(run) for run in runs_of(rows, algo)]
+        total, same, shares = [a for a, _ in both], [b for _, b in both], [b / a for a, b in both]
+        texts = cell(total, 3), cell(same, 3), cell(shares, 2)
+        lines.append(f"    {style(algo)[0]}: {texts[0]}, {texts[1]}, share {texts[2]}")
+    late = [row for row in rows if row["step"] >= WARMUP]
+    down = sum(row["change"] < 0 for row in late)
+    lines.append(f"of {len(late)} steps {down} lower the entropy of their states")
+    for key in PREDICTIONS:
+        right = sum(row[key] * row["change"] > 0 for row in late)
+        total = sum(row[key] for row in late) / sum(row["change"] for row in late)
+        size = f", its sum is {total:.2f} of the measured" if key in ("weights", "lemma") else ""
+        lines.append(f"    {key} has the sign of the change in {right}{size}")
+    return lines
+
+
+def draw(rows, out):
+    figure = new_figure(11, 8)
+    (a, b), (c, d) = figure.subplots(2, 2)
+    scatter(a, rows, "lemma", "− Cov(log π, Δz), mean over states [mnats]")
+    low, high = a.get_xlim()
+    a.axline((0, 0), slope=1, color="0.6", lw=1, zorder=0)
+    a.set_xlim(low, high)
+    a.set_title("Lemma 1: from the measured change of the logits")
+    a.legend(frameon=False, fontsize=9, loc="upper left")
+    scatter(b, rows, "batch", "− Cov(log π, A) over the rollout's tokens [thousandths]")
+    b.set_title("What Clip-Cov takes for Theorem 2: from the batch")
+    draw_agreement(c, rows)
+    draw_curves(d, rows)
+    save(figure, out)
+
+
+def scatter(ax, rows, key, label):
+    """Measured change against a prediction, a point per step of full learning rate."""
+    for algo in METHODS:
+        name, colour, _, marker = style(algo)
+        late = [row for row in rows if row["step"] >= WARMUP and row["method"] == algo]
+        x, y = ([1000 * row[column] for row in late] for column in (key, "change"))
+        ax.plot(x, y, marker, color=colour, ms=4, alpha=0.7, label=name)
+    ax.axhline(0, color="0.8", lw=0.8, zorder=0)
+    ax.set_xlabel(label)
+    ax.set_ylabel("measured change of the entropy [mnats]")
+
+
+def draw_agreement(ax, rows):
+    """The correlations of each prediction and method: mean and interval over the seeds."""
+    for place, key in enumerate(PREDICTIONS):
+        for i, algo in enumerate(METHODS):
+            _, colour, _, marker = style(algo)
+            found = [agreement(run, key) for run in runs_of(rows, algo)]
+            centre, half = mean_cell(found)
+            x = place + (i - 3) / 10
+            ax.errorbar(x, centre, half or 0, fmt=marker, color=colour, ms=4, capsize=2, lw=1)
+    ax.axhline(0, color="0.8", lw=0.8, zorder=0)
+    ax.set_ylim(-1.05, 1.05)
+    ax.set_xticks(range(len(PREDICTIONS)), PREDICTIONS.values(), fontsize=8.5)
+    ax.set_ylabel("correlation over a run's steps")
+    ax.set_title("Prediction against measured change, 95% over seeds")
+
+
+def draw_curves(ax, rows):
+    """The entropy of the rollouts, and what the changes on the same states alone make of it."""
+    for algo in METHODS:
+        _, colour, _, _ = style(algo)
+        runs = runs_of(rows, algo)
+        steps = [row["step"] for row in runs[0]]
+        curves = ([row["entropy"] for row in run] for run in runs)
+        same = (on_the_same_states(run) for run in runs)
+        for lines, dashes in ((curves, "-"), (same, "--")):
+            mean = [fmean(values) for values in zip(*lines, strict=True)]
+            ax.plot(steps, mean, dashes, color=colour, lw=1.3)
+    ax.text(steps[-1], 0.9 * mean[-1], "the same states only", ha="right", va="top", fontsize=9)
+    ax.text(steps[1], 0.1, "measured on each rollout", fontsize=9)
+    ax.set_ylim(0, None)
+    ax.set_xlabel("step")
+    ax.set_ylabel("entropy [nats per token]")
+    ax.set_title("Most of the fall is in which states are visited")
+
+
+def main(argv=None):
+    return kit.command(__doc__, __file__, measure, draw, say, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

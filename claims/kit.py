@@ -40,6 +40,23 @@ def trainer(algo, *flags, seed=0):
         yield prepared, held_out
 
 
+def watch(trainer, look):
+    """A list that each update adds look(rollout, rows, push, loss_inputs) to, before its step.
+
+    rows: of the mini-batch. push: dL/dlogp [B, T]. loss_inputs: the loss's keyword arguments.
+    rollout.logprobs of these rows are current. Nothing of the update changes.
+    """
+    seen, updater = [], trainer.updater
+    statistics = updater.statistics
+
+    def watched(*update):
+        seen.append(look(*update))
+        return statistics(*update)
+
+    updater.statistics = watched
+    return seen
+
+
 def each(work, tasks, jobs):
     """[row, ...] of work(task) -> [row, ...] for every task, in their order, `jobs` at a time."""
     with contextlib.ExitStack() as stack:
