@@ -222,7 +222,7 @@ def draw_agreement(ax, rows):
         for i, algo in enumerate(METHODS):
             _, colour, _, marker = style(algo)
             found = [agreement(run, key) for run in runs_of(rows, algo)]
-            centre, half = mean_cell(found)
+            centre, half = mean_interval(found)
             x = place + (i - 3) / 10
             ax.errorbar(x, centre, half or 0, fmt=marker, color=colour, ms=4, capsize=2, lw=1)
     ax.axhline(0, color="0.8", lw=0.8, zorder=0)
