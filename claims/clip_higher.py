@@ -101,20 +101,15 @@ def entropy_at(run, level):
     return None
 
 
-def of(rows, eps_high):
-    """{seed: its rows} with this bound."""
-    runs = {}
-    for row in rows:
-        if row["eps_high"] == eps_high:
-            runs.setdefault(row["seed"], []).append(row)
-    return runs
-
-
 def differences(rows, level):
     """Entropy with 0.28 less that with 0.2 at an accuracy, of each seed that reaches it in both."""
-    narrow, wide = (of(rows, bound) for bound in BOUNDS)
-    both = [(entropy_at(narrow[seed], level), entropy_at(wide[seed], level)) for seed in narrow]
-    return [b - a for a, b in both if a is not None and b is not None]
+    narrow, wide = (kit.runs_of(rows, eps_high=bound) for bound in BOUNDS)
+    found = []
+    for runs in zip(narrow, wide, strict=True):
+        low, high = (entropy_at(run, level) for run in runs)
+        if low is not None and high is not None:
+            found.append(high - low)
+    return found
 
 
 def shares(rows):
@@ -145,7 +140,9 @@ def say(rows):
         lines.append("    all: {} tokens, between {}, above {}".format(*total))
     for level in LEVELS:
         found = differences(rows, level)
-        both = [entropy_at(run, level) for bound in BOUNDS for run in of(rows, bound).values()]
+        both = [
+            entropy_at(run, level) for bound in BOUNDS for run in kit.runs_of(rows, eps_high=bound)
+        ]
         reached = [value for value in both if value is not None]
         lines.append(
             f"entropy at accuracy {level}: {cell(reached, 3)} in {len(reached)} runs; "
@@ -160,9 +157,9 @@ def draw(rows, out):
     draw_bound(left)
     draw_clipped(middle, rows)
     for bound, colour in zip(BOUNDS, COLOURS, strict=True):
-        for seed, run in of(rows, bound).items():
+        for i, run in enumerate(kit.runs_of(rows, eps_high=bound)):
             x, y = (running_mean([row[name] for row in run]) for name in ("accuracy", "entropy"))
-            label = f"eps_high {bound}" if seed == rows[0]["seed"] else None
+            label = f"eps_high {bound}" if i == 0 else None
             right.plot(x, y, color=colour, lw=1.3, label=label)
     right.set_xlabel(f"accuracy (means over {WINDOW} steps)")
     right.set_ylabel("entropy [nats per token]")

@@ -134,15 +134,6 @@ def measure(args):
     return kit.each(run, tasks, args.jobs)
 
 
-def runs_of(rows, method=None):
-    """The rows of each run, of one method or of all: [[row, ...], ...]"""
-    runs = {}
-    for row in rows:
-        if method in (None, row["method"]):
-            runs.setdefault((row["method"], row["seed"]), []).append(row)
-    return list(runs.values())
-
-
 def agreement(run, key):
     """Correlation of a prediction with the measured change, over the steps of full lr."""
     late = [row for row in run if row["step"] >= WARMUP]
@@ -168,12 +159,12 @@ def falls(run):
 def say(rows):
     lines = ["correlation with the measured change over the steps of a run, mean over seeds:"]
     for algo in METHODS:
-        runs = runs_of(rows, algo)
+        runs = kit.runs_of(rows, method=algo)
         texts = [f"{key} {cell([agreement(run, key) for run in runs], 2)}" for key in PREDICTIONS]
         lines.append(f"    {style(algo)[0]}: {', '.join(texts)}")
     lines.append("entropy of the rollouts, end less start; of it on the same states:")
     for algo in METHODS:
-        both = [falls(run) for run in runs_of(rows, algo)]
+        both = [falls(run) for run in kit.runs_of(rows, method=algo)]
         total, same, shares = [a for a, _ in both], [b for _, b in both], [b / a for a, b in both]
         texts = cell(total, 3), cell(same, 3), cell(shares, 2)
         lines.append(f"    {style(algo)[0]}: {texts[0]}, {texts[1]}, share {texts[2]}")
@@ -221,7 +212,7 @@ def draw_agreement(ax, rows):
     for place, key in enumerate(PREDICTIONS):
         for i, algo in enumerate(METHODS):
             _, colour, _, marker = style(algo)
-            found = [agreement(run, key) for run in runs_of(rows, algo)]
+            found = [agreement(run, key) for run in kit.runs_of(rows, method=algo)]
             centre, half = mean_interval(found)
             x = place + (i - 3) / 10
             ax.errorbar(x, centre, half or 0, fmt=marker, color=colour, ms=4, capsize=2, lw=1)
@@ -236,7 +227,7 @@ def draw_curves(ax, rows):
     """The entropy of the rollouts, and what the changes on the same states alone make of it."""
     for algo in METHODS:
         _, colour, _, _ = style(algo)
-        runs = runs_of(rows, algo)
+        runs = kit.runs_of(rows, method=algo)
         steps = [row["step"] for row in runs[0]]
         curves = ([row["entropy"] for row in run] for run in runs)
         same = (on_the_same_states(run) for run in runs)

@@ -67,6 +67,15 @@ def each(work, tasks, jobs):
         return [row for rows in tqdm(results, total=len(tasks), unit="run") for row in rows]
 
 
+def runs_of(rows, **wanted):
+    """The rows with these values in these columns, a list per seed, in the order of the seeds."""
+    runs = {}
+    for row in rows:
+        if all(row[name] == value for name, value in wanted.items()):
+            runs.setdefault(row["seed"], []).append(row)
+    return [runs[seed] for seed in sorted(runs)]
+
+
 def write_rows(path, rows):
     """Write the .csv: numbers to five digits."""
     with open(path, "w", newline="") as file:

@@ -98,13 +98,6 @@ def measure(args):
     return kit.each(run, tasks, args.jobs)
 
 
-def of(rows, kl_coef):
-    """The rows of each seed with this coefficient: [[row, ...], ...]"""
-    seeds = sorted({row["seed"] for row in rows})
-    chosen = [row for row in rows if row["kl_coef"] == kl_coef]
-    return [[row for row in chosen if row["seed"] == seed] for seed in seeds]
-
-
 def ratio(run, above, below):
     """The ratio of two sums over a run's steps."""
     return sum(row[above] for row in run) / sum(row[below] for row in run)
@@ -117,9 +110,9 @@ def mean(run, name, last=0):
 
 def say(rows):
     lines = []
-    base = of(rows, 0)
+    base = kit.runs_of(rows, kl_coef=0)
     for kl_coef in COEFFICIENTS:
-        runs = of(rows, kl_coef)
+        runs = kit.runs_of(rows, kl_coef=kl_coef)
         share = cell([ratio(r, "masked", "positive") for r in runs], 3)
         other = cell([ratio(r, "falling", "negative") for r in runs], 3)
         force = cell([100 * mean(r, "force") for r in runs], 4)
@@ -148,12 +141,12 @@ def draw(rows, out):
     figure = new_figure(11, 3.6)
     left, middle, right = figure.subplots(1, 3)
     for kl_coef, colour in zip(COEFFICIENTS, COLOURS, strict=True):
-        runs = of(rows, kl_coef)
+        runs = kit.runs_of(rows, kl_coef=kl_coef)
         for ax, name in ((left, "entropy"), (middle, "accuracy")):
             steps = [row["step"] for row in runs[0]]
             curve = [fmean(run[i][name] for run in runs) for i in range(len(steps))]
             ax.plot(steps, curve, color=colour, lw=1.5, label=f"kl_coef {kl_coef}")
-    base, places = of(rows, 0), range(len(EDGES) - 1)
+    base, places = kit.runs_of(rows, kl_coef=0), range(len(EDGES) - 1)
     shares = [
         mean_interval([100 * ratio(r, f"masked_{i}", f"positive_{i}") for r in base])
         for i in places

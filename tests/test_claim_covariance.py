@@ -69,7 +69,7 @@ def test_the_entropy_of_a_run_splits_into_two():
 
 @pytest.fixture(scope="module")
 def rows():
-    return covariance.run(("grpo", 0), steps=3)
+    return covariance.run(("grpo", 0), steps=4)
 
 
 def test_a_step_is_predicted_by_its_logits_and_by_its_weights(rows):
@@ -85,3 +85,11 @@ def test_measuring_does_not_change_the_training(rows):
             line, _, _ = trainer.step(row["step"])
             assert line["accuracy"] == row["accuracy"]
             assert line["entropy"] == pytest.approx(row["entropy"], abs=1e-5)
+
+
+def test_lines_and_figure(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(covariance, "METHODS", ("grpo",))
+    lines = covariance.say(rows)
+    assert sum(line.startswith("    GRPO: ") for line in lines) == 2
+    covariance.draw(rows, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
