@@ -20,9 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from claims import kit
-from compare import cell
+from compare import cell, mean_interval
 from plot import new_figure, save
-from trainer.evaluate import wilson
 
 BOUNDS = (0.2, 0.28)  # eps_high: GRPO's, DAPO's
 STEPS = 16
@@ -112,10 +111,15 @@ def differences(rows, level):
     return found
 
 
-def shares(rows):
-    """[(part of EDGES, tokens, between, above), ...]: sums over rows."""
-    total = [[sum(row[f"{name}_{i}"] for row in rows) for i in PARTS] for name in NAMES]
-    return list(zip(PARTS, *total, strict=True))
+def total(rows, name, i):
+    """The sum of name_i over rows."""
+    return sum(row[f"{name}_{i}"] for row in rows)
+
+
+def shares(rows, name, i):
+    """name_i in percent of tokens_i, of each seed."""
+    runs = kit.runs_of(rows)
+    return [100 * total(run, name, i) / max(1, total(run, "tokens", i)) for run in runs]
 
 
 def span(i):
@@ -129,15 +133,14 @@ def say(rows):
         part = [row for row in rows if row["eps_high"] == bound]
         clip_frac = 100 * fmean(row["clip_frac"] for row in part)
         lines.append(f"eps_high {bound}: {clip_frac:.3f}% of all tokens with an advantage clipped")
-        for i, tokens, between, above in shares(part):
-            low, high = wilson(between, max(1, tokens))
+        for i in PARTS:
+            tokens, between, above = (total(part, name, i) for name in NAMES)
             lines.append(
-                f"    pi_old {span(i)}: {tokens} tokens with A > 0, between the bounds {between} "
-                f"({100 * between / max(1, tokens):.3f}%, 95% {100 * low:.3f}-{100 * high:.3f}), "
-                f"above both {above}"
+                f"    pi_old {span(i)}: {tokens} tokens with A > 0, {between} between the bounds "
+                f"({cell(shares(part, 'between', i), 3)}%), {above} above both"
             )
-        total = [sum(column) for column in list(zip(*shares(part), strict=True))[1:]]
-        lines.append("    all: {} tokens, between {}, above {}".format(*total))
+        sums = [sum(total(part, name, i) for i in PARTS) for name in NAMES]
+        lines.append("    all: {} tokens, {} between, {} above".format(*sums))
     for level in LEVELS:
         found = differences(rows, level)
         both = [
@@ -183,20 +186,20 @@ def draw_bound(ax):
 
 def draw_clipped(ax, rows):
     """How many tokens stand between the bounds and above both, by their probability."""
-    for column, (name, colour) in enumerate((("between", "#009E73"), ("above", "#BBBBBB"))):
-        for i, tokens, *kinds in shares(rows):
-            n, x = kinds[column], i + 0.4 * column - 0.2
-            low, high = wilson(n, max(1, tokens))
-            share = n / max(1, tokens)
-            error = [[100 * (share - low)], [100 * (high - share)]]
-            label = {"between": "w in (1.2, 1.28]", "above": "w above 1.28"}[name]
-            label = label if i == 0 else None
-            ax.bar(x, 100 * share, 0.4, yerr=error, color=colour, capsize=2, label=label)
-            ax.text(x, 100 * high, n, ha="center", va="bottom", fontsize=8)
+    looks = (("between", "#009E73", "w in (1.2, 1.28]"), ("above", "#BBBBBB", "w above 1.28"))
+    for side, (name, colour, label) in zip((-0.2, 0.2), looks, strict=True):
+        found = [mean_interval(shares(rows, name, i)) for i in PARTS]
+        height, half = [share for share, _ in found], [half or 0 for _, half in found]
+        x = [i + side for i in PARTS]
+        ax.bar(x, height, 0.4, yerr=half, color=colour, capsize=2, label=label)
+        for i in PARTS:
+            y = height[i] + half[i]
+            ax.text(x[i], y, total(rows, name, i), ha="center", va="bottom", fontsize=8)
+    ax.set_ylim(0, None)
     ax.set_xticks(PARTS, [span(i).replace(" to ", "\nto ") for i in PARTS], fontsize=8)
     ax.set_xlabel("probability when sampled")
     ax.set_ylabel("% of its tokens with A > 0")
-    ax.set_title("Tokens at the clip (number, 95% interval)")
+    ax.set_title("Tokens at the clip (number; 95% over seeds)")
     ax.legend(frameon=False, fontsize=9)
 
 
