@@ -24,7 +24,7 @@ from compare import cell, mean_interval
 from plot import new_figure, save
 
 BOUNDS = (0.2, 0.28)  # eps_high: GRPO's, DAPO's
-STEPS = 16
+STEPS = 20
 FLAGS = ("--lr", "3e-4", "--warmup", "2", "--updates", "16")
 EDGES = (0.0, 0.01, 0.1, 0.5, 1 / 1.2, 1.0)  # of pi_old
 PARTS = range(len(EDGES) - 1)

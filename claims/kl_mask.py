@@ -28,7 +28,7 @@ from compare import cell, mean_interval
 from plot import new_figure, save
 
 COEFFICIENTS = (0, 0.01, 0.1, 10)
-STEPS = 16
+STEPS = 20
 UPDATES = 8  # per rollout, as the paper trains
 FLAGS = ("--lr", "2e-4", "--warmup", "2", "--updates", str(UPDATES))
 EDGES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)  # of the probability
@@ -140,7 +140,7 @@ def say(rows):
 def draw(rows, out):
     figure = new_figure(11, 3.6)
     left, middle, right = figure.subplots(1, 3)
-    for kl_coef, colour in zip(COEFFICIENTS, COLOURS, strict=True):
+    for kl_coef, colour in zip(COEFFICIENTS, COLOURS, strict=False):
         runs = kit.runs_of(rows, kl_coef=kl_coef)
         for ax, name in ((left, "entropy"), (middle, "accuracy")):
             steps = [row["step"] for row in runs[0]]
