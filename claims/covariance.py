@@ -40,10 +40,10 @@ FLAGS = ("--lr", "2e-4", "--warmup", str(WARMUP))  # twice the default: the fall
 PART = 0.01  # of the step, for `weights`
 ENDS = 3  # steps at each end of a run, whose mean is its start or end
 PREDICTIONS = {
-    "weights": "first order in the weights",
-    "lemma": "Lemma 1, measured change of the logits",
-    "own": "Theorem 1, each state's own push",
-    "batch": "Cov(log π, A) over the batch",
+    "weights": "a hundredth of\nthe step, times 100",
+    "lemma": "Lemma 1 from the\nlogits' change",
+    "own": "Theorem 1 from each\nstate's own push",
+    "batch": "Cov(log π, A)\nover the batch",
 }
 
 
@@ -156,87 +156,99 @@ def falls(run):
     return fall([row["entropy"] for row in run]), fall(on_the_same_states(run))
 
 
-def say(rows):
-    lines = ["correlation with the measured change over the steps of a run, mean over seeds:"]
+def agreements(rows, key):
+    """{method: the correlation in each of its runs}; under "all" the methods' mean, per seed."""
+    found = {}
     for algo in METHODS:
-        runs = kit.runs_of(rows, method=algo)
-        texts = [f"{key} {cell([agreement(run, key) for run in runs], 2)}" for key in PREDICTIONS]
-        lines.append(f"    {style(algo)[0]}: {', '.join(texts)}")
+        found[algo] = [agreement(run, key) for run in kit.runs_of(rows, method=algo)]
+    found["all"] = [fmean(values) for values in zip(*found.values(), strict=True)]
+    return found
+
+
+def say(rows):
+    lines = ["correlation with the measured change over the steps of a run:"]
+    found = {key: agreements(rows, key) for key in PREDICTIONS}
+    for algo in (*METHODS, "all"):
+        texts = [f"{key} {cell(found[key][algo], 2)}" for key in PREDICTIONS]
+        name = "all" if algo == "all" else style(algo)[0]
+        lines.append(f"    {name}: {', '.join(texts)}")
     lines.append("entropy of the rollouts, end less start; of it on the same states:")
     for algo in METHODS:
         both = [falls(run) for run in kit.runs_of(rows, method=algo)]
-        total, same, shares = [a for a, _ in both], [b for _, b in both], [b / a for a, b in both]
-        texts = cell(total, 3), cell(same, 3), cell(shares, 2)
-        lines.append(f"    {style(algo)[0]}: {texts[0]}, {texts[1]}, share {texts[2]}")
+        columns = [a for a, _ in both], [b for _, b in both]
+        share = cell([b / a for a, b in both], 2)
+        total, same = (cell(column, 3) for column in columns)
+        lines.append(f"    {style(algo)[0]}: {total}, {same}, share {share}")
     late = [row for row in rows if row["step"] >= WARMUP]
     down = sum(row["change"] < 0 for row in late)
-    lines.append(f"of {len(late)} steps {down} lower the entropy of their states")
+    lines.append(f"{down} of {len(late)} steps lower the entropy of their states")
     for key in PREDICTIONS:
+        falling = sum(row[key] < 0 for row in late)
         right = sum(row[key] * row["change"] > 0 for row in late)
-        total = sum(row[key] for row in late) / sum(row["change"] for row in late)
-        size = f", its sum is {total:.2f} of the measured" if key in ("weights", "lemma") else ""
-        lines.append(f"    {key} has the sign of the change in {right}{size}")
+        lines.append(f"    {key}: predicts a fall in {falling}, has the right sign in {right}")
+    for key in ("weights", "lemma"):
+        part = sum(row[key] for row in late) / sum(row["change"] for row in late)
+        lines.append(f"    {key}: its sum is {part:.2f} of the measured sum")
     return lines
 
 
 def draw(rows, out):
     figure = new_figure(11, 8)
     (a, b), (c, d) = figure.subplots(2, 2)
-    scatter(a, rows, "lemma", "− Cov(log π, Δz), mean over states [mnats]")
-    low, high = a.get_xlim()
+    scatter(a, rows, "lemma", 1000)
     a.axline((0, 0), slope=1, color="0.6", lw=1, zorder=0)
-    a.set_xlim(low, high)
-    a.set_title("Lemma 1: from the measured change of the logits")
+    a.set_xlabel("− Cov(log π, Δz), mean over states [thousandths of a nat]")
+    a.set_title("Lemma 1, with the measured change of the logits")
     a.legend(frameon=False, fontsize=9, loc="upper left")
-    scatter(b, rows, "batch", "− Cov(log π, A) over the rollout's tokens [thousandths]")
-    b.set_title("What Clip-Cov takes for Theorem 2: from the batch")
+    scatter(b, rows, "batch", 1)
+    b.set_xlabel("− Cov(log π, A) over the rollout's tokens [nats]")
+    b.set_title("Theorem 2, from the tokens of the batch")
     draw_agreement(c, rows)
     draw_curves(d, rows)
     save(figure, out)
 
 
-def scatter(ax, rows, key, label):
+def scatter(ax, rows, key, unit):
     """Measured change against a prediction, a point per step of full learning rate."""
     for algo in METHODS:
         name, colour, _, marker = style(algo)
         late = [row for row in rows if row["step"] >= WARMUP and row["method"] == algo]
-        x, y = ([1000 * row[column] for row in late] for column in (key, "change"))
+        x, y = [unit * row[key] for row in late], [1000 * row["change"] for row in late]
         ax.plot(x, y, marker, color=colour, ms=4, alpha=0.7, label=name)
     ax.axhline(0, color="0.8", lw=0.8, zorder=0)
-    ax.set_xlabel(label)
-    ax.set_ylabel("measured change of the entropy [mnats]")
+    ax.set_ylabel("measured change of the entropy\n[thousandths of a nat]")
 
 
 def draw_agreement(ax, rows):
     """The correlations of each prediction and method: mean and interval over the seeds."""
     for place, key in enumerate(PREDICTIONS):
+        found = agreements(rows, key)
         for i, algo in enumerate(METHODS):
             _, colour, _, marker = style(algo)
-            found = [agreement(run, key) for run in kit.runs_of(rows, method=algo)]
-            centre, half = mean_interval(found)
+            centre, half = mean_interval(found[algo])
             x = place + (i - 3) / 10
             ax.errorbar(x, centre, half or 0, fmt=marker, color=colour, ms=4, capsize=2, lw=1)
     ax.axhline(0, color="0.8", lw=0.8, zorder=0)
     ax.set_ylim(-1.05, 1.05)
-    ax.set_xticks(range(len(PREDICTIONS)), PREDICTIONS.values(), fontsize=8.5)
-    ax.set_ylabel("correlation over a run's steps")
-    ax.set_title("Prediction against measured change, 95% over seeds")
+    ax.set_xticks(range(len(PREDICTIONS)), PREDICTIONS.values(), fontsize=9)
+    ax.set_ylabel("correlation with the measured change")
+    ax.set_title("Over the steps of a run: mean and 95% over seeds")
 
 
 def draw_curves(ax, rows):
     """The entropy of the rollouts, and what the changes on the same states alone make of it."""
     for algo in METHODS:
-        _, colour, _, _ = style(algo)
         runs = kit.runs_of(rows, method=algo)
         steps = [row["step"] for row in runs[0]]
         curves = ([row["entropy"] for row in run] for run in runs)
         same = (on_the_same_states(run) for run in runs)
         for lines, dashes in ((curves, "-"), (same, "--")):
             mean = [fmean(values) for values in zip(*lines, strict=True)]
-            ax.plot(steps, mean, dashes, color=colour, lw=1.3)
-    ax.text(steps[-1], 0.9 * mean[-1], "the same states only", ha="right", va="top", fontsize=9)
-    ax.text(steps[1], 0.1, "measured on each rollout", fontsize=9)
+            ax.plot(steps, mean, dashes, color=style(algo)[1], lw=1.3)
+    ax.text(steps[-1], 0.5, "only the changes on the same states", ha="right", fontsize=9)
+    ax.text(steps[1], 0.2, "measured on\neach rollout", fontsize=9)
     ax.set_ylim(0, None)
+    ax.set_xticks(range(0, steps[-1] + 1, 5))
     ax.set_xlabel("step")
     ax.set_ylabel("entropy [nats per token]")
     ax.set_title("Most of the fall is in which states are visited")

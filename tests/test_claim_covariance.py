@@ -91,5 +91,7 @@ def test_lines_and_figure(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(covariance, "METHODS", ("grpo",))
     lines = covariance.say(rows)
     assert sum(line.startswith("    GRPO: ") for line in lines) == 2
+    found = covariance.agreements(rows, "lemma")
+    assert found["grpo"] == found["all"] and -1 <= found["all"][0] <= 1
     covariance.draw(rows, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
