@@ -32,7 +32,8 @@ STEPS = 20
 UPDATES = 8  # per rollout, as the paper trains
 FLAGS = ("--lr", "2e-4", "--warmup", "2", "--updates", str(UPDATES))
 EDGES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)  # of the probability
-COLOURS = ("#000000", "#E69F00", "#0072B2", "#CC79A7")
+# Colour, dashes and width of each: the curves lie on one another.
+LOOKS = (("#BBBBBB", "-", 6), ("#E69F00", "-", 3), ("#000000", "--", 1.2), ("#0072B2", "-", 1.2))
 LAST = 5  # steps that the table's accuracy and entropy are means over
 
 
@@ -140,12 +141,12 @@ def say(rows):
 def draw(rows, out):
     figure = new_figure(11, 3.6)
     left, middle, right = figure.subplots(1, 3)
-    for kl_coef, colour in zip(COEFFICIENTS, COLOURS, strict=False):
+    for kl_coef, (colour, dashes, width) in zip(COEFFICIENTS, LOOKS, strict=False):
         runs = kit.runs_of(rows, kl_coef=kl_coef)
         for ax, name in ((left, "entropy"), (middle, "accuracy")):
             steps = [row["step"] for row in runs[0]]
             curve = [fmean(run[i][name] for run in runs) for i in range(len(steps))]
-            ax.plot(steps, curve, color=colour, lw=1.5, label=f"kl_coef {kl_coef}")
+            ax.plot(steps, curve, dashes, color=colour, lw=width, label=f"kl_coef {kl_coef}")
     base, places = kit.runs_of(rows, kl_coef=0), range(len(EDGES) - 1)
     shares = [
         mean_interval([100 * ratio(r, f"masked_{i}", f"positive_{i}") for r in base])
@@ -156,14 +157,15 @@ def draw(rows, out):
     names = [f"{a:g} to\n{b:g}" for a, b in zip(EDGES, EDGES[1:], strict=False)]
     right.set_xticks(places, names, fontsize=8)
     right.set_xlabel("probability when sampled")
-    right.set_ylabel("% of its tokens with A > 0")
-    right.set_title("What the mask takes (kl_coef 0)")
+    right.set_ylabel("masked, % of the tokens with A > 0")
+    right.set_title("What the mask takes, kl_coef 0")
     left.set_title("Entropy of the rollouts")
     left.set_ylabel("nats per token")
     middle.set_title("Accuracy of the rollouts")
     middle.set_ylabel("share correct")
     for ax in (left, middle):
         ax.set_xlabel("step")
+        ax.set_xticks(range(0, steps[-1] + 1, 5))
         ax.legend(frameon=False, fontsize=9)
     save(figure, out)
 
