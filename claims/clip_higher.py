@@ -166,7 +166,7 @@ def draw(rows, out):
             right.plot(x, y, color=colour, lw=1.3, label=label)
     right.set_xlabel(f"accuracy (means over {WINDOW} steps)")
     right.set_ylabel("entropy [nats per token]")
-    right.set_title("Entropy at equal accuracy, a line per seed")
+    right.set_title("Entropy against accuracy")
     right.legend(frameon=False, fontsize=9)
     save(figure, out)
 
@@ -198,8 +198,8 @@ def draw_clipped(ax, rows):
     ax.set_ylim(0, None)
     ax.set_xticks(PARTS, [span(i).replace(" to ", "\nto ") for i in PARTS], fontsize=8)
     ax.set_xlabel("probability when sampled")
-    ax.set_ylabel("% of its tokens with A > 0")
-    ax.set_title("Tokens at the clip (number; 95% over seeds)")
+    ax.set_ylabel("% of the tokens with A > 0 (95% over seeds)")
+    ax.set_title("Tokens at the clip, and their number")
     ax.legend(frameon=False, fontsize=9)
 
 
