@@ -198,7 +198,7 @@ def draw_clipped(ax, rows):
     ax.set_ylim(0, None)
     ax.set_xticks(PARTS, [span(i).replace(" to ", "\nto ") for i in PARTS], fontsize=8)
     ax.set_xlabel("probability when sampled")
-    ax.set_ylabel("% of the tokens with A > 0 (95% over seeds)")
+    ax.set_ylabel("% of the tokens with A > 0")
     ax.set_title("Tokens at the clip, and their number")
     ax.legend(frameon=False, fontsize=9)
 
