@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, whe
 import compare
 from plot import plot_runs, style
 from tiny.problems import problems
+from trainer.options import ALGORITHMS
 from trainer.runs import read_runs, write_csv
 
 OUT = Path(__file__).with_suffix(".png")
@@ -80,6 +81,7 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add("--algos", default=",".join(ALGORITHMS), metavar="A,B", help="default: the seven")
     add("--seeds", default="0,1,2", metavar="N,N", help="default 0,1,2")
     add("--jobs", type=int, default=2, help="runs at a time (default 2)")
     add("--runs", type=Path, default=Path("runs/room"), help="the runs' folder (runs/room)")
@@ -89,7 +91,8 @@ def main(argv=None):
     table = args.out.with_suffix(".csv")
     if not args.redraw:
         data = write_problems(args.runs / "data")
-        ours = ["--seeds", args.seeds, "--jobs", str(args.jobs), "--out", str(args.runs)]
+        ours = ["--algos", args.algos, "--seeds", args.seeds]
+        ours += ["--jobs", str(args.jobs), "--out", str(args.runs)]
         status = compare.main([*ours, "--", "--preset", "tiny", "--data", str(data), *FLAGS])
         if status:
             return status
