@@ -56,7 +56,11 @@ def test_the_experiment_in_miniature(tmp_path, monkeypatch):
     assert 1 <= line["per_rollout"] < 16  # some groups have equal rewards
     rows = claim.run_updates((0, names[0], 1, 20, 16)) + [line]
     assert rows[0]["per_rollout"] == 4
-    rows += claim.run_gspo((0, (1, 2), 20)) + claim.from_docs()
+    wide = claim.run_gspo((0, (1, 2), 20))
+    assert [line["step"] for line in wide] == [1, 2]
+    for line, step in zip(wide, claim.STOPS, strict=True):  # beside those of the docs
+        line["step"] = step
+    rows += wide + claim.from_docs()
     for way in claim.WAYS:
         shares = [claim.values(rows, way, str(n), "share") for n in claim.COUNTS]
         assert sum(value for (value,) in shares) == pytest.approx(1)
