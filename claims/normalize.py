@@ -117,7 +117,7 @@ def draw(rows, out):
             here = [[row for row in part if row["right_in_group"] == n] for n in x]
             ax.plot(x, [mean(group) for group in here], "o-", color=colour, label=name, ms=4)
         ax.axhline(0, color="0.6", lw=0.8, zorder=0)
-        ax.set(title=f'"{option}"', xlabel=f"right completions of {GROUP}", ylim=(-2.7, 2.7))
+        ax.set(title=f'"{option}"', xlabel=f"right completions of {GROUP}", ylim=(-4.2, 2.2))
         ax.set_xticks(range(1, GROUP))
     axes[0].set_ylabel("GTPO's mean advantage per token")
     axes[0].legend(title="completions that are", title_fontsize=8, frameon=False, fontsize=8)
