@@ -5,7 +5,7 @@
 DAPO (arXiv 2503.14476, section 3.3) averages over tokens so that long completions count as much per
 token as short ones; Dr. GRPO (2503.20783) says that GRPO's 1/|o_i| pushes long wrong ones too
 little per token. Two measurements:
-- GRPO and DAPO are trained for 30 steps; greedy accuracy by the calculations that a problem needs;
+- GRPO and DAPO are trained for 20 steps; greedy accuracy by the calculations that a problem needs;
 - the rollouts of GRPO's last 5 steps, with the log-probabilities before and during their updates,
   are given to the losses of GRPO, DAPO, GSPO and TEPO: the total push on each completion,
   -sum_t dL/dlogp, by its length, right and wrong apart. On policy it is A_i / B for an average
@@ -25,7 +25,7 @@ from grpo import advantages
 from plot import new_figure, save, style
 from trainer.algorithm import load_algorithm
 
-STEPS, LAST = 30, 5
+STEPS, LAST = 20, 5
 COUNTS = (2, 3, 4, 5)  # calculations of a problem
 BINS = ((1, 6), (7, 14), (15, 22), (23, 30), (31, 38), (39, 64))  # tokens
 RANGES = tuple(f"{low}-{high}" for low, high in BINS)
