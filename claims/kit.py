@@ -57,6 +57,23 @@ def watch(trainer, look):
     return seen
 
 
+def rollout(trainer, problems):
+    """G graded completions of each problem from the current policy; no training step."""
+    batch = trainer.sample([problem["prompt_ids"] for problem in problems], trainer.o.group_size)
+    trainer.grade(batch, problems)
+    return batch
+
+
+def greedy(trainer, problems):
+    """[1 or 0, ...]: whether the greedy completion of each problem is right."""
+    from trainer import evaluate
+
+    how = {"rows_at_once": 256, **trainer.generation}
+    batch, _ = evaluate.completions(trainer.model, problems, 0, 1.0, how)
+    texts = evaluate.decode(trainer.tokenizer, batch)
+    return evaluate.grade(trainer.grader.right, texts, problems, batch)
+
+
 def each(work, tasks, jobs):
     """[row, ...] of work(task) -> [row, ...] for every task, in their order, `jobs` at a time."""
     with contextlib.ExitStack() as stack:
