@@ -176,10 +176,11 @@ def draw(rows, out):
         draw_weights(line[2], part)
     axes[0, 0].set_title("Gradient norm of single tokens")
     axes[0, 1].set_title("Share of the total push x norm")
-    axes[0, 2].set_title("What the weights do, decile by decile")
+    axes[0, 2].set_title("What the weights change")
     axes[0, 0].legend(frameon=False, fontsize=9)
     axes[0, 1].legend(frameon=False, fontsize=9)
-    axes[0, 2].legend(frameon=False, fontsize=9, ncols=2, loc="lower right")
+    look = {"frameon": False, "fontsize": 9, "loc": "lower center"}
+    axes[0, 2].legend(ncols=2, columnspacing=0.8, handlelength=1.6, **look)
     save(figure, out)
 
 
@@ -224,8 +225,8 @@ def draw_weights(ax, rows):
         label = "at equal totals"
         ax.plot(x, equal, color=colour, ls=":", marker=marker, ms=5, mfc="white", label=label)
     ax.axhline(1, color="0.7", lw=0.8, zorder=0)
-    ax.set_ylim(0.55, 1.5)
-    ax.set_ylabel("times the method without weights")
+    ax.set_ylim(0.45, 1.5)
+    ax.set_ylabel("push x norm, method with / without weights")
     decile_axis(ax, rows)
 
 
