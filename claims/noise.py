@@ -2,9 +2,10 @@
 
     python claims/noise.py      # writes claims/noise.csv and claims/noise.png
 
-GRPO trains the embedded model for 25 steps, so that lengths vary. Then one rollout of 64 prompts
-gives 16 updates of 32 completions each. After 1, 4 and 16 of them, 384 completions that the
-old policy had sampled for other prompts, and that no update has seen, are measured:
+GRPO trains the embedded model for 25 steps, so that lengths vary. Then one rollout of 96 prompts
+gives updates of 32 completions each (without a mixed group among them: none). After 1, 4 and 16 of
+them, 384 completions that the old policy had sampled for other prompts are measured, which no
+update has seen:
 token: log w_{i,t}; mean: log s_i, the mean of a completion's log w; arithmetic: the log of the
 mean of its w; product: the sum of its log w. By length, the std over completions (over tokens for
 token), in nats. If the log w of a completion were independent, with the std sigma of their length
@@ -25,8 +26,10 @@ from claims.kit import command, each, trainer
 from compare import cell
 from plot import new_figure, save, style
 
-SIZES = {"steps": 25, "prompts": 64, "probe": 48, "updates": 16}
+SIZES = {"steps": 25, "prompts": 96, "probe": 48}
+MINI_BATCH = 32  # completions, as in a run with the default options
 AFTER = (1, 4, 16)  # updates
+SHOWN = 4  # updates, in the figure's last panel
 EDGES = (1, 8, 16, 24, 32, 65)  # a length class is from an edge to below the next
 KINDS = {  # the color and marker of each spread in the figure, its name
     "token": ("black", "s", "log w, per token"),
@@ -114,10 +117,11 @@ def run(task):
         probe = draw_rollout(t, sizes["probe"])
         everyone = torch.arange(t.o.rows)
         rollout = draw_rollout(t, sizes["prompts"])
-        mini_batches = torch.arange(t.o.rows).chunk(sizes["updates"])
-        for done, mini_batch in enumerate(mini_batches, 1):
-            t.updater.update(rollout, mini_batch, on_policy=False)
-            if done not in AFTER:
+        done = 0
+        for mini_batch in torch.arange(t.o.rows).split(MINI_BATCH):
+            moved = t.updater.update(rollout, mini_batch, on_policy=False)["moved"]
+            done += moved
+            if not moved or done not in AFTER:
                 continue
             with torch.no_grad():
                 logp, _ = t.updater.forward(probe, everyone, t.model, with_entropy=False)
@@ -187,7 +191,7 @@ def draw(rows, out):
     for ax in axes:
         ax.set_ylim(low, max(ax.get_ylim()[1] for ax in axes))
     axes[0].set_ylabel("std over completions (tokens), nats")
-    part = [row for row in rows if row["updates"] == 4]
+    part = [row for row in rows if row["updates"] == SHOWN]
     for name, algo, label in (
         ("clip_gspo", "gspo", "GSPO, 3e-4 / 4e-4"),
         ("clip_grpo", "grpo", "GRPO, 0.2 / 0.2"),
@@ -195,7 +199,7 @@ def draw(rows, out):
         _, colour, _, marker = style(algo)
         x, y = curve(part, name)
         last.plot(x, [100 * v for v in y], color=colour, marker=marker, ms=5, label=label)
-    last.set_title("clipped, after 4 updates")
+    last.set_title(f"clipped, after {SHOWN} updates")
     last.set_xlabel("tokens of the completion")
     last.set_ylabel("% of the tokens with an advantage")
     last.set_ylim(-2, 60)

@@ -226,7 +226,7 @@ def draw_weights(ax, rows):
         ax.plot(x, equal, color=colour, ls=":", marker=marker, ms=5, mfc="white", label=label)
     ax.axhline(1, color="0.7", lw=0.8, zorder=0)
     ax.set_ylim(0.45, 1.5)
-    ax.set_ylabel("push x norm, method with / without weights")
+    ax.set_ylabel("push x norm, with / without weights")
     decile_axis(ax, rows)
 
 
@@ -249,6 +249,20 @@ def first(rows, key, count, method):
     return [100 * sum(column) for column in zip(*columns, strict=True)]
 
 
+def difference(rows, method, base):
+    """How many points of the total the least probable tokens have less, at equal seed."""
+    words = []
+    for count in (1, 2):
+        of_both = first(rows, "share", count, method), first(rows, "share", count, base)
+        less = [a - b for a, b in zip(*of_both, strict=True)]
+        words.append(f"decile 1{'-2' if count == 2 else ''} {cell(less, 1, '+')} points")
+    whole = values(rows, "total", kind="batch", method=method)
+    own = values(rows, "total", kind="share", method=method, part=0)
+    equal = [a / b for a, b in zip(own, whole, strict=True)]
+    words.append(f"decile 1 weighs {cell(own, 3)} times, at equal totals {cell(equal, 3)} times")
+    return "; ".join(words)
+
+
 def say(rows):
     lines = []
     for policy in POLICIES:
@@ -265,14 +279,14 @@ def say(rows):
                 for key in ("total", "exact", "cosine")
             )
             lines.append(
-                f"  {style(method)[0]}: deciles 1-2 have {cell(share, 1)}% of push x norm, "
+                f"  {style(method)[0]}: decile 1 has {cell(first(part, 'share', 1, method), 1)}%, "
+                f"deciles 1-2 have {cell(share, 1)}% of push x norm, "
                 f"{cell(along, 1)}% along g; total {cell(total, 3)}, |g| {cell(norm, 3)}, "
                 f"cosine {cell(cosine, 4)}"
             )
         for method, base in (("trgrpo", "grpo"), ("reweight", "dapo")):
-            pairs = zip(first(part, "share", 2, method), first(part, "share", 2, base), strict=True)
-            less = cell([a - b for a, b in pairs], 1, "+")
-            lines.append(f"  {style(method)[0]} less {style(base)[0]}, deciles 1-2: {less} points")
+            names = f"{style(method)[0]} less {style(base)[0]}"
+            lines.append(f"  {names}: {difference(part, method, base)}")
     return lines
 
 

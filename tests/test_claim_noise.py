@@ -61,18 +61,17 @@ def test_the_slope_of_a_power_is_its_exponent():
     assert noise.slope(rows, "mean") == [pytest.approx(-0.5)]
 
 
-def test_miniature(tmp_path):
-    rows = []
-    for seed in (0, 1):
-        sizes = {"steps": 1, "prompts": 8, "probe": 6, "updates": 16}
-        rows += noise.run((seed, sizes, ()))
+def test_miniature(tmp_path, monkeypatch):
+    monkeypatch.setattr(noise, "AFTER", (1, 3))
+    monkeypatch.setattr(noise, "SHOWN", 3)
+    rows = noise.run((0, {"steps": 1, "prompts": 20, "probe": 10}, ()))
     assert {row["updates"] for row in rows} == set(noise.AFTER)
-    every = {row["updates"]: row for row in rows if row["class"] == 0 and row["seed"] == 0}
-    assert every[1]["token"] < every[16]["token"]
+    every = {row["updates"]: row for row in rows if row["class"] == 0}
+    assert every[1]["token"] < every[3]["token"]
     for row in every.values():
         assert row["mean"] < row["token"] < row["product"]
         assert row["clip_gspo"] > row["clip_grpo"]
-        assert row["rows"] == 48
+        assert row["rows"] == 80
     noise.draw(rows, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert any(line.startswith("  mean: std") for line in noise.say(rows))
