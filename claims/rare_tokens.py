@@ -260,7 +260,24 @@ def difference(rows, method, base):
     own = values(rows, "total", kind="share", method=method, part=0)
     equal = [a / b for a, b in zip(own, whole, strict=True)]
     words.append(f"decile 1 weighs {cell(own, 3)} times, at equal totals {cell(equal, 3)} times")
+    words.append(f"{cell(longer(rows, method, base), 0)}% of the change of g is a longer step")
     return "; ".join(words)
+
+
+def longer(rows, method, base):
+    """% of |g - g_base|^2 that lies along g_base: a longer (or shorter) step, per seed.
+
+    Along it, g - g_base has |g| cos - |g_base|; across it, |g| sin.
+    """
+    norms = values(rows, "exact", kind="batch", method=method)
+    bases = values(rows, "exact", kind="batch", method=base)
+    cosines = values(rows, "cosine", kind="batch", method=method)
+    found = []
+    for norm, own, cosine in zip(norms, bases, cosines, strict=True):
+        along = norm * cosine - own
+        across_squared = norm**2 * (1 - cosine**2)
+        found.append(100 * along**2 / (along**2 + across_squared))
+    return found
 
 
 def say(rows):

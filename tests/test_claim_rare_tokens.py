@@ -92,6 +92,13 @@ def test_parts_are_equal_and_in_the_order_of_the_probabilities():
         assert p[part == d].max() <= p[part == d + 1].min()
 
 
+def test_the_part_of_a_change_that_is_a_longer_step():
+    """g_base = (2, 0) and g = (3, 1): the change (1, 1) is half along g_base."""
+    row = {"kind": "batch", "exact": 2.0, "cosine": 1.0, "method": "grpo"}
+    other = {"kind": "batch", "exact": 10**0.5, "cosine": 3 / 10**0.5, "method": "trgrpo"}
+    assert rare.longer([row, other], "trgrpo", "grpo") == [pytest.approx(50)]
+
+
 def test_miniature(tmp_path):
     """Shares add up to 1; TR-GRPO never weighs less than GRPO, Reweighting never more than DAPO."""
     rows = rare.run((0, {"start": 0}, ("--prompts", "5")))
