@@ -8,9 +8,12 @@ them, 384 completions that the old policy had sampled for other prompts are meas
 update has seen:
 token: log w_{i,t}; mean: log s_i, the mean of a completion's log w; arithmetic: the log of the
 mean of its w; product: the sum of its log w. By length, the std over completions (over tokens for
-token), in nats. If the log w of a completion were independent, with the std sigma of their length
-class, mean would have sigma / sqrt(n), and product sigma sqrt(n), n being the number of tokens.
+token), in nats. If the log w of a completion were independent, mean would have the variance
+sum_t v_t / n^2 and product sum_t v_t, where n is the number of tokens and v_t the variance of log w
+at position t over the completions of the length class.
 clip_*: share of the tokens with an advantage whose gradient the clip would remove.
+agree: share of the completions with A > 0 that have s > 1, and of those with A < 0 that have s < 1,
+averaged over the two signs: 0.5 if s did not know of A.
 """
 
 import math
@@ -33,7 +36,7 @@ SHOWN = 4  # updates, in the figure's last panel
 EDGES = (1, 8, 16, 24, 32, 65)  # a length class is from an edge to below the next
 KINDS = {  # the color and marker of each spread in the figure, its name
     "token": ("black", "s", "log w, per token"),
-    "product": ("#999999", "v", "sum of log w (product)"),
+    "product": ("#999999", "v", "sum of log w"),
     "arithmetic": (style("grpo_s")[1], "P", "log of the mean w (GRPO-S)"),
     "mean": (style("gspo")[1], "D", "log s, geometric mean (GSPO)"),
 }
@@ -60,6 +63,13 @@ def clipped(log_ratio, A, low, high):
     return above | (A < 0) & (log_ratio < math.log1p(-low))
 
 
+def position_variance(log_w, mask):
+    """The variance of log w over the completions that reach a position, 0 for one alone. [T]"""
+    count = mask.sum(0)
+    centred = (log_w - (log_w * mask).sum(0) / count.clamp(min=1)) * mask
+    return (centred**2).sum(0) / (count - 1).clamp(min=1)
+
+
 def spread(log_w, mask, A):
     """A dict of one length class: its std of each kind, what independence predicts, its clips.
 
@@ -68,12 +78,16 @@ def spread(log_w, mask, A):
     n = mask.sum(1).double()
     kinds = ratios(log_w, mask)
     row = {"rows": len(n), "length": n.mean().item()}
-    row["token"] = sigma = kinds["token"][mask].std().item()
+    row["token"] = kinds["token"][mask].std().item()
     for kind in ("mean", "arithmetic", "product"):
         row[kind] = kinds[kind].std().item()
-    # Var mean = sigma^2 / n and Var product = sigma^2 n, averaged over the class
-    row["mean_independent"] = sigma * (1 / n).mean().sqrt().item()
-    row["product_independent"] = sigma * n.mean().sqrt().item()
+    total = (position_variance(log_w, mask) * mask).sum(1)  # sum_t v_t
+    row["mean_independent"] = (total / n**2).mean().sqrt().item()
+    row["product_independent"] = total.mean().sqrt().item()
+    up, down = kinds["mean"][A > 0] > 0, kinds["mean"][A < 0] < 0
+    row["agree"] = None
+    if len(up) and len(down):
+        row["agree"] = (up.double().mean() + down.double().mean()).item() / 2
     signal = mask & (A != 0)[:, None]
     row["signal"] = signal.sum().item()
     for name, (kind, low, high) in CLIPS.items():
@@ -173,7 +187,7 @@ def curve(rows, key):
 
 def draw(rows, out):
     """Spread against length after 1, 4 and 16 updates, and what the clips remove after 4."""
-    figure = new_figure(13, 4.4)
+    figure = new_figure(11.5, 4.6)
     *axes, last = figure.subplots(1, len(AFTER) + 1)
     for ax, updates in zip(axes, AFTER, strict=True):
         part = [row for row in rows if row["updates"] == updates]
@@ -181,7 +195,7 @@ def draw(rows, out):
             ax.loglog(*curve(part, kind), color=colour, marker=marker, ms=5, label=name)
         for kind in ("mean", "product"):
             colour = KINDS[kind][0]
-            label = "if tokens were independent"
+            label = f"{'log s' if kind == 'mean' else 'sum'}, if tokens were independent"
             ax.loglog(*curve(part, f"{kind}_independent"), color=colour, ls=":", label=label)
         ax.set_title(f"after {updates} update{'s' if updates > 1 else ''}")
         ax.set_xlabel("tokens of the completion")
@@ -201,9 +215,9 @@ def draw(rows, out):
         last.plot(x, [100 * v for v in y], color=colour, marker=marker, ms=5, label=label)
     last.set_title(f"clipped, after {SHOWN} updates")
     last.set_xlabel("tokens of the completion")
-    last.set_ylabel("% of the tokens with an advantage")
-    last.set_ylim(-2, 60)
-    last.legend(frameon=False, fontsize=9)
+    last.set_ylabel("% of tokens with an advantage")
+    last.set_ylim(-3, 105)
+    last.legend(frameon=False, fontsize=9, loc="center")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     save(figure, out)
@@ -214,7 +228,7 @@ def say(rows):
     for updates in AFTER:
         part = [row for row in rows if row["updates"] == updates]
         every = {"class": 0}
-        lines.append(f"after {updates} updates, all lengths (std in nats):")
+        lines.append(f"updates: {updates}; all lengths (std in nats):")
         for kind in KINDS:
             lines.append(
                 f"  {kind}: std {cell(values(part, kind, **every), 4)}, "
@@ -231,6 +245,8 @@ def say(rows):
                 f"{cell(quotient, 2)} times independent, product {cell(found['product'], 3)}, "
                 f"GSPO clips {cell(found['clip_gspo'], 3)}, GRPO {cell(found['clip_grpo'], 4)}"
             )
+        agree = cell(values(part, "agree", **every), 3)
+        lines.append(f"  s moves with the advantage: {agree}")
         for name in CLIPS:
             lines.append(f"  {name}: {cell(values(part, name, **every), 5)}")
     return lines

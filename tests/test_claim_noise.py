@@ -56,6 +56,15 @@ def test_independent_noise_spreads_as_predicted(n):
     assert row["mean"] == pytest.approx(n**0.5 * row["mean_independent"], rel=0.05)
 
 
+def test_the_variance_at_a_position_by_hand():
+    log_w = torch.tensor([[0.1, 0.2], [0.3, 9.0], [0.5, 0.6]], dtype=torch.float64)
+    mask = torch.tensor([[1, 1], [1, 0], [1, 1]]).bool()
+    found = noise.position_variance(log_w, mask)
+    assert found.tolist() == [pytest.approx(0.04), pytest.approx(0.08)]
+    A = torch.tensor([1.0, -1.0, -1.0])
+    assert noise.spread(log_w, mask, A)["agree"] == 0.5  # of the right all, of the wrong none
+
+
 def test_the_slope_of_a_power_is_its_exponent():
     rows = [{"seed": 0, "class": n, "length": n, "mean": 0.3 * n**-0.5} for n in (4, 9, 30)]
     assert noise.slope(rows, "mean") == [pytest.approx(-0.5)]
