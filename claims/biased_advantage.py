@@ -150,20 +150,25 @@ def measure(args):
     return rows + each(run, [(seed, SIZES, ()) for seed in args.seeds], args.jobs)
 
 
-def biases(rows, G, name):
-    """E[k / G | mixed] - p of each measured problem of a bin, and what exact sums say of it."""
+def measured(rows, G, name):
+    """[(row, exact row at its p), ...] of the measured problems of a bin that had mixed groups."""
     low, high = BINS[name]
     found = []
     for row in rows:
         of_bin = row["kind"] == "measured" and row["G"] == G and low <= row["first"] < high
-        if of_bin and row["groups"] and 0 < row["p"] < 1:
-            found.append((row["p"], row["baseline"] - row["p"], exact(G, row["p"])["baseline"]))
+        if of_bin and row["groups"]:
+            found.append((row, exact(G, row["p"])))
     return found
+
+
+def biases(found):
+    """E[k / G | mixed] - p of each problem."""
+    return [row["baseline"] - row["p"] for row, _ in found]
 
 
 def draw(rows, out):
     """The baseline's bias, the bias of GRPO's advantage, and the weight of a problem's gradient."""
-    figure = new_figure(13, 4.4)
+    figure = new_figure(11.5, 4.3)
     left, middle, right = figure.subplots(1, 3)
     for G in GROUPS:
         part = [row for row in rows if row["kind"] == "exact" and row["G"] == G]
@@ -186,10 +191,10 @@ def draw(rows, out):
     left.set_ylabel("E[mean reward | mixed] - p")
     middle.set_title("A of a right completion, mixed groups")
     middle.set_ylabel("times its value at the true p")
-    right.set_title("weight of the problem in E[gradient]")
-    right.set_ylabel("c: E[gradient] = c times that of p")
-    for ax in (middle, right):
-        ax.set_yticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
+    right.set_title("weight c of a problem in the update")
+    right.set_ylabel("E[gradient] = c times the gradient of p")
+    for ax, ticks in ((middle, (0.25, 0.5, 1, 2, 4)), (right, (0.5, 1, 2, 4, 8))):
+        ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
     for ax, level in ((left, 0), (middle, 1)):
         ax.axhline(level, color="0.7", lw=0.8, zorder=0)
@@ -202,11 +207,11 @@ def draw(rows, out):
 def draw_measured(ax, rows):
     """Mean and 95% interval over the problems of each bin, at G = 8."""
     for name in BINS:
-        found = biases(rows, 8, name)
+        found = measured(rows, 8, name)
         if len(found) < 2:
             continue
-        mean, half = mean_interval([bias for _, bias, _ in found])
-        x = fmean(p for p, _, _ in found)
+        mean, half = mean_interval(biases(found))
+        x = fmean(row["p"] for row, _ in found)
         label = "measured, G = 8" if name == "hard" else None
         ax.errorbar(x, mean, half, fmt="o", color=COLOURS[8], capsize=3, label=label)
 
@@ -226,15 +231,17 @@ def say(rows):
     lines.append("measured, mean over the problems:")
     for G in GROUPS:
         for name, (low, high) in BINS.items():
-            found = biases(rows, G, name)
-            if found:
-                bias = cell([bias for _, bias, _ in found], 3, "+")
-                predicted = fmean(base - p for p, _, base in found)
-                lines.append(
-                    f"  G {G}, {name} (p in {low} to {high}): {len(found)} problems, p "
-                    f"{fmean(p for p, _, _ in found):.2f}, baseline - p {bias}, exact "
-                    f"{predicted:+.3f}"
-                )
+            found = measured(rows, G, name)
+            if not found:
+                continue
+            p = fmean(row["p"] for row, _ in found)
+            predicted = fmean(want["baseline"] - want["p"] for _, want in found)
+            lines.append(
+                f"  G {G}, {name} (p in {low} to {high}): {len(found)} problems, p {p:.2f}; "
+                f"baseline - p {cell(biases(found), 3, '+')}, exact {predicted:+.3f}; A of a right "
+                f"one {cell([row['right_std'] for row, _ in found], 2)}, exact "
+                f"{fmean(want['right_std'] for _, want in found):.2f}"
+            )
     return lines
 
 

@@ -80,7 +80,7 @@ def test_miniature(tmp_path):
         g = torch.Generator().manual_seed(1)
         (row,) = biased.observed((torch.rand(1, 128, generator=g) < p).double(), 8)
         rows.append({**biased.EMPTY, "kind": "measured", "first": p, **row})
-    assert len(biased.biases(rows, 8, "hard")) == 2
+    assert len(biased.biases(biased.measured(rows, 8, "hard"))) == 2
     biased.draw(rows, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert any("2 problems" in line for line in biased.say(rows))
