@@ -243,7 +243,8 @@ def say(rows):
                 f"  {low}+ tokens ({cell(found['length'], 1)}, {sum(found['rows'])} rows): "
                 f"token {cell(found['token'], 4)}, mean {cell(found['mean'], 4)}, "
                 f"{cell(quotient, 2)} times independent, product {cell(found['product'], 3)}, "
-                f"GSPO clips {cell(found['clip_gspo'], 3)}, GRPO {cell(found['clip_grpo'], 4)}"
+                f"GSPO clips {cell(found['clip_gspo'], 3)}, GRPO {cell(found['clip_grpo'], 4)}; "
+                f"with the advantage {cell(found['agree'], 2)}"
             )
         agree = cell(values(part, "agree", **every), 3)
         lines.append(f"  s moves with the advantage: {agree}")
