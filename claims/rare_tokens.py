@@ -115,23 +115,39 @@ def table(p, exact, hidden, push, part, g):
     whole = g.sum(0).double()  # [methods, weights]
     for d in range(PARTS):
         chosen = part == d
-        means = {"p": p[chosen].mean(), "exact": exact[chosen].mean()}
-        means["hidden"] = hidden[chosen].mean()
-        means = {name: mean.item() for name, mean in means.items()}
-        rows.append({"kind": "decile", "part": d, **means})
+        row = {"kind": "decile", "part": d}
+        row["p"] = p[chosen].mean().item()
+        row["exact"] = exact[chosen].mean().item()
+        row["hidden"] = hidden[chosen].mean().item()
+        rows.append(row)
         for m, method in enumerate(METHODS):
             row = {"kind": "share", "method": method, "part": d}
-            row["share"] = (size[m, chosen].sum() / size[m].sum()).item()
-            row["along"] = (g[d, m].double() @ whole[m] / (whole[m] @ whole[m])).item()
+            own = size[m, chosen].sum()
+            row["share"] = (own / size[m].sum()).item()
+            along = g[d, m].double() @ whole[m]
+            row["along"] = (along / (whole[m] @ whole[m])).item()
             base = size[BASE[method], chosen].sum()
-            row["total"] = (size[m, chosen].sum() / base).item()
+            row["total"] = (own / base).item()
             rows.append(row)
     for m, method in enumerate(METHODS):
         row = {"kind": "batch", "method": method}
         base = BASE[method]
         row["total"] = (size[m].sum() / size[base].sum()).item()
         row["exact"] = whole[m].norm().item()
-        row["cosine"] = torch.cosine_similarity(whole[m], whole[base], dim=0).item()
+        cosine = torch.cosine_similarity(whole[m], whole[base], dim=0)
+        row["cosine"] = cosine.item()
+        rows.append(row)
+    return rows
+
+
+def drawn_tokens(p, exact, hidden):
+    """The rows of DRAWN tokens for the figure, evenly spaced in the rollout."""
+    drawn = torch.linspace(0, len(p) - 1, min(DRAWN, len(p))).long()
+    rows = []
+    for n in drawn.tolist():
+        row = {"kind": "token", "p": p[n].item()}
+        row["exact"] = exact[n].item()
+        row["hidden"] = hidden[n].item()
         rows.append(row)
     return rows
 
@@ -151,12 +167,7 @@ def run(task):
             p, exact, hidden, *rest = tokens(t.model, rollout, push)
             found = table(p, exact, hidden, *rest)
             if seed == 0:
-                drawn = torch.linspace(0, len(p) - 1, min(DRAWN, len(p))).long().tolist()
-                names = ("p", "exact", "hidden")
-                columns = zip(p[drawn], exact[drawn], hidden[drawn], strict=True)
-                for column in columns:
-                    values = [value.item() for value in column]
-                    found.append({"kind": "token", **dict(zip(names, values, strict=True))})
+                found += drawn_tokens(p, exact, hidden)
             rows += [{**EMPTY, "seed": seed, "policy": policy, **row} for row in found]
     return rows
 
@@ -260,7 +271,8 @@ def difference(rows, method, base):
     own = values(rows, "total", kind="share", method=method, part=0)
     equal = [a / b for a, b in zip(own, whole, strict=True)]
     words.append(f"decile 1 weighs {cell(own, 3)} times, at equal totals {cell(equal, 3)} times")
-    words.append(f"{cell(longer(rows, method, base), 0)}% of the change of g is a longer step")
+    length = cell(longer(rows, method, base), 0)
+    words.append(f"{length}% of the change of g is the step's length")
     return "; ".join(words)
 
 
@@ -287,19 +299,21 @@ def say(rows):
         ranks = cell(values(part, "rank", kind="ranks"), 3)
         lines.append(f"{policy} policy: rank correlation of exact and hidden {ranks}")
         for d in (0, 1, 2, 4, 9):
-            p, exact = (values(part, key, kind="decile", part=d) for key in ("p", "exact"))
-            lines.append(f"  decile {d + 1}: mean p {cell(p, 4)}, mean norm {cell(exact, 4)}")
+            p = cell(values(part, "p", kind="decile", part=d), 4)
+            norm = cell(values(part, "exact", kind="decile", part=d), 4)
+            lines.append(f"  decile {d + 1}: mean p {p}, mean norm {norm}")
         for method in METHODS:
-            share, along = first(part, "share", 2, method), first(part, "along", 2, method)
-            total, norm, cosine = (
-                values(part, key, kind="batch", method=method)
-                for key in ("total", "exact", "cosine")
-            )
+            one = cell(first(part, "share", 1, method), 1)
+            two = cell(first(part, "share", 2, method), 1)
+            along = cell(first(part, "along", 2, method), 1)
+            batch = {"kind": "batch", "method": method}
+            total = cell(values(part, "total", **batch), 3)
+            norm = cell(values(part, "exact", **batch), 3)
+            cosine = cell(values(part, "cosine", **batch), 4)
             lines.append(
-                f"  {style(method)[0]}: decile 1 has {cell(first(part, 'share', 1, method), 1)}%, "
-                f"deciles 1-2 have {cell(share, 1)}% of push x norm, "
-                f"{cell(along, 1)}% along g; total {cell(total, 3)}, |g| {cell(norm, 3)}, "
-                f"cosine {cell(cosine, 4)}"
+                f"  {style(method)[0]}: decile 1 has {one}%, deciles 1-2 have "
+                f"{two}% of push x norm, {along}% along g; "
+                f"total {total}, |g| {norm}, cosine {cosine}"
             )
         for method, base in (("trgrpo", "grpo"), ("reweight", "dapo")):
             names = f"{style(method)[0]} less {style(base)[0]}"
