@@ -7,7 +7,7 @@
    and the optimizer steps really taken are counted (groups with equal rewards give none).
 2. GSPO and TEPO differ in the clip range, and in the average. GSPO is run with TEPO's range, 0.2 /
    0.28; the other three combinations are in docs/methods.csv and docs/eps.csv.
-3. DAPO's equation (arXiv 2503.14476, Eq. 8) divides by the tokens of one prompt's group and then
+3. DAPO's objective (arXiv 2503.14476) divides by the tokens of one prompt's group and then
    averages over prompts; dapo.py, like verl, divides by the tokens of the mini-batch. Both pushes
    are computed on the same rollouts.
 """
@@ -165,7 +165,7 @@ def draw(rows, out):
     right.set_xticks(COUNTS)
     right.set(title="DAPO's two averages", xlabel="calculations of the problem")
     right.set_ylabel("share of the total push")
-    right.set_ylim(top=0.62)  # room for the legend
+    right.set_ylim(0, 0.72)  # room for the legend
     right.legend(frameon=False, fontsize=8, loc="upper left")
     save(figure, out)
 
@@ -200,6 +200,11 @@ def say(rows):
     for way in WAYS:
         shares = [f"{count}: {text(values(rows, way, str(count), 'share'))}" for count in COUNTS]
         lines.append(f"push, over the {way}, by calculations: {', '.join(shares)}")
+    texts = []
+    for count in COUNTS:
+        ours, own = (values(rows, way, str(count), "share") for way in WAYS)
+        texts.append(f"{count}: {text([y - x for x, y in zip(ours, own, strict=True)], sign='+')}")
+    lines.append(f"  the second less the first: {', '.join(texts)}")
     return lines
 
 
