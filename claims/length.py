@@ -31,6 +31,7 @@ BINS = ((1, 6), (7, 14), (15, 22), (23, 30), (31, 38), (39, 64))  # tokens
 RANGES = tuple(f"{low}-{high}" for low, high in BINS)
 PAIRS = (("grpo", "dapo"), ("gspo", "tepo"))
 METHODS = [algo for pair in PAIRS for algo in pair]
+FEWEST = 7  # completions of a mean that is drawn
 COLUMNS = ("method", "seed", "what", "name", "value", "count")
 
 
@@ -143,6 +144,9 @@ def draw(rows, out):
             name, colour = style(method)[:2]
             for what, line in (("right", "-"), ("wrong", "--")):
                 found = [values(rows, method, what, name) for name in RANGES]
+                counts = [values(rows, method, what, name, "count") for name in RANGES]
+                few = [sum(count.values()) < FEWEST for count in counts]
+                found = [{} if is_few else x for x, is_few in zip(found, few, strict=True)]
                 found = {i: interval(x) for i, x in enumerate(found) if x}
                 mean, half = zip(*found.values(), strict=True)
                 look = {"color": colour, "ls": line, "marker": "o", "ms": 4, "capsize": 3}
