@@ -226,7 +226,7 @@ def bars(ax, found, offset, colour, label):
 def draw_shift(ax, rows):
     names = kinds(EXAMPLE, 2, "end")
     H = torch.tensor([max(of(rows, "entropy", name, "after")[0] or 0, 1e-6) for name in names])
-    same, later = shifted(H)
+    same, later = (values.tolist() for values in shifted(H))
     x = range(len(H))
     ax.bar(x, later, color="#4411BB", label="the other is the same, one token later")
     ax.plot(x, same, color="#000000", lw=1.5, label="the other is the same")
