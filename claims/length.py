@@ -155,7 +155,7 @@ def draw(rows, out):
         ax.set_xticks(range(len(BINS)), RANGES, fontsize=8)
         ax.set(title=f"Push per completion: {style(pair[0])[0]}, {style(pair[1])[0]}")
         ax.set(xlabel="tokens of the completion", ylabel="sum of −∂L/∂logp over its tokens")
-        ax.legend(frameon=False, fontsize=8)
+        ax.legend(frameon=False, fontsize=8, handlelength=3)
     figure.align_labels()
     save(figure, out)
 
