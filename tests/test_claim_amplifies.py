@@ -22,8 +22,8 @@ def advantage(p):
 def test_the_recursion_is_the_maximum_of_the_objective(beta, p):
     """E_pi[A] - beta KL(pi || pi_ref) over softmax policies, by gradient ascent."""
     z = REF.log().requires_grad_()
-    optimizer = torch.optim.Adam([z], lr=0.05)
-    for _ in range(800):
+    optimizer = torch.optim.Adam([z], lr=0.1)
+    for _ in range(400):
         pi = z.softmax(0)
         kl = (pi * (pi / REF).log()).sum()
         loss = beta * kl - (pi * advantage(p)).sum()
@@ -52,7 +52,7 @@ def test_the_gap_of_groups_is_that_of_all_groups_one_by_one(p):
     group, gap = 5, 0.0
     for rewards in itertools.product([0.0, 1.0], repeat=group):
         r = torch.tensor(rewards, dtype=torch.float64)
-        chance = torch.where(r > 0, p, 1 - p).prod().item()
+        chance = math.prod(p if x else 1 - p for x in rewards)
         a = grpo.advantages(r, group)
         # the score of "right" is r - p; its mean with a is p (1 - p) gap
         gap += chance * (a * (r - p)).mean().item() / (p * (1 - p))
@@ -97,7 +97,7 @@ def test_two_lines_by_enumeration():
     z.requires_grad_()
     ref = torch.tensor(stay_ref, dtype=torch.float64).logit()
     outcomes = [((0,), right[0]), ((1, 0), right[1]), ((1, 1), right[2])]  # choices, P(right)
-    for _ in range(4000):
+    for _ in range(400):
         logps = [chosen(z, choices) for choices, _ in outcomes]
         pi = [logp.detach().sum().exp().item() for logp in logps]
         p = sum(x * chance for x, (_, chance) in zip(pi, outcomes, strict=True))
@@ -107,7 +107,7 @@ def test_two_lines_by_enumeration():
             penalty = grpo.k3(chosen(ref, choices), logp).sum()
             loss = loss + share * (beta * penalty - a * logp.sum())
         (gradient,) = torch.autograd.grad(loss, z)
-        z.data -= 0.1 * gradient
+        z.data -= 2 * gradient
     assert gradient.abs().max() < 1e-6
     assert amp.limit_lines(stay_ref, right, beta) == pytest.approx(p, abs=1e-4)
 
@@ -131,14 +131,14 @@ def rows():
         patch.setattr(amp, "STEPS", 3)
         patch.setattr(amp, "EPOCHS", 4)
         patch.setattr(amp, "DRAWS", 32)
-        return [row for beta in amp.BETAS for row in amp.run((0, beta))]
+        return amp.run((0, 2.0))
 
 
 def test_the_rows_in_miniature(rows):
     for part in ("before", "after"):
-        for q, counts in amp.tally(rows, part, beta=1.0).items():
+        for q, counts in amp.tally(rows, part, beta=2.0).items():
             assert amp.rate(counts)[0] == 32, q
-    steps = amp.per_seed(rows, "steps", beta=1.0)[0]
+    steps = amp.per_seed(rows, "steps", beta=2.0)[0]
     assert list(steps) == [0, 1, 2]
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-4)  # the start policy itself
     assert steps[2]["kl"] > 0.01
@@ -146,8 +146,9 @@ def test_the_rows_in_miniature(rows):
     assert [r["clip"] for r in rows if r["part"] == "epochs"] == list(amp.CLIPS)
 
 
-def test_lines_and_figure(rows, tmp_path):
+def test_lines_and_figure(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(amp, "BETAS", (2.0,))
     lines = amp.say(rows)
-    assert sum("steps: p from" in line for line in lines) == 4
+    assert sum("steps: p from" in line for line in lines) == 2
     amp.draw(rows, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
