@@ -40,6 +40,23 @@ def trainer(algo, *flags, seed=0):
         yield prepared, held_out
 
 
+def watch(trainer, look):
+    """A list that each update adds look(rollout, rows, push, loss_inputs) to, before its step.
+
+    rows: of the mini-batch. push: dL/dlogp [B, T]. loss_inputs: the loss's keyword arguments.
+    rollout.logprobs of these rows are current. Nothing of the update changes.
+    """
+    seen, updater = [], trainer.updater
+    statistics = updater.statistics
+
+    def watched(*update):
+        seen.append(look(*update))
+        return statistics(*update)
+
+    updater.statistics = watched
+    return seen
+
+
 def each(work, tasks, jobs):
     """[row, ...] of work(task) -> [row, ...] for every task, in their order, `jobs` at a time."""
     with contextlib.ExitStack() as stack:
@@ -48,6 +65,15 @@ def each(work, tasks, jobs):
             context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads
             results = stack.enter_context(ProcessPoolExecutor(jobs, context)).map(work, tasks)
         return [row for rows in tqdm(results, total=len(tasks), unit="run") for row in rows]
+
+
+def runs_of(rows, **wanted):
+    """The rows with these values in these columns, a list per seed, in the order of the seeds."""
+    runs = {}
+    for row in rows:
+        if all(row[name] == value for name, value in wanted.items()):
+            runs.setdefault(row["seed"], []).append(row)
+    return [runs[seed] for seed in sorted(runs)]
 
 
 def write_rows(path, rows):

@@ -33,16 +33,16 @@ def split_of(question):
     return "test" if zlib.crc32(question.encode()) % 10 == 0 else "train"
 
 
-def draw(rng):
+def draw(rng, fewest=2, most=5):
     """One problem from `rng`, a random.Random: (question, start, steps).
 
-    start: the count at first. steps: its signed changes.
+    start: the count at first. steps: its `fewest` to `most` signed changes.
     """
     name = rng.choice(NAMES)
     item = rng.choice(ITEMS)
     start = count = rng.randint(2, LARGEST)
     steps, events = [], []
-    for _ in range(rng.randint(2, 5)):
+    for _ in range(rng.randint(fewest, most)):
         change = rng.choice(possible_changes(count))
         verb = rng.choice(MORE if change > 0 else LESS)
         steps.append(change)
@@ -74,8 +74,10 @@ def worked(start, steps):
     return "\n".join([*lines, f"#### {count}"])
 
 
-def problems(n, seed, split):
+def problems(n, seed, split, fewest=2, most=5):
     """`n` different problems of one split, a list of {"question", "answer"}.
+
+    fewest, most: steps of a problem. The embedded task has the defaults.
 
     The same arguments give the same problems. Raises ValueError if split is not "train" or "test".
     """
@@ -84,7 +86,7 @@ def problems(n, seed, split):
     rng = random.Random(f"{split} {seed}")
     found = {}  # a question that is drawn twice has one answer and one entry
     while len(found) < n:
-        question, start, steps = draw(rng)
+        question, start, steps = draw(rng, fewest, most)
         if split_of(question) == split:
             found[question] = worked(start, steps)
     return [{"question": question, "answer": answer} for question, answer in found.items()]

@@ -1,0 +1,110 @@
+"""The seven on a task with room: the embedded problems, but with three to six steps.
+
+    python claims/room.py                # 21 runs into runs/room: half an hour on two idle cores
+
+The embedded task (two to five steps) is nearly solved after 100 training steps, and what is nearly
+solved cannot tell methods apart. The same generator makes longer problems. The start model, which
+has never seen six steps, solves fewer of them, and the runs end before they level out at the top.
+
+Per method: greedy accuracy on 500 held-out problems after the last step, and its mean over all
+evaluations, which measures speed. Each less GRPO's at equal seed, with the 95% t-interval over the
+seeds. The half-width of that interval is the power: a difference below it would not be seen.
+
+`runs/room` is compare.py's folder: what is done is not trained again.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when run as a script
+
+import compare
+from plot import plot_runs, style
+from tiny.problems import problems
+from trainer.options import ALGORITHMS
+from trainer.runs import read_runs, write_csv
+
+OUT = Path(__file__).with_suffix(".png")
+FEWEST, MOST = 3, 6  # steps of a problem
+SIZES = {"train": 20_000, "test": 500}  # problems
+FLAGS = ["--max-new-tokens", "96", "--steps", "70", "--eval-every", "10", "--k", "0"]
+
+
+def write_problems(folder):
+    """The data folder of train.py: train.jsonl and test.jsonl, the same on every machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in SIZES.items():
+        lines = [json.dumps(p) + "\n" for p in problems(count, 0, split, FEWEST, MOST)]
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def measures(run):
+    """{name: greedy accuracy} of one run: after its last step, and the mean of all evaluations."""
+    found = compare.values(run, "eval", "accuracy")
+    return {"final": found[-1], "mean": statistics.fmean(found[1:])}
+
+
+def less_grpo(runs):
+    """{(algo, measure): [difference to GRPO at the same seed, ...]}; GRPO's are its own values."""
+    found = {(run["algo"], run["seed"]): measures(run) for run in runs}
+    result = {}
+    for (algo, seed), values in found.items():
+        base = found.get(("grpo", seed))
+        for name, value in values.items():
+            if algo == "grpo":
+                result.setdefault((algo, name), []).append(value)
+            elif base:
+                result.setdefault((algo, name), []).append(value - base[name])
+    return result
+
+
+def say(runs):
+    """The table's lines."""
+    found = less_grpo(runs)
+    lines = ["| method | seeds | final accuracy less GRPO's | mean accuracy less GRPO's |"]
+    lines.append("|---|---|---|---|")
+    for algo in dict.fromkeys(algo for algo, _ in found):
+        sign = "" if algo == "grpo" else "+"
+        cells = [compare.cell(found[algo, name], 3, sign) for name in ("final", "mean")]
+        name = style(algo)[0] + (" (itself)" if algo == "grpo" else "")
+        seeds = len(found[algo, "final"])
+        lines.append(f"| {name} | {seeds} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--algos", default=",".join(ALGORITHMS), metavar="A,B", help="default: the seven")
+    add("--seeds", default="0,1,2", metavar="N,N", help="default 0,1,2")
+    add("--jobs", type=int, default=2, help="runs at a time (default 2)")
+    add("--runs", type=Path, default=Path("runs/room"), help="the runs' folder (runs/room)")
+    add("--out", type=Path, default=OUT, help=f"the figure (default {OUT.name})")
+    add("--redraw", action="store_true", help="figure and table of the .csv; trains nothing")
+    args = parser.parse_args(argv)
+    table = args.out.with_suffix(".csv")
+    if not args.redraw:
+        data = write_problems(args.runs / "data")
+        ours = ["--algos", args.algos, "--seeds", args.seeds]
+        ours += ["--jobs", str(args.jobs), "--out", str(args.runs)]
+        status = compare.main([*ours, "--", "--preset", "tiny", "--data", str(data), *FLAGS])
+        if status:
+            return status
+        write_csv(read_runs([args.runs]), table)
+    elif not table.exists():
+        print(f"error: no {table} to draw: run it without --redraw first", file=sys.stderr)
+        return 2
+    runs = read_runs([table])
+    plot_runs(runs, args.out)
+    print("\n".join([*say(runs), f"wrote {args.out}"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

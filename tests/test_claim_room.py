@@ -1,0 +1,59 @@
+"""claims/room.py: longer problems, the seven's table, the command in miniature."""
+
+import json
+
+import pytest
+
+from claims import room
+from tiny.problems import problems
+from trainer.data import load_problems
+
+
+def test_the_problems_have_three_to_six_steps_and_the_splits_do_not_meet(tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "SIZES", {"train": 300, "test": 100})
+    data = room.write_problems(tmp_path)
+    asked = {}
+    for split in room.SIZES:
+        rows = [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
+        assert {row["answer"].count("\n") for row in rows} == {3, 4, 5, 6}  # a line per step
+        asked[split] = {row["question"] for row in rows}
+        assert len(asked[split]) == room.SIZES[split]
+    assert not asked["train"] & asked["test"]
+    assert len(load_problems(str(data), "train")) == 300
+
+
+def test_the_embedded_task_draws_what_it_drew_before():
+    assert problems(50, 3, "test") == problems(50, 3, "test", 2, 5) != problems(50, 3, "test", 3, 6)
+
+
+def run_of(algo, seed, *accuracies):
+    rows = [{"phase": "eval", "accuracy": value} for value in accuracies]
+    return {"algo": algo, "seed": seed, "rows": rows}
+
+
+def test_differences_are_taken_seed_by_seed():
+    runs = [run_of("grpo", 0, 0.1, 0.2, 0.4), run_of("grpo", 1, 0.1, 0.4, 0.6)]
+    runs += [run_of("tepo", 1, 0.1, 0.5, 0.5), run_of("tepo", 0, 0.1, 0.4, 0.5)]
+    found = room.less_grpo(runs)
+    assert found["grpo", "final"] == [0.4, 0.6]
+    assert found["grpo", "mean"] == pytest.approx([0.3, 0.5])  # without the start
+    assert found["tepo", "final"] == pytest.approx([-0.1, 0.1])
+    assert found["tepo", "mean"] == pytest.approx([0.0, 0.15])
+    assert "| GRPO (itself) | 2 | 0.500 ± 1.271 |" in room.say(runs)[2]  # 12.706 * 0.1414 / 1.414
+
+
+def test_the_command_in_miniature(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(room, "SIZES", {"train": 40, "test": 10})
+    monkeypatch.setattr(room, "FLAGS", ["--max-new-tokens", "16", "--steps", "1", "--k", "0"])
+    out, runs = tmp_path / "room.png", tmp_path / "runs"
+    asked = ["--algos", "grpo,tepo", "--seeds", "0", "--jobs", "1"]
+    assert room.main([*asked, "--runs", str(runs), "--out", str(out)]) == 0
+    assert "| TEPO | 1 | " in capsys.readouterr().out
+    out.unlink()
+    assert room.main(["--redraw", "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_to_draw_is_said_in_a_line(tmp_path, capsys):
+    assert room.main(["--redraw", "--out", str(tmp_path / "room.png")]) == 2
+    assert "run it without --redraw first" in capsys.readouterr().err
