@@ -17,7 +17,8 @@ are compared with what GRPO reaches, each from the start policy's own numbers:
             p (1 - p) gap_G(p) = beta (p - p_ref). gap_G is of groups of G. On samples of pi the
             gradient of k3 is that of KL(pi_ref || pi), not of KL(pi || pi_ref).
     lines   the same where the policy may only choose, before each line of work, between this
-            line and the answer at once: right answers per number of lines stay as they are
+            line and the answer at once: right answers per number of lines stay as they are.
+            Completions are taken as equally long, as in k3 (the loss divides by the length)
 
 Part "steps": one update per rollout, 16 problems x 16 completions. Part "epochs": one iteration of
 the paper, updates on one rollout of the start policy, with GRPO's clip range and without a clip.
@@ -271,16 +272,6 @@ def table(rows):
     return lines
 
 
-def per_seed(rows, part, first=0, **wanted):
-    """{seed: {step: row}} of a part of the .csv."""
-    found = {}
-    for r in rows:
-        fits = all(r[name] == value for name, value in wanted.items())
-        if r["part"] == part and r["step"] >= first and fits:
-            found.setdefault(r["seed"], {})[r["step"]] = r
-    return found
-
-
 def say(rows):
     text = []
     for line in table(rows):
@@ -291,8 +282,8 @@ def say(rows):
         )
     before = tally(rows, "before")
     for beta in BETAS:
-        runs = per_seed(rows, "steps", beta=beta).values()
-        kl = [fmean(r["kl"] for r in list(run.values())[-LAST:]) for run in runs]
+        runs = kit.runs_of(rows, part="steps", beta=beta)
+        kl = [fmean(r["kl"] for r in run[-LAST:]) for run in runs]
         after_training = tally(rows, "after", beta=beta)
         pairs = [(rate(after_training[q])[1], rate(before[q])[1]) for q in before]
         least = fmean(cheapest_kl(*pair) for pair in pairs)
@@ -301,9 +292,9 @@ def say(rows):
     first = fmean(after(p, p, BETA_EPOCHS) for p in p_ref)
     text.append(f"one iteration, beta {BETA_EPOCHS:g}: the recursion says {first:.3f}")
     for clip in CLIPS:
-        runs = per_seed(rows, "epochs", clip=clip).values()
-        for step in list(runs)[0]:
-            text.append(f"  {clip}, {step} updates: {cell([run[step]['p'] for run in runs], 3)}")
+        for same in zip(*kit.runs_of(rows, part="epochs", clip=clip), strict=True):
+            p = cell([r["p"] for r in same], 3)
+            text.append(f"  {clip}, {same[0]['step']} updates: {p}")
     return text
 
 
@@ -321,47 +312,51 @@ def draw(rows, out):
     for ax in (steps, levels, each, epochs):
         ax.set_ylim(0, 1)
         ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, fontsize=8, loc="best")
+    for ax in (steps, epochs):
+        ax.axhline(p_of(tally(rows, "before")), color="0.6", lw=1)
+        ax.set_ylabel("p, mean over 16 problems")
     save(figure, out)
+
+
+def draw_runs(ax, runs, **look):
+    """Each run, thin, and their mean."""
+    x = [r["step"] for r in runs[0]]
+    for run in runs:
+        ax.plot(x, [r["p"] for r in run], color=look["color"], lw=0.8, alpha=0.35)
+    mean = [fmean(r["p"] for r in same) for same in zip(*runs, strict=True)]
+    ax.plot(x, mean, lw=2, **look)
 
 
 def draw_steps(ax, rows):
     before = tally(rows, "before")
     for beta in BETAS:
-        runs = list(per_seed(rows, "steps", beta=beta).values())
-        x = list(runs[0])
-        for run in runs:
-            ax.plot(x, [run[s]["p"] for s in x], color=COLOURS[beta], lw=0.8, alpha=0.35)
-        mean = [fmean(run[s]["p"] for run in runs) for s in x]
-        ax.plot(x, mean, color=COLOURS[beta], lw=2, label=f"measured, β = {beta:g}")
+        look = {"color": COLOURS[beta], "label": f"measured, β = {beta:g}"}
+        draw_runs(ax, kit.runs_of(rows, part="steps", beta=beta), **look)
         for name, dashes in (("paper", "--"), ("lines", ":")):
             level = fmean(predicted(before, beta, steps)[name] for steps in KINDS)
             label = f"{LEVELS[name][1]}, β = {beta:g}"
             ax.axhline(level, color=COLOURS[beta], ls=dashes, lw=1.3, label=label)
-    ax.axhline(p_of(before), color="0.6", lw=1, label="start policy")
     ax.set_title("Many rollouts, one update each")
     ax.set_xlabel("update")
-    ax.set_ylabel("p, mean over 16 problems")
-    ax.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
 
 
 def draw_levels(ax, rows):
     lines = table(rows)
     for i, line in enumerate(lines):
-        colour = COLOURS[line["beta"]]
+        colour, reached = COLOURS[line["beta"]], line["reached"]
         ax.plot([i - 0.3, i + 0.3], [line["p_ref"]] * 2, color="0.6")
+        ax.plot([i - 0.25] * len(reached), reached, "o", color=colour, ms=5)
         for k, (name, (marker, _)) in enumerate(LEVELS.items()):
             ax.plot(i - 0.1 + 0.15 * k, line[name], marker, mfc="none", mec=colour, ms=7)
-        reached = line["reached"]
-        ax.plot([i - 0.25] * len(reached), reached, "o", color=colour, ms=5)
     for marker, label in LEVELS.values():
         ax.plot([], [], marker, mfc="none", mec="0.2", label=label)
     ax.plot([], [], "o", color="0.2", label="measured, per seed")
     ax.plot([], [], color="0.6", label="start policy")
     names = [f"β = {line['beta']:g}\n{line['steps']} steps" for line in lines]
     ax.set_xticks(range(len(lines)), names)
-    ax.set_title("Where p ends, and the three predictions")
+    ax.set_title("Where p ends, and three predictions")
     ax.set_ylabel("p, mean over 8 problems")
-    ax.legend(frameon=False, fontsize=8, loc="upper right")
 
 
 def draw_problems(ax, rows):
@@ -378,27 +373,17 @@ def draw_problems(ax, rows):
     ax.set_title("Each problem")
     ax.set_xlabel("p in the limit of the recursion")
     ax.set_ylabel("p measured after training")
-    ax.legend(frameon=False, fontsize=8, loc="upper left")
 
 
 def draw_epochs(ax, rows):
-    before = tally(rows, "before")
-    p_ref = [rate(counts)[1] for counts in before.values()]
-    colour = COLOURS[BETA_EPOCHS]
-    for clip, dashes in (("not clipped", "-"), ("clipped", "--")):
-        runs = list(per_seed(rows, "epochs", clip=clip).values())
-        x = list(runs[0])
-        mean = [fmean(run[s]["p"] for run in runs) for s in x]
-        ax.plot([0, *x], [p_of(before), *mean], color=colour, ls=dashes, marker="o", label=clip)
-        for run in runs:
-            ax.plot(x, [run[s]["p"] for s in x], ".", color=colour, alpha=0.5)
+    for clip, colour in (("not clipped", "#4C72B0"), ("clipped", "#DD8452")):
+        draw_runs(ax, kit.runs_of(rows, part="epochs", clip=clip), color=colour, label=clip)
+    p_ref = [rate(counts)[1] for counts in tally(rows, "before").values()]
     first = fmean(after(p, p, BETA_EPOCHS) for p in p_ref)
     ax.axhline(first, color="0.2", ls=":", label="the recursion's first iteration")
-    ax.axhline(p_of(before), color="0.6", lw=1, label="start policy")
+    ax.set_xlim(0, EPOCHS)
     ax.set_title(f"One rollout, many updates: β = {BETA_EPOCHS:g}")
     ax.set_xlabel("updates on the rollout")
-    ax.set_ylabel("p, mean over 16 problems")
-    ax.legend(frameon=False, fontsize=8, loc="upper left")
 
 
 def main(argv=None):

@@ -8,6 +8,7 @@ import torch
 
 import grpo
 from claims import amplifies as amp
+from claims import kit
 
 REF = torch.tensor([0.1, 0.15, 0.5, 0.25], dtype=torch.float64)  # four completions of one question
 RIGHT = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
@@ -129,7 +130,8 @@ def test_the_problems_are_of_their_kinds():
 def rows():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(amp, "STEPS", 3)
-        patch.setattr(amp, "EPOCHS", 4)
+        patch.setattr(amp, "EPOCHS", 2)
+        patch.setattr(amp, "EVERY", 2)
         patch.setattr(amp, "DRAWS", 32)
         return amp.run((0, 2.0))
 
@@ -138,8 +140,8 @@ def test_the_rows_in_miniature(rows):
     for part in ("before", "after"):
         for q, counts in amp.tally(rows, part, beta=2.0).items():
             assert amp.rate(counts)[0] == 32, q
-    steps = amp.per_seed(rows, "steps", beta=2.0)[0]
-    assert list(steps) == [0, 1, 2]
+    (steps,) = kit.runs_of(rows, part="steps", beta=2.0)
+    assert [r["step"] for r in steps] == [0, 1, 2]
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-4)  # the start policy itself
     assert steps[2]["kl"] > 0.01
     assert steps[2]["p"] > steps[0]["p"]
