@@ -313,13 +313,13 @@ def draw(rows, out):
     draw_levels(levels, rows)
     draw_problems(each, rows)
     draw_epochs(epochs, rows)
+    for ax in (steps, epochs):
+        ax.axhline(p_of(tally(rows, "before")), color="0.6", lw=1, label="start policy")
+        ax.set_ylabel("p, mean over 16 problems")
     for ax in (steps, levels, each, epochs):
         ax.set_ylim(0, 1.04)  # a level can be 1
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=8, loc="best")
-    for ax in (steps, epochs):
-        ax.axhline(p_of(tally(rows, "before")), color="0.6", lw=1)
-        ax.set_ylabel("p, mean over 16 problems")
+        ax.legend(frameon=False, fontsize=8, loc="best", ncols=2 if ax is steps else 1)
     save(figure, out)
 
 
