@@ -1,0 +1,398 @@
+"""Does GRPO with a KL term amplify success as predicted (arXiv 2503.06639)?
+
+One iteration of the paper maximises exactly, for each question, with rewards 0 and 1,
+
+    E_pi[A] - beta KL(pi || pi_ref),    A = (r - p) / sqrt(p (1 - p) + eps),
+
+where p is the probability of success of the policy before. The maximiser is
+pi_n(o) ~ pi_ref(o) exp(A(o) / beta). A has one value on right and one on wrong completions, so
+
+    logit p_n = logit p_ref + gap(p_{n-1}) / beta,    gap(p) = 1 / sqrt(p (1 - p) + eps).
+
+We have seen the paper's abstract, not its equations: this is our derivation. Three levels of p
+are compared with what GRPO reaches, each from the start policy's own numbers:
+
+    paper   the limit of the recursion
+    k3      where the gradient of grpo.py's loss vanishes, if each completion were one free choice:
+            p (1 - p) gap_G(p) = beta (p - p_ref). gap_G is of groups of G. On samples of pi the
+            gradient of k3 is that of KL(pi_ref || pi), not of KL(pi || pi_ref).
+    lines   the same where the policy may only choose, before each line of work, between this
+            line and the answer at once: right answers per number of lines stay as they are.
+            Completions are taken as equally long, as in k3 (the loss divides by the length)
+
+Part "steps": one update per rollout, 16 problems x 16 completions. Part "epochs": one iteration of
+the paper, updates on one rollout of the start policy, with GRPO's clip range and without a clip.
+The problems have 2 or 3 steps, so that p_ref can be measured. About 7 core-minutes.
+"""
+
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+from statistics import fmean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from claims import kit
+from compare import cell
+from plot import new_figure, save
+from tiny.problems import problems
+
+KINDS = {2: range(8), 3: range(8, 16)}  # steps of a problem: the places of these problems
+GROUP = 16
+BETAS = (1.0, 2.0)
+STEPS, LAST = 24, 6  # LAST: steps over which the KL is averaged
+EPOCHS, EVERY = 16, 4
+BETA_EPOCHS = 2.0
+CLIPS = {"clipped": (0.2, 0.2), "not clipped": (1.0, 1e6)}
+DRAWS = 128  # completions of each problem
+EPS = 1e-8  # our std + 1e-4 is nearly the square root of the variance + this
+COLUMNS = ("part", "seed", "beta", "clip", "step", "problem", "lines", "n", "right", "p", "kl")
+
+
+def gap(p):
+    """The advantage of a right completion less that of a wrong one, in the whole population."""
+    return 1 / math.sqrt(p * (1 - p) + EPS)
+
+
+def gap_of_group(p, group=GROUP):
+    """The same as a gradient sees it that averages over groups of this size.
+
+    With k of G right, the push that divides the two is f (1 - f) / std, f = k / G.
+    """
+    total = 0.0
+    for k in range(1, group):
+        f = k / group
+        chance = math.comb(group, k) * p**k * (1 - p) ** (group - k)
+        std = math.sqrt(group / (group - 1) * f * (1 - f))
+        total += chance * f * (1 - f) / (std + 1e-4)
+    return total / (p * (1 - p))
+
+
+def after(p, p_ref, beta):
+    """The recursion: p of the next iteration."""
+    x = math.log(p_ref / (1 - p_ref)) + gap(p) / beta
+    return 1 / (1 + math.exp(-x))
+
+
+def limit(p_ref, beta, iterations=200):
+    """Where the recursion goes from p_ref."""
+    p = p_ref
+    for _ in range(iterations):
+        p = after(p, p_ref, beta)
+    return p
+
+
+def root(f):
+    """Where f, from positive at 0 to negative at 1, is 0."""
+    low, high = 1e-9, 1 - 1e-9
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if f(middle) > 0 else (low, middle)
+    return low
+
+
+def limit_k3(p_ref, beta, gap=gap_of_group):
+    """p where p (1 - p) gap(p) = beta (p - p_ref)."""
+    return root(lambda p: p * (1 - p) * gap(p) - beta * (p - p_ref))
+
+
+def limit_lines(stay_ref, right, beta, gap=gap_of_group):
+    """p where each choice to go on working is at rest.
+
+    stay_ref[t]: the probability of line t + 1 after t lines under pi_ref. right[t]: of a right
+    answer after just t lines. s (1 - s) (V_on - right[t]) gap(p) = beta (s - stay_ref[t]), V_on
+    being the probability of success once the line is written.
+    """
+    stay = list(stay_ref)
+    for _ in range(300):
+        g, values = gap(success(stay, right)[0]), success(stay, right)
+        for t, s_ref in enumerate(stay_ref):
+            push = (values[t + 1] - right[t]) * g
+            new = root(lambda s, c=push, r=s_ref: s * (1 - s) * c - beta * (s - r))
+            stay[t] += 0.2 * (new - stay[t])
+    return success(stay, right)[0]
+
+
+def success(stay, right):
+    """[V_0, V_1, ...]: the probability of a right answer once t lines are written."""
+    values = [right[-1]]
+    for s, stopped in zip(reversed(stay), reversed(right[:-1]), strict=True):
+        values.insert(0, s * values[0] + (1 - s) * stopped)
+    return values
+
+
+def cheapest_kl(p, p_ref):
+    """The least KL(pi || pi_ref) in nats at which pi has the probability of success p."""
+    pairs = ((p, p_ref), (1 - p, 1 - p_ref))
+    return sum(a * math.log(a / b) for a, b in pairs if a > 0)
+
+
+def choose(each=8):
+    """The first training problems of two steps, and of three, `each` of both."""
+    rows, chosen = problems(400, 0, "train"), []
+    for steps in KINDS:
+        chosen += [row for row in rows if row["answer"].count("=") == steps][:each]
+    return chosen
+
+
+def count(trainer, draws, **about):
+    """Rows of the .csv: per problem and lines of work, fresh completions, and right ones."""
+    found = {}
+    for _ in range(draws // GROUP):
+        batch = trainer.sample([p["prompt_ids"] for p in trainer.problems], GROUP)
+        trainer.grade(batch, trainer.problems)
+        for i, (text, right) in enumerate(zip(batch.texts, batch.right.tolist(), strict=True)):
+            tally = found.setdefault((i // GROUP, text.count("=")), [0, 0])
+            tally[0] += 1
+            tally[1] += int(right)
+    for (problem, lines), (n, right) in sorted(found.items()):
+        yield row(**about, problem=problem, lines=lines, n=n, right=right)
+
+
+def row(**values):
+    return {name: values.get(name) for name in COLUMNS}
+
+
+def run(task):
+    """Rows of one seed and beta."""
+    seed, beta = task
+    with tempfile.TemporaryDirectory() as folder:
+        for split, rows in (("train", choose()), ("test", problems(1, 0, "test"))):
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (Path(folder) / f"{split}.jsonl").write_text(text)
+        rows = many_rollouts(folder, seed, beta)
+        if beta == BETA_EPOCHS:
+            for clip in CLIPS:
+                rows += one_rollout(folder, seed, clip)
+        return rows
+
+
+def start(folder, seed, beta, clip="clipped"):
+    """A trainer whose every step takes all problems and makes one update."""
+    low, high = CLIPS[clip]
+    options = ["--option", f"eps_low={low}", "--option", f"eps_high={high}"]
+    options += ["--data", folder, "--prompts", "16", "--group-size", str(GROUP)]
+    options += ["--updates", "1", "--warmup", "0", "--lr", "1e-3", "--beta", str(beta)]
+    return kit.trainer("grpo", *options, seed=seed)
+
+
+def many_rollouts(folder, seed, beta):
+    """Rows of "steps", one per step, and the counts before and after training."""
+    about = {"seed": seed, "beta": beta}
+    with start(folder, seed, beta) as (trainer, _):
+        rows = list(count(trainer, DRAWS, part="before", **about))
+        for step in range(1, STEPS + 1):
+            line, rollout, _ = trainer.step(step)
+            log_ratio = (rollout.old_logprobs - rollout.ref_logprobs) * rollout.mask
+            kl = log_ratio.sum(1).mean().item()  # of whole completions, in nats
+            rows.append(row(part="steps", step=step - 1, p=line["accuracy"], kl=kl, **about))
+        return rows + list(count(trainer, DRAWS, part="after", **about))
+
+
+def one_rollout(folder, seed, clip):
+    """Rows of "epochs": p after updates on the first rollout alone."""
+    about = {"part": "epochs", "seed": seed, "beta": BETA_EPOCHS, "clip": clip}
+    rows = []
+    with start(folder, seed, BETA_EPOCHS, clip) as (trainer, _):
+        _, rollout, _ = trainer.step(1)
+        for epoch in range(1, EPOCHS + 1):
+            if epoch > 1:
+                trainer.updater.update(rollout, torch.arange(trainer.o.rows), False)
+            if epoch % EVERY == 0:
+                counts = list(count(trainer, DRAWS // 2))
+                p = sum(c["right"] for c in counts) / sum(c["n"] for c in counts)
+                rows.append(row(**about, step=epoch, p=p))
+    return rows
+
+
+def measure(args):
+    tasks = [(seed, beta) for seed in args.seeds for beta in BETAS]
+    return kit.each(run, tasks, args.jobs)
+
+
+def tally(rows, part, **wanted):
+    """{problem: {lines, at most the problem's steps: (completions, right ones)}}, all seeds."""
+    found = {}
+    for r in rows:
+        if r["part"] == part and all(r[name] == value for name, value in wanted.items()):
+            lines = min(r["lines"], steps_of(r["problem"]))
+            n, right = found.setdefault(r["problem"], {}).get(lines, (0, 0))
+            found[r["problem"]][lines] = n + r["n"], right + r["right"]
+    return found
+
+
+def steps_of(problem):
+    return next(steps for steps, places in KINDS.items() if problem in places)
+
+
+def rate(counts, least=0):
+    """(completions of at least so many lines, share of right ones) of {lines: (n, right)}."""
+    kept = [pair for lines, pair in counts.items() if lines >= least]
+    n = sum(pair[0] for pair in kept)
+    return n, sum(pair[1] for pair in kept) / max(n, 1)
+
+
+def p_of(found, steps=None):
+    """Mean p over the problems, or over those of so many steps."""
+    return fmean(rate(counts)[1] for q, counts in found.items() if steps in (None, steps_of(q)))
+
+
+def predicted(before, beta, steps):
+    """{name: mean p} of the three levels, for the problems of so many steps."""
+    chosen = [counts for q, counts in before.items() if steps_of(q) == steps]
+    p_ref = [rate(counts)[1] for counts in chosen]
+    pooled = {}
+    for t in range(steps + 1):
+        pairs = [counts.get(t, (0, 0)) for counts in chosen]
+        pooled[t] = sum(n for n, _ in pairs), sum(right for _, right in pairs)
+    stay = [rate(pooled, t + 1)[0] / rate(pooled, t)[0] for t in range(steps)]
+    right = [pooled[t][1] / max(pooled[t][0], 1) for t in range(steps + 1)]
+    return {
+        "paper": fmean(limit(p, beta) for p in p_ref),
+        "k3": fmean(limit_k3(p, beta) for p in p_ref),
+        "lines": limit_lines(stay, right, beta),
+    }
+
+
+def table(rows):
+    """[{beta, steps, p_ref, reached (a list, per seed), and the levels}] per beta and kind."""
+    before = tally(rows, "before")
+    seeds = sorted({r["seed"] for r in rows})
+    lines = []
+    for beta in BETAS:
+        ends = [tally(rows, "after", beta=beta, seed=seed) for seed in seeds]
+        for steps in KINDS:
+            line = {"beta": beta, "steps": steps, "p_ref": p_of(before, steps)}
+            line["reached"] = [p_of(end, steps) for end in ends]
+            lines.append({**line, **predicted(before, beta, steps)})
+    return lines
+
+
+def say(rows):
+    text = []
+    for line in table(rows):
+        text.append(
+            f"beta {line['beta']:g}, {line['steps']} steps: p from {line['p_ref']:.3f} to "
+            f"{cell(line['reached'], 3)}; paper {line['paper']:.3f}, k3 {line['k3']:.3f}, "
+            f"lines {line['lines']:.3f}"
+        )
+    before = tally(rows, "before")
+    for beta in BETAS:
+        runs = kit.runs_of(rows, part="steps", beta=beta)
+        kl = [fmean(r["kl"] for r in run[-LAST:]) for run in runs]
+        after_training = tally(rows, "after", beta=beta)
+        pairs = [(rate(after_training[q])[1], rate(before[q])[1]) for q in before]
+        least = fmean(cheapest_kl(*pair) for pair in pairs)
+        text.append(f"beta {beta:g}: KL {cell(kl, 3)} nats; that p needs {least:.3f}")
+    p_ref = [rate(counts)[1] for counts in before.values()]
+    first = fmean(after(p, p, BETA_EPOCHS) for p in p_ref)
+    text.append(f"one iteration, beta {BETA_EPOCHS:g}: the recursion says {first:.3f}")
+    for clip in CLIPS:
+        for same in zip(*kit.runs_of(rows, part="epochs", clip=clip), strict=True):
+            p = cell([r["p"] for r in same], 3)
+            text.append(f"  {clip}, {same[0]['step']} updates: {p}")
+    return text
+
+
+COLOURS = {1.0: "#C44E52", 2.0: "#4C72B0"}
+LEVELS = {
+    "paper": ("s", "recursion"),
+    "k3": ("^", "k3, groups of 16"),
+    "lines": ("D", "a choice per line"),
+}
+
+
+def draw(rows, out):
+    figure = new_figure(11, 7.6)
+    (steps, levels), (each, epochs) = figure.subplots(2, 2)
+    draw_steps(steps, rows)
+    draw_levels(levels, rows)
+    draw_problems(each, rows)
+    draw_epochs(epochs, rows)
+    for ax in (steps, epochs):
+        ax.axhline(p_of(tally(rows, "before")), color="0.6", lw=1, label="start policy")
+        ax.set_ylabel("p, mean over 16 problems")
+    for ax in (steps, levels, each, epochs):
+        ax.set_ylim(0, 1.04)  # a level can be 1
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, fontsize=8, loc="best", ncols=2 if ax is steps else 1)
+    save(figure, out)
+
+
+def draw_runs(ax, runs, **look):
+    """Each run, thin, and their mean."""
+    x = [r["step"] for r in runs[0]]
+    for run in runs:
+        ax.plot(x, [r["p"] for r in run], color=look["color"], lw=0.8, alpha=0.35)
+    mean = [fmean(r["p"] for r in same) for same in zip(*runs, strict=True)]
+    ax.plot(x, mean, lw=2, **look)
+
+
+def draw_steps(ax, rows):
+    before = tally(rows, "before")
+    for beta in BETAS:
+        look = {"color": COLOURS[beta], "label": f"measured, β = {beta:g}"}
+        draw_runs(ax, kit.runs_of(rows, part="steps", beta=beta), **look)
+        for name, dashes in (("paper", "--"), ("lines", ":")):
+            level = fmean(predicted(before, beta, steps)[name] for steps in KINDS)
+            label = f"{LEVELS[name][1]}, β = {beta:g}"
+            ax.axhline(level, color=COLOURS[beta], ls=dashes, lw=1.3, label=label)
+    ax.set_title("Many rollouts, one update each")
+    ax.set_xlabel("update")
+
+
+def draw_levels(ax, rows):
+    lines = table(rows)
+    for i, line in enumerate(lines):
+        colour, reached = COLOURS[line["beta"]], line["reached"]
+        ax.plot([i - 0.3, i + 0.3], [line["p_ref"]] * 2, color="0.6")
+        ax.plot([i - 0.25] * len(reached), reached, "o", color=colour, ms=5)
+        for k, (name, (marker, _)) in enumerate(LEVELS.items()):
+            ax.plot(i - 0.1 + 0.15 * k, line[name], marker, mfc="none", mec=colour, ms=7)
+    for marker, label in LEVELS.values():
+        ax.plot([], [], marker, mfc="none", mec="0.2", label=label)
+    ax.plot([], [], "o", color="0.2", label="measured, per seed")
+    ax.plot([], [], color="0.6", label="start policy")
+    names = [f"β = {line['beta']:g}\n{line['steps']} steps" for line in lines]
+    ax.set_xticks(range(len(lines)), names)
+    ax.set_title("Where p ends, and three predictions")
+    ax.set_ylabel("p, mean over 8 problems")
+
+
+def draw_problems(ax, rows):
+    before = tally(rows, "before")
+    for beta in BETAS:
+        end = tally(rows, "after", beta=beta)
+        for steps, marker in ((2, "o"), (3, "v")):
+            chosen = [q for q in before if steps_of(q) == steps]
+            x = [limit(rate(before[q])[1], beta) for q in chosen]
+            y = [rate(end[q])[1] for q in chosen]
+            label = f"β = {beta:g}, {steps} steps"
+            ax.plot(x, y, marker, color=COLOURS[beta], ms=5, label=label)
+    ax.plot([0, 1], [0, 1], color="0.6", lw=1)
+    ax.set_title("Each problem")
+    ax.set_xlabel("p in the limit of the recursion")
+    ax.set_ylabel("p measured after training")
+
+
+def draw_epochs(ax, rows):
+    for clip, colour in (("not clipped", "#4C72B0"), ("clipped", "#DD8452")):
+        draw_runs(ax, kit.runs_of(rows, part="epochs", clip=clip), color=colour, label=clip)
+    p_ref = [rate(counts)[1] for counts in tally(rows, "before").values()]
+    first = fmean(after(p, p, BETA_EPOCHS) for p in p_ref)
+    ax.axhline(first, color="0.2", ls=":", label="the recursion's first iteration")
+    ax.set_xlim(0, EPOCHS)
+    ax.set_title(f"One rollout, many updates: β = {BETA_EPOCHS:g}")
+    ax.set_xlabel("updates on the rollout")
+
+
+def main(argv=None):
+    return kit.command(__doc__, __file__, measure, draw, say, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
