@@ -108,7 +108,12 @@ def rounded(value):
 
 
 def read_rows(path):
-    """The rows of a .csv; what reads as a number is one, and nothing is None."""
+    """The rows of a .csv; what reads as a number is one, and nothing is None.
+
+    Raises ValueError if there is no such file.
+    """
+    if not path.exists():
+        raise ValueError(f"no {path} to draw: run it without --redraw first")
     with open(path, newline="") as file:
         return [{key: read(text) for key, text in row.items()} for row in csv.DictReader(file)]
 
@@ -133,15 +138,32 @@ def build_parser(doc, name):
 
 
 def command(doc, name, measure, draw, say, argv=None):
-    """Measure, write the .csv and the figure, print the lines. name: the experiment's __file__."""
+    """Measure, write the .csv and the figure, print the lines. name: the experiment's __file__.
+
+    Returns the exit status.
+    """
     args = build_parser(doc, name).parse_args(argv)
-    table = args.out.with_suffix(".csv")
-    if args.redraw and not table.exists():
-        print(f"error: no {table} to draw: run it without --redraw first", file=sys.stderr)
+
+    def work():
+        table = args.out.with_suffix(".csv")
+        if not args.redraw:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            write_rows(table, measure(args))
+        rows = read_rows(table)
+        draw(rows, args.out)
+        wrote = f"wrote {args.out}" + ("" if args.redraw else f" and {table}")
+        print("\n".join([*say(rows), wrote]))
+
+    return status_of(work)
+
+
+def status_of(work):
+    """Run work(); an error that the user can mend is printed in one line. -> the exit status"""
+    try:
+        work()
+    except (OSError, ValueError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    if not args.redraw:
-        write_rows(table, measure(args))
-    rows = read_rows(table)
-    draw(rows, args.out)
-    print("\n".join([*say(rows), f"wrote {args.out}" + ("" if args.redraw else f" and {table}")]))
+    except KeyboardInterrupt:
+        return 130
     return 0

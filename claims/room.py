@@ -17,15 +17,17 @@ import argparse
 import json
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when run as a script
 
 import compare
+from claims import kit
 from plot import plot_runs, style
 from tiny.problems import problems
 from trainer.options import ALGORITHMS
-from trainer.runs import read_runs, write_csv
+from trainer.runs import ORDER, read_runs, write_csv
 
 OUT = Path(__file__).with_suffix(".png")
 FEWEST, MOST = 3, 6  # steps of a problem
@@ -67,13 +69,26 @@ def say(runs):
     found = less_grpo(runs)
     lines = ["| method | seeds | final accuracy less GRPO's | mean accuracy less GRPO's |"]
     lines.append("|---|---|---|---|")
-    for algo in dict.fromkeys(algo for algo, _ in found):
+    algos = {algo for algo, _ in found}
+    for algo in sorted(algos, key=[*ORDER, *algos].index):
         sign = "" if algo == "grpo" else "+"
         cells = [compare.cell(found[algo, name], 3, sign) for name in ("final", "mean")]
         name = style(algo)[0] + (" (itself)" if algo == "grpo" else "")
         seeds = len(found[algo, "final"])
         lines.append(f"| {name} | {seeds} | " + " | ".join(cells) + " |")
     return lines
+
+
+def by_steps(run):
+    """The lines of --by-steps: of how many held-out problems the run's model solves how many."""
+    flags = ["--model", str(run), "--data", str(run.parent / "data"), *FLAGS[:2]]
+    asked, solved = Counter(), Counter()
+    with kit.trainer("grpo", *flags) as (trainer, held_out):
+        for problem, right in zip(held_out, kit.greedy(trainer, held_out), strict=True):
+            steps = problem["answer"].count("\n")  # a line per step, then the answer's
+            asked[steps] += 1
+            solved[steps] += int(right)
+    return [f"{n} steps: {solved[n]} of {asked[n]}" for n in sorted(asked)]
 
 
 def main(argv=None):
@@ -87,23 +102,30 @@ def main(argv=None):
     add("--runs", type=Path, default=Path("runs/room"), help="the runs' folder (runs/room)")
     add("--out", type=Path, default=OUT, help=f"the figure (default {OUT.name})")
     add("--redraw", action="store_true", help="figure and table of the .csv; trains nothing")
+    text = "print what the model of a run solves, by steps of the problem, and stop"
+    add("--by-steps", type=Path, metavar="RUN", help=text)
     args = parser.parse_args(argv)
+    return kit.status_of(lambda: work(args))
+
+
+def work(args):
+    """What the command line asks for."""
+    if args.by_steps:
+        print("\n".join(by_steps(args.by_steps)))
+        return
     table = args.out.with_suffix(".csv")
     if not args.redraw:
         data = write_problems(args.runs / "data")
         ours = ["--algos", args.algos, "--seeds", args.seeds]
         ours += ["--jobs", str(args.jobs), "--out", str(args.runs)]
-        status = compare.main([*ours, "--", "--preset", "tiny", "--data", str(data), *FLAGS])
-        if status:
-            return status
+        if compare.main([*ours, "--", "--preset", "tiny", "--data", str(data), *FLAGS]):
+            raise ValueError("some run did not end; the same command goes on from here")
         write_csv(read_runs([args.runs]), table)
-    elif not table.exists():
-        print(f"error: no {table} to draw: run it without --redraw first", file=sys.stderr)
-        return 2
+    if not table.exists():
+        raise ValueError(f"no {table} to draw: run it without --redraw first")
     runs = read_runs([table])
     plot_runs(runs, args.out)
     print("\n".join([*say(runs), f"wrote {args.out}"]))
-    return 0
 
 
 if __name__ == "__main__":

@@ -49,6 +49,9 @@ def test_the_command_in_miniature(tmp_path, monkeypatch, capsys):
     asked = ["--algos", "grpo,tepo", "--seeds", "0", "--jobs", "1"]
     assert room.main([*asked, "--runs", str(runs), "--out", str(out)]) == 0
     assert "| TEPO | 1 | " in capsys.readouterr().out
+    assert room.main(["--by-steps", str(runs / "grpo-s0")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(int(line.split()[-1]) for line in lines) == 10
     out.unlink()
     assert room.main(["--redraw", "--out", str(out)]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
