@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from claims import kit
-from compare import mean_interval
+from compare import cell, mean_interval
 from grpo import advantages
 from plot import new_figure, save
 from trainer.runs import read_runs
@@ -170,22 +170,17 @@ def draw(rows, out):
     save(figure, out)
 
 
-def text(found, digits=3, sign=""):
-    mean, half = mean_interval(found)
-    return f"{mean:{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
-
-
 def less(rows, a, b):
     """Accuracy of setting a less that of b at the same seed."""
     pair = zip(*(values(rows, "updates", name, "accuracy") for name in (a, b)), strict=True)
-    return text([x - y for x, y in pair], sign="+")
+    return cell([x - y for x, y in pair], 3, "+")
 
 
 def say(rows):
     lines = []
     for name in SETTINGS:
-        accuracy = text(values(rows, "updates", name, "accuracy"))
-        taken = text(values(rows, "updates", name, "per_rollout"), 2)
+        accuracy = cell(values(rows, "updates", name, "accuracy"), 3)
+        taken = cell(values(rows, "updates", name, "per_rollout"), 2)
         lines.append(f"GRPO, {name}: accuracy {accuracy}, steps taken per rollout {taken}")
     names = list(SETTINGS)
     for a, b in ((0, 1), (2, 3), (2, 0), (3, 0)):
@@ -194,16 +189,18 @@ def say(rows):
         for step in sorted({line["step"] for line in rows if line["what"] == "range"}):
             found = values(rows, "range", name, "accuracy", step)
             if found:
-                lines.append(f"{name}, step {step}: {text(found)}")
+                lines.append(f"{name}, step {step}: {cell(found, 3)}")
     clipped = [line["clipped"] for line in rows if line["clipped"] is not None]
     lines.append(f"GSPO, 0.2 / 0.28: clip fraction at most {max(clipped):.6f}")
     for way in WAYS:
-        shares = [f"{count}: {text(values(rows, way, str(count), 'share'))}" for count in COUNTS]
+        found = {count: values(rows, way, str(count), "share") for count in COUNTS}
+        shares = [f"{count}: {cell(share, 3)}" for count, share in found.items()]
         lines.append(f"push, over the {way}, by calculations: {', '.join(shares)}")
     texts = []
     for count in COUNTS:
         ours, own = (values(rows, way, str(count), "share") for way in WAYS)
-        texts.append(f"{count}: {text([y - x for x, y in zip(ours, own, strict=True)], sign='+')}")
+        less_ours = [y - x for x, y in zip(ours, own, strict=True)]
+        texts.append(f"{count}: {cell(less_ours, 3, '+')}")
     lines.append(f"  the second less the first: {', '.join(texts)}")
     return lines
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from claims import kit
-from compare import mean_interval
+from compare import cell, mean_interval
 from grpo import advantages
 from plot import new_figure, save, style
 from trainer.algorithm import load_algorithm
@@ -163,29 +163,22 @@ def draw(rows, out):
 def say(rows):
     lines = []
     for method in ("start", *PAIRS[0]):
-        texts = [f"{n}: {text(values(rows, method, 'accuracy', n))}" for n in COUNTS]
+        texts = [f"{n}: {cell(values(rows, method, 'accuracy', n).values(), 3)}" for n in COUNTS]
         lines.append(f"accuracy by calculations, {method}: {', '.join(texts)}")
     grpo, dapo = ([values(rows, algo, "accuracy", n) for n in COUNTS] for algo in PAIRS[0])
     less = [{seed: b[seed] - a[seed] for seed in a} for a, b in zip(grpo, dapo, strict=True)]
-    texts = [f"{n}: {text(x, '+')}" for n, x in zip(COUNTS, less, strict=True)]
+    texts = [f"{n}: {cell(x.values(), 3, '+')}" for n, x in zip(COUNTS, less, strict=True)]
     lines.append(f"DAPO less GRPO: {', '.join(texts)}")
     for method in METHODS:
         for what in ("right", "wrong", "right, share", "wrong, share"):
             found = {name: values(rows, method, what, name) for name in RANGES}
-            texts = [f"{name}: {text(x, digits=4)}" for name, x in found.items() if x]
+            texts = [f"{name}: {cell(x.values(), 4)}" for name, x in found.items() if x]
             lines.append(f"{method}, {what}: {', '.join(texts)}")
     for what in ("right", "wrong"):
         counts = {name: values(rows, "grpo", what, name, "count") for name in RANGES}
         texts = [f"{name}: {sum(found.values())}" for name, found in counts.items()]
         lines.append(f"completions, {what}: {', '.join(texts)}")
     return lines
-
-
-def text(found, sign="", digits=3):
-    if not found:
-        return "none"
-    mean, half = mean_interval(list(found.values()))
-    return f"{mean:{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
 def main(argv=None):

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from claims import kit
-from compare import mean_interval
+from compare import cell, mean_interval
 from plot import new_figure, save
 from trainer.algorithm import load_algorithm
 
@@ -133,21 +133,16 @@ def draw(rows, out):
     save(figure, out)
 
 
-def text(values, digits=3):
-    middle, half = mean_interval(values)
-    return f"{middle:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
-
-
 def say(rows):
     lines = []
     for algo, name in NAMES.items():
         for option in OPTIONS:
             for which in COLOURS:
                 part = pick(rows, algo, option, which)
-                A, flips = (text(per_seed(part, f)) for f in (mean, flipped))
+                A, flips = (cell(per_seed(part, f), 3) for f in (mean, flipped))
                 lines.append(f"{name}, {option}, {which}: mean A {A}, other sign {flips}")
     for option in OPTIONS:
-        lines.append(f"GTPO, {option}: accuracy {text(accuracies(rows, option))}")
+        lines.append(f"GTPO, {option}: accuracy {cell(accuracies(rows, option), 3)}")
     return lines
 
 
