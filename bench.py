@@ -371,15 +371,15 @@ def ours(args, device):
 
     prompts = []
 
-    class RewardedAsPeer(train.Trainer):
-        def reward(self, text, problem, length, truncated):
-            prompts.append(self.tokenizer.decode(problem["prompt_ids"]))
-            return worth(text), worth(text)
+    def reward(text, problem, length, truncated):
+        prompts.append(tokenizer.decode(problem["prompt_ids"]))
+        return worth(text), worth(text), {}
 
     o = shared_options(args)
     model, tokenizer, generation, problems, _ = start.set_up(o)
-    kind = RewardedAsPeer if args.peer else train.Trainer
-    trainer = kind(o, model, tokenizer, generation, problems)
+    trainer = train.Trainer(o, model, tokenizer, generation, problems)
+    if args.peer:
+        trainer.grader.reward = reward
     trainer.step(1)
     lines = [trainer.step(step)[0] for step in range(2, 2 + args.steps)]
     rollouts = [line["rollout_s"] for line in lines]

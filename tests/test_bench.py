@@ -44,6 +44,36 @@ def test_other_prompts_are_not_compared(monkeypatch):
         bench.main(["--only", "step", "--peer", "--model", TINY])
 
 
+@pytest.fixture
+def beside_trl(tmp_path, monkeypatch):
+    """The options of one step beside TRL, whose problems are a few sums."""
+    for name, first in {"train": 0, "test": 9}.items():
+        sums = range(first, first + 9)
+        rows = [{"question": f"{i} + 1 = ?", "answer": f"#### {i + 1}"} for i in sums]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = ["--only", "step", "--peer", "--model", TINY, "--data", str(tmp_path), "--steps", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.importlib.util, "find_spec", lambda name: name)
+        return bench.parse_args([*argv, "--max-new-tokens", "3"])
+
+
+def test_beside_a_peer_each_completion_is_rewarded_by_its_text_alone(beside_trl, monkeypatch):
+    rewarded = []
+    monkeypatch.setattr(bench, "worth", lambda text: rewarded.append(text) or 1.0)
+    prompts = bench.ours(beside_trl, "cpu")["prompts"]
+    assert len(prompts) == 2 * 16 and len(set(prompts)) == 4  # two steps
+    assert all(len(set(prompts[i : i + 8])) == 1 for i in range(0, 32, 8))
+    assert set(map(type, rewarded)) == {str}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # between TRL and transformers
+def test_the_peer_is_given_the_same_prompts(beside_trl):
+    pytest.importorskip("trl", reason="TRL is not installed: pip install -r scale/requirements.txt")
+    found, peer = bench.ours(beside_trl, "cpu"), bench.trl(beside_trl, "cpu")
+    assert found["prompts"] == peer["prompts"]
+    assert found["tokens_per_s"] > 0 and peer["tokens_per_s"] > 0
+
+
 def test_whole_runs_alternate_and_their_medians_are_compared(monkeypatch, tmp_path, capsys):
     """Two checkouts; the first of three runs is slowest in both."""
     here, there = tmp_path / "here", tmp_path / "there"
