@@ -187,11 +187,16 @@ def draw_sampled_accuracy(ax, algo, runs):
         ax.plot(x, y, color=colour, marker=point(x), **look)
 
 
+def is_lenient_shown(runs):
+    """Whether the lenient accuracy is known and is not the strict one."""
+    lenient, strict = (average(runs, "eval", f"accuracy{kind}")[1] for kind in ("_lenient", ""))
+    return len(lenient) == len(strict) and bool(np.any(lenient - strict > LENIENT_FROM))
+
+
 def draw_lenient(ax, algo, runs):
-    """Draw the lenient accuracy, if it is not the strict one, as a dotted line."""
-    steps, lenient, *_ = average(runs, "eval", "accuracy_lenient")
-    _, strict, *_ = average(runs, "eval", "accuracy")
-    if len(lenient) == len(strict) and np.any(lenient - strict > LENIENT_FROM):
+    """Draw the lenient accuracy as a dotted line, if it is to be shown."""
+    if is_lenient_shown(runs):
+        steps, lenient, *_ = average(runs, "eval", "accuracy_lenient")
         ax.plot(steps, lenient, color=style(algo)[1], ls=":", lw=1.2, marker="_", ms=6)
 
 
@@ -278,8 +283,10 @@ def plot_runs(runs, out):
     groups = group(found)
     used = dict.fromkeys(algo for algos in groups.values() for algo in algos)
     figure = curves(groups, used) if len(used) <= TOGETHER else small_multiples(groups)
+    is_shown = any(is_lenient_shown(runs) for algos in groups.values() for runs in algos.values())
+    lenient = " (dotted: graded leniently)" if is_shown else ""
     accuracy = (
-        "Accuracy: markers are greedy, on held-out problems (dotted: graded leniently); "
+        f"Accuracy: markers are greedy, on held-out problems{lenient}; "
         "lines without markers are the sampled training rollouts."
     )
     figure.supxlabel(f"{accuracy}\n{seeds_note(groups)}{clip_note(groups)}", fontsize=8)
@@ -586,7 +593,7 @@ HATCH_COLOUR = "#CFCFCF"  # light: the token's text is read through it
 NOTES = {
     "grpo": "a row shares one push among its tokens, so tokens of short rows get more",
     "dapo": "every token of the group weighs the same",
-    "gspo": "one ratio a row; the whole row is pushed or the whole row is clipped",
+    "gspo": "one ratio per row; the whole row is pushed or the whole row is clipped",
     "tepo": "GSPO's ratio, DAPO's equal tokens, so long rows weigh more than in GSPO",
     "gtpo": "right rows by entropy, wrong rows by 1 / entropy, position by position",
     "grpo_s": "rows weighted by their mean entropy",
@@ -605,7 +612,7 @@ NOTES = {
     "rloo": "the ratio of a row is the product of its tokens'; rows are clipped whole",
     "cispo": "DAPO, but the ratio is clipped and not the push: no token gets nothing",
     "sapo": "GRPO, but the push fades out smoothly where w leaves 1",
-    "gmpo": "each token clipped, then one ratio a row",
+    "gmpo": "each token clipped, then one ratio per row",
 }
 
 

@@ -1,8 +1,9 @@
 """Train a language model by a method of the GRPO family: `python train.py --algo tepo`.
 
 `Trainer.step` is the loop's body, in four numbered steps. The algorithms are the flat files beside
-this one. In trainer/, policy.py samples, logprobs.py computes log-probabilities, update.py takes
-the gradient, and start.py begins or resumes a run. --help lists the options.
+this one. In trainer/, policy.py loads the model, sampling.py samples, logprobs.py computes
+log-probabilities, update.py takes the gradient, and start.py begins or resumes a run. --help lists
+the options.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """The seven on a task with room: the embedded problems, but with three to six steps.
 
-    python claims/room.py                # 21 runs into runs/room: half an hour on two idle cores
+    python claims/room.py                # 21 runs into runs/room: about 20 minutes on two cores
 
 The embedded task (two to five steps) is nearly solved after 100 training steps, and what is nearly
 solved cannot tell methods apart. The same generator makes longer problems. The start model, which

@@ -194,9 +194,9 @@ def test_variants(trainer, tmp_path):
         compare.main([*line, "--", "--k", "0"]) == 0 and len(trainer.asked) == 12
     )  # nor do more draws make others
     runs = group(read_csv(tmp_path / "off-policy.csv"))
-    assert list(runs) == ["1 update a rollout", "4 updates a rollout", "16 updates a rollout"]
+    assert list(runs) == ["1 update per rollout", "4 updates per rollout", "16 updates per rollout"]
     assert all([len(seeds) for seeds in algos.values()] == [2, 2] for algos in runs.values())
-    assert (tmp_path / "off-policy.md").read_text().count("GSPO, 16 updates a rollout") == 1
+    assert (tmp_path / "off-policy.md").read_text().count("GSPO, 16 updates per rollout") == 1
     check_picture(tmp_path / "off-policy.png", 1296)
     trainer.asked.clear()
     assert (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.ownfile import ROOT, files_of, full_path, load_file, place, read_source, stored_path
+from trainer.ownfile import ROOT, files_of, full_path, load_file, place, read_source
 
 
 @pytest.fixture(autouse=True)
@@ -165,13 +165,11 @@ def test_an_exception_from_nowhere_in_the_file_has_the_file_alone(tmp_path):
     assert place(ValueError("never raised"), tmp_path / "mine.py") == f"{tmp_path / 'mine.py'}"
 
 
-def test_a_path_is_recorded_the_same_from_every_folder(tmp_path, monkeypatch):
+def test_a_path_is_recorded_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT / "trainer")
-    assert stored_path("ownfile.py") == "trainer/ownfile.py"
-    assert stored_path("../rewards.py") == "rewards.py"
+    assert full_path("../rewards.py") == ROOT / "rewards.py"
     monkeypatch.chdir(tmp_path)
-    assert stored_path(ROOT / "rewards.py") == "rewards.py"
-    assert stored_path("mine.py") == f"{tmp_path / 'mine.py'}"
+    assert full_path("mine.py") == tmp_path / "mine.py"
     monkeypatch.setenv("HOME", f"{tmp_path}")
     assert full_path("~/mine.py") == tmp_path / "mine.py"
 

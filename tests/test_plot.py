@@ -281,6 +281,15 @@ def test_lenient_accuracy_is_drawn_where_it_is_not_the_strict_one(tmp_path):
             assert (ax.lines[1].get_ydata() == 0.9).all()
 
 
+@pytest.mark.parametrize("lenient", [0.9, None])
+def test_the_caption_names_the_dotted_line_only_where_there_is_one(tmp_path, monkeypatch, lenient):
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, out: figures.append(figure))
+    run = with_values(read_folder(write_run(tmp_path / "r")), "eval", accuracy_lenient=lenient)
+    plot.plot_runs([with_values(run, "eval", accuracy=0.2)], tmp_path / "out.png")
+    assert ("dotted" in figures[0].get_supxlabel()) == (lenient == 0.9)
+
+
 @pytest.mark.parametrize("share, panels", [(0.5, 5), (0.04, 4), (None, 4)])
 @pytest.mark.parametrize("variants", [1, 2])
 def test_a_panel_shows_what_the_limit_cuts_off(tmp_path, monkeypatch, share, panels, variants):
@@ -410,7 +419,8 @@ def test_variants_and_seeds(tmp_path):
         for s in (0, 1)
     ]
     groups = group(read_runs(folders))
-    assert list(groups) == ["1 update a rollout", "4 updates a rollout", "16 updates a rollout"]
+    variants = ["1 update per rollout", "4 updates per rollout", "16 updates per rollout"]
+    assert list(groups) == variants
     assert all([run["seed"] for run in algos["tepo"]] == [0, 1] for algos in groups.values())
     eps = [
         write_run(tmp_path / f"e{e}", option={"eps_low": e, "eps_high": 0.3}) for e in (0.2, 3e-4)

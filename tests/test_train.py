@@ -74,6 +74,23 @@ def test_each_algorithm_trains_two_steps(algo, tmp_path):
     assert again.returncode == 0 and json.loads((tmp_path / "eval/eval.json").read_text())["n"] == 4
 
 
+@pytest.mark.parametrize(
+    "argv, cuda, told",
+    [
+        ("", False, "tiny (no CUDA GPU was found): tiny on tiny; --preset gsm8k"),
+        ("", True, "gsm8k (a CUDA GPU was found)"),
+        ("--eval-only --data gsm8k", False, "gsm8k (for --eval-only on GSM8K)"),
+        ("--eval-only --data gsm8k", True, "gsm8k (a CUDA GPU was found)"),
+        ("--preset gsm8k", False, "gsm8k (as asked)"),
+    ],
+)
+def test_a_run_says_why_it_has_its_preset(argv, cuda, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
+    start.begun(parse(argv.split()), tmp_path / "run", argv.split())
+    assert capsys.readouterr().out.startswith(f"preset {told}")
+
+
 # For each method an option that is not its default.
 OPTIONS = {
     "tepo": ("kl_coef", 0.1),

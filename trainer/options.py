@@ -45,7 +45,10 @@ def detail(default, text, least=0, most=MOST):
 class Options:
     """The options of a run, with the defaults of the preset tiny. --eval-n is eval_n here."""
 
-    preset: str = detail("auto", "set of defaults: tiny, gsm8k, or auto (gsm8k on a CUDA GPU)")
+    preset: str = detail(
+        "auto",
+        "set of defaults: tiny, gsm8k, or auto (gsm8k on a CUDA GPU, or with --eval-only on GSM8K)",
+    )
 
     # What is trained
     algo: str = detail(
@@ -127,7 +130,9 @@ class Options:
     micro_batch: str = detail(
         "auto", "rows per pass of an update; the gradient stays the same; auto: what fits"
     )
-    sample_batch: str = detail("auto", "rows per generate call; auto: all that fit in GPU memory")
+    sample_batch: str = detail(
+        "auto", "rows per generate call; auto: all of a step, fewer if GPU memory runs out"
+    )
     cache: str = detail(
         "dynamic",
         "keys and values in sampling: dynamic, or static (fixed shape, which generate compiles on "
@@ -208,7 +213,7 @@ EPILOG = """examples:
       a reward of your own: README.md, "Your own data, reward, method"
   python train.py --preset gsm8k --model HuggingFaceTB/SmolLM2-360M-Instruct \\
           --gradient-checkpointing --micro-batch 2
-      for a GPU of 8 GiB, too small for Qwen2.5-0.5B's weights and AdamW's state
+      for a GPU of 8 GiB, too small for an update of Qwen2.5-0.5B (docs/benchmarks.md)
   python train.py --model Qwen/Qwen3-0.6B --template-option enable_thinking=false --show-prompt
       print the first prompt, and the tokens that end a completion
   python train.py --model ./my-model --data problems.jsonl --max-new-tokens 256 --micro-batch 4
@@ -257,7 +262,7 @@ def build_parser():
             group = parser.add_argument_group(HELP_GROUPS[about.name])
         add_option(group, about)
         if about.name == "max_grad_norm":
-            text = "short for --option beta=...: weight of the KL to the start policy (grpo only)"
+            text = "short for --option beta=...: weight of the KL to the start policy (grpo, ha_dw)"
             group.add_argument("--beta", type=float, metavar="FLOAT", help=text)
     text = "continue the run in this folder; no other option is needed"
     group.add_argument("--resume", metavar="RUN", help=text)

@@ -19,16 +19,6 @@ class OwnFileError(ValueError):
     """An error in a file of the user: one line that begins with FILE:LINE."""
 
 
-def stored_path(path):
-    """The text that config.json records for a file: the same from whichever folder it is named.
-
-    Inside the project it is relative to the project, so two machines agree; else it is absolute.
-    """
-    path = full_path(path)
-    inside = path.is_relative_to(ROOT)
-    return path.relative_to(ROOT).as_posix() if inside else str(path)
-
-
 def full_path(path):
     """The absolute path of a file, from a path in the working folder."""
     return Path(path).expanduser().resolve()
@@ -37,9 +27,9 @@ def full_path(path):
 def load_file(path):
     """The module of a file, which is run once as long as its text stays the same.
 
-    path: from `stored_path`, or absolute. The module is in sys.modules, under a name made from the
-    file's, so dataclasses and pickle find it. It can import the files of its own folder; where a
-    name is one of ours or of an installed package too, that one is taken. Raises ValueError.
+    path: absolute, or relative to the project. The module is in sys.modules, under a name made
+    from the file's, so dataclasses and pickle find it. It can import the files of its own folder;
+    where a name is one of ours or of an installed package too, that one is taken. Raises ValueError.
     """
     path = ROOT / path
     source = read_source(path)

@@ -309,11 +309,11 @@ def rank(values, names):
 
 
 def title(values):
-    """A variant in words: "16 updates a rollout, lr = 0.001"."""
+    """A variant in words: "16 updates per rollout, lr = 0.001"."""
     words = []
     for name, value in values.items():
         if name == "updates":
-            words.append(f"{value} update{'s' * (value != 1)} a rollout")
+            words.append(f"{value} update{'s' * (value != 1)} per rollout")
         else:
             words.append(f"{name} = {value}")
     return ", ".join(words)

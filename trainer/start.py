@@ -52,7 +52,9 @@ def begun(given, out, argv):
     why = "as asked"
     if given.get("preset", "auto") == "auto":
         why = "a CUDA GPU was found" if cuda else "no CUDA GPU was found"
-    other = "--preset gsm8k trains Qwen2.5-0.5B on GSM8K, which needs a GPU"
+        if o.preset == "gsm8k" and not cuda:
+            why = "for --eval-only on GSM8K"
+    other = "--preset gsm8k trains Qwen2.5-0.5B on GSM8K, which is slow without a GPU"
     if o.preset == "gsm8k":
         other = "--preset tiny trains the embedded model in minutes, with or without a GPU"
     print(f"preset {o.preset} ({why}): {o.model} on {o.data}; {other}")
