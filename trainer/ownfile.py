@@ -29,7 +29,8 @@ def load_file(path):
 
     path: absolute, or relative to the project. The module is in sys.modules, under a name made
     from the file's, so dataclasses and pickle find it. It can import the files of its own folder;
-    where a name is one of ours or of an installed package too, that one is taken. Raises ValueError.
+    where a name is one of ours or of an installed package too, that one is taken. Raises
+    ValueError.
     """
     path = ROOT / path
     source = read_source(path)
