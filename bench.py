@@ -91,6 +91,8 @@ def parse_args(argv):
             f"--peer: TRL needs equal micro-batches, and --micro-batch {args.micro_batch} "
             f"does not divide the {completions} completions of a step"
         )
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
+        parser.error(f"--json {args.json}: it is a folder, or its folder does not exist")
     if args.peer and importlib.util.find_spec("trl") is None:
         parser.error("--peer needs TRL: pip install -r scale/requirements.txt")
     return args

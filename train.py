@@ -21,7 +21,7 @@ from tqdm import tqdm
 from grpo import constant
 from plot import plot_runs
 from trainer import checkpoint, session, start
-from trainer.algorithm import inputs, load_algorithm, split_options
+from trainer.algorithm import check_own, inputs, load_algorithm, split_options, wrong_shape
 from trainer.data import problems_at
 from trainer.evaluate import decode, evaluate_only
 from trainer.grading import BadReward, Grader
@@ -152,6 +152,7 @@ class Trainer:
         filled = inputs(function, rollout, rows, rollout.entropy, self.o.max_new_tokens)
         options = {**filled, **self.advantage_options}
         advantages = function(rollout.rewards, self.o.group_size, **options)
+        check_own(function, wrong_shape(advantages, rollout.mask))
         return corrected(advantages, rollout, self.o.sampler_correction)
 
 

@@ -157,6 +157,8 @@ def test_the_ways_held_against_each_other_are_one_gradient(monkeypatch):
         (["--only", "run"], "goes with --against FOLDER"),
         (["--against", "."], "with --only run"),
         (["--only", "run", "--against", "/nope"], "it holds no train.py"),
+        (["--json", "/nope/found.json"], "its folder does not exist"),
+        (["--json", "/"], "it is a folder"),
     ],
 )
 def test_a_wrong_command_is_one_line(argv, told, capsys):

@@ -212,6 +212,19 @@ def test_one_figure_refuses_two_files_of_one_name(tmp_path):
 
 # Errors: one line each, with the file and the line
 
+BACKWARD = """\
+import torch
+class Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+    @staticmethod
+    def backward(ctx, g):
+        raise ValueError("no way back")
+def loss(logprobs, old_logprobs, advantages, mask):
+    return Sum.apply(logprobs)
+"""
+
 
 @pytest.mark.parametrize(
     ("text", "message"),
@@ -271,6 +284,11 @@ def test_one_figure_refuses_two_files_of_one_name(tmp_path):
             "def advantages(rewards, group_size):\n    return rewards / 0\n" + GRPO_LOSS,
             "mine.py:1: advantages gave [inf, nan, nan, inf] for rewards of 1, 0, 0, 1",
         ),
+        (
+            LOSS + "    w = logprobs.exp()\n    s = (w * w).sum()\n    w += 1\n    return s\n",
+            "mine.py:1: the gradient of loss: RuntimeError: one of the variables needed for grad",
+        ),
+        (BACKWARD, "mine.py:8: the gradient of loss: ValueError: no way back"),
     ],
 )
 def test_what_is_wrong_with_a_file(text, message, tmp_path, capsys):
@@ -396,6 +414,33 @@ def test_an_error_during_training_is_a_line_that_says_where(tmp_path, monkeypatc
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"train.py: error: {path}:7: KeyError: 'late'; when that is mended: " in error
     assert error.endswith(f"python train.py --resume {out}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "import torch, grpo\n"
+            + LOSS
+            + "    if mask.shape == (4, 3):  # the batch that a file is tried out on\n"
+            + "        return grpo.loss(logprobs, old_logprobs, advantages, mask)\n"
+            + "    return torch.ones((), requires_grad=True) * 2\n",
+            ":2: loss must depend on logprobs",
+        ),
+        (
+            "from grpo import loss\n\n"
+            + "def advantages(rewards, group_size, *, mask):\n"
+            + "    A = rewards[:, None] - 0.5\n"
+            + "    return A.expand(mask.shape) if len(mask) == 4 else A.expand(len(mask), 2)\n",
+            ":3: advantages must return [B] or [B, T], for B = 8 and T = ",
+        ),
+    ],
+)
+def test_what_shows_only_on_real_batches_is_a_line_too(text, message, tmp_path, capsys):
+    path, out = write(tmp_path, text), tmp_path / "run"
+    assert train.main(["--algo", str(path), *SMALL, "--steps", "2", "--out", str(out)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"train.py: error: {path}{message}") and "Traceback" not in error
 
 
 def test_resume_from_another_folder_and_of_a_changed_or_moved_file(tmp_path, monkeypatch, capsys):

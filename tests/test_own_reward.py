@@ -201,7 +201,9 @@ BROKEN = {  # the file, and what the line must say after FILE
     "def reward(completion, problem): return 'text'": ":1: reward must return a number",
     "def reward(completion, problem): return None": "not a NoneType",
     "def reward(completion, problem): return {'a': 'b'}": "a number as its part 'a', not a str",
-    "def reward(completion, problem): return {1: 2}": "must name its parts by texts, not 1",
+    "def reward(completion, problem): return {1: 2}": "name its parts by printable texts, not 1",
+    "def reward(c, p): return {'a\\u2028b': 1}": "printable texts, not 'a\\u2028b'",
+    "def reward(c, p): return {'\\ud800': 1}": "printable texts, not '\\ud800'",
     "import itertools\nn = itertools.count()\ndef reward(c, p): return {str(next(n)): 1}": (
         ":3: reward must return the same parts for every completion; it returned 1 after 0"
     ),

@@ -474,6 +474,15 @@ def test_a_pickle_is_not_loaded(tmp_path):
         policy.load_policy(str(tmp_path))
 
 
+def test_a_folder_without_a_model_and_a_model_without_a_tokenizer_say_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="holds no model: there is no config.json"):
+        policy.load_policy(str(tmp_path))
+    tiny_model().config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cannot load the model") as refused:
+        policy.load_policy(str(tmp_path))
+    assert "tokenizer" in str(refused.value) and ": Pass" not in str(refused.value)
+
+
 @pytest.mark.parametrize("name", ["./nope", "../a/b", "/nope/model", "~/model", "a/b/c"])
 def test_a_model_path_that_is_not_there_is_called_a_path(name):
     """Not a name of the Hub, whose rules for names would be quoted."""

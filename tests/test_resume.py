@@ -250,12 +250,41 @@ def test_damaged_checkpoint(whole, stopped, tmp_path, damage):
     assert_same(run, whole)
 
 
+@pytest.mark.parametrize(
+    "line", ["x", "{}", '{"phase": "train", "step": 1, "accuracy": [0]}', "[" * 9999]
+)
+def test_a_damaged_line_of_metrics_is_refused_before_training(stopped, tmp_path, capsys, line):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    path = run / "metrics.jsonl"
+    first, _, *others = path.read_text().splitlines()
+    path.write_text("\n".join([first, line, *others, " " * 9999, ""]))
+    before = contents(run)
+    assert "metrics.jsonl: line 2 is not a" in refused(capsys, "--resume", run)
+    assert contents(run) == before
+
+
+def test_a_finished_run_keeps_the_group_of_its_last_step(data, tmp_path, capsys):
+    """Nobody would sample it again. With more steps it goes, as in the run of so many steps."""
+    run, more = tmp_path / "run", tmp_path / "more"
+    words = [*WORDS, "--data", data, "--samples-every", 2, "--eval-every", 0]
+    for steps, out in ((3, run), (4, more)):
+        assert train.main([str(word) for word in [*words, "--steps", steps, "--out", out]]) == 0
+    before = contents(run)
+    assert train.main(["--resume", str(run)]) == 0
+    after = contents(run)
+    assert after[run / "samples.jsonl"] == before[run / "samples.jsonl"]
+    assert b'"step": 3' in after[run / "samples.jsonl"]
+    assert train.main(["--resume", str(run), "--steps", "4"]) == 0
+    assert (run / "samples.jsonl").read_bytes() == (more / "samples.jsonl").read_bytes()
+    assert b'"step": 3' not in (run / "samples.jsonl").read_bytes()
+
+
 def test_no_checkpoint_left(stopped, tmp_path, capsys):
     run = shutil.copytree(stopped, tmp_path / "run")
     for folder in (run / "checkpoints").iterdir():
         cut(folder / "state.pt")
     before = contents(run)
-    assert refused(capsys, "--resume", run).endswith("can be read; start again with --overwrite")
+    assert refused(capsys, "--resume", run).endswith("mend that, or start again with --overwrite")
     assert contents(run) == before
 
 

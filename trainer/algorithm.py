@@ -11,7 +11,15 @@ import torch
 
 import grpo
 from trainer.options import MORE, is_file, label
-from trainer.ownfile import OwnFileError, guarded, load_file, place_of
+from trainer.ownfile import (
+    RAISED,
+    OwnFileError,
+    described,
+    guarded,
+    load_file,
+    place_of,
+    place_of_error,
+)
 
 ARGUMENTS = {  # of the two functions; what stands after them is keyword-only
     "advantages": ("rewards", "group_size"),
@@ -158,14 +166,33 @@ def try_out(module, values, algo):
     filled = {**toy_inputs(module.advantages), **advantage_options}
     advantages = module.advantages(batch.right, 2, **filled)
     if is_file(algo):
-        check_toy(algo, module, "advantages", wrong_advantages(advantages, batch.mask))
+        check_own(module.advantages, wrong_shape(advantages, batch.mask))
+        check_own(module.advantages, not_finite(advantages))
     old_logprobs = -batch.mask.float()
     logprobs = old_logprobs.clone().requires_grad_(is_file(algo))
     filled = {**toy_inputs(module.loss), **loss_options}
     loss = module.loss(logprobs, old_logprobs, advantages, batch.mask, **filled)
     if is_file(algo):
+        check_own(module.loss, wrong_loss(loss, gradient_of(module.loss, loss, logprobs)))
+
+
+def gradient_of(function, loss, logprobs):
+    """dL/dlogp [B, T] of what an algorithm's function `loss` returned.
+
+    Raises OwnFileError if the backward pass fails and the function is of a file of the user.
+    """
+    try:
         (gradient,) = torch.autograd.grad(loss, logprobs, allow_unused=True)
-        check_toy(algo, module, "loss", wrong_loss(loss, gradient))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # the caller tries a smaller batch
+    except RAISED as error:
+        if not hasattr(function, "file"):
+            raise
+        at = place_of_error(error, inspect.unwrap(function), function.file)
+        raise OwnFileError(f"{at}: the gradient of loss: {described(error)}") from error
+    if gradient is None:
+        check_own(function, "must depend on logprobs, or it has no gradient")
+    return gradient
 
 
 # A file of the user
@@ -238,25 +265,27 @@ def check_loss(result, logprobs, *_):
         raise ValueError("must depend on logprobs, or it has no gradient")
 
 
-def check_toy(path, module, name, problem):
-    """Raise OwnFileError with the problem of what a function returned for the toy batch."""
+def check_own(function, problem):
+    """Raise OwnFileError with the problem, if any, of what a file's function returned."""
     if problem:
-        at = place_of(inspect.unwrap(getattr(module, name)), path)
-        raise OwnFileError(f"{at}: {name} {problem}")
+        own = inspect.unwrap(function)
+        raise OwnFileError(f"{place_of(own, function.file)}: {function.name} {problem}")
 
 
-def wrong_advantages(advantages, mask):
-    if advantages.shape not in (mask.shape, mask.shape[:1]):
-        shape = list(advantages.shape)
-        return f"must return [B] or [B, T], for B = 4 and T = 3; it returned {shape}"
+def wrong_shape(advantages, mask):
+    if advantages.shape in (mask.shape, mask.shape[:1]):
+        return None
+    (B, T), shape = mask.shape, list(advantages.shape)
+    return f"must return [B] or [B, T], for B = {B} and T = {T}; it returned {shape}"
+
+
+def not_finite(advantages):
     if not advantages.isfinite().all():
         return f"gave {advantages.tolist()} for rewards of 1, 0, 0, 1"
     return None
 
 
 def wrong_loss(loss, gradient):
-    if gradient is None:
-        return "must depend on logprobs, or it has no gradient"
     if not loss.isfinite():
         return f"gave {loss.item()} for a batch of four completions"
     if not gradient.isfinite().all():

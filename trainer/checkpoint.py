@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
+from trainer.runs import read_metrics
+
 KEPT = 2  # checkpoints
 # One JSON object per line, appended while the run goes on.
 LINES = ("metrics.jsonl", "samples.jsonl", "held_out.jsonl")
@@ -250,32 +252,35 @@ def save(run, step, model, tokenizer, optimizer, sizes, **counters):
         remove(saved[known])
 
 
-def load(run, model, optimizer, say):
+def load(run, model, optimizer, say, steps):
     """Load the latest readable checkpoint, and cut the run's LINES files back to its step.
 
-    Restores the model, the optimizer and the random generators. Returns the checkpoint's counters;
-    those of step 0 if the run has no checkpoint yet. say(line) reports an unreadable checkpoint.
-    Raises ValueError if there are checkpoints and none can be read.
+    steps: of the whole run. After the last of them samples.jsonl stays, for nothing is sampled any
+    more. Restores the model, the optimizer and the random generators. Returns the checkpoint's
+    counters; those of step 0 if the run has no checkpoint yet. say(line) reports an unreadable
+    checkpoint. Raises ValueError if there are checkpoints and none can be read.
     """
     run = Path(run)
     saved = steps_saved(run)
-    state = None
+    state, why = None, "there is none"
     for folder in reversed(saved.values()):
         try:
             state = restore(run, folder, model, optimizer)
             break
         except Exception as error:  # truncated zip, broken header, missing file: many types
-            why = (str(error).strip() or type(error).__name__).split("\n")[0][:120]
+            why = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
             say(f"checkpoint {folder.name} cannot be read ({why}); falling back to the one before")
     if state is None:
         if saved or (run / "model").exists():
             raise ValueError(
-                f"no checkpoint in {run / 'checkpoints'} can be read; start again with --overwrite"
+                f"no checkpoint in {run / 'checkpoints'} can be read ({why}); mend that, or start "
+                "again with --overwrite"
             )
         state = {"step": 0, "cursor": 0, "bad_steps": 0, "sizes": {}}
     sizes = state.pop("sizes")
     for name in LINES:
-        if (run / name).exists():
+        is_whole = name == "samples.jsonl" and state["step"] == steps
+        if (run / name).exists() and not is_whole:
             os.truncate(run / name, sizes.get(name, 0))
     return state
 
@@ -286,6 +291,8 @@ def restore(run, folder, model, optimizer):
     for name, size in state["sizes"].items():
         if (run / name).stat().st_size < size:
             raise ValueError(f"{name} is shorter than it was")
+    if "metrics.jsonl" in state["sizes"]:  # what cannot be drawn is found now, not after training
+        read_metrics(run / "metrics.jsonl", state["sizes"]["metrics.jsonl"])
     read_weights(model, folder)
     optimizer.load_state_dict(state.pop("optimizer"))
     set_rng_state(state.pop("rng"))

@@ -132,11 +132,18 @@ def hub_rows(name, split):
     try:
         return list(datasets.load_dataset(repo, config or None, split=split))
     except Exception as error:  # a dozen types, of datasets and the Hub
-        why = str(error).strip().split("\n")[0]
+        why = first_words(error)
         raise ValueError(
             f"cannot load the data set {name!r}: {why}. Pass --data FILE.jsonl, one object with "
             f"question and answer per line, or --data tiny"
         ) from None
+
+
+def first_words(error):
+    """The first line of an error's text; more of it if the line only announces a list."""
+    text = str(error).strip()
+    line = text.split("\n")[0]
+    return line if not line.endswith(":") else " ".join(text.split())[:300]
 
 
 def check(rows, where, any_answer=False):

@@ -148,8 +148,8 @@ def check_reward(value, *_):
     if not isinstance(value, dict):
         return check_number(value, "a number, or a dict of numbers by name")
     for name, part in value.items():
-        if not isinstance(name, str):
-            raise ValueError(f"must name its parts by texts, not {name!r}")
+        if not (isinstance(name, str) and name.isprintable()):
+            raise ValueError(f"must name its parts by printable texts, not {name!r}")
         check_number(part, f"a number as its part {name!r}")
     return None
 

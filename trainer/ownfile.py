@@ -155,6 +155,7 @@ def guarded(name, function, path, check):
             raise OwnFileError(f"{place_of(function, path)}: {name} {error}") from None
         return result
 
+    call.file, call.name = path, name
     return call
 
 

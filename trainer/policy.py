@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as hf_logging
 
 from trainer.checkpoint import find_model
-from trainer.data import is_path
+from trainer.data import first_words, is_path
 from trainer.prompts import AUTO, Prompts
 
 SMALL_MODEL = 10_000_000  # weights; below this a second thread hardly helps
@@ -36,13 +36,15 @@ def load_policy(name, device="cpu", chat=AUTO):
         raise ValueError(
             f"cannot load the model {name!r}: no such folder. Pass --model FOLDER, or --preset tiny"
         )
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"{name!r} holds no model: there is no config.json in this folder")
     try:
         model, tokenizer = read_model(name)
     except Exception as error:  # a dozen types, of transformers, safetensors and the Hub
         where = "a local folder"
         if not Path(name).is_dir():
             where = "no local folder, and not found in the cache or on the Hub"
-        why = str(error).strip().split("\n")[0]
+        why = first_words(error)
         raise ValueError(
             f"cannot load the model {name!r} ({where}): {why} Pass --model FOLDER, or --preset tiny"
         ) from None

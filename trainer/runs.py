@@ -44,25 +44,26 @@ BAD_VALUE = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
 # Reading and writing runs
 
 
-def read_log(path):
+def read_log(path, size=None):
     """[(line number, object), ...] of a .jsonl file that train.py may be writing at this moment.
 
-    A torn last line is left out: the run is writing it, or was killed while it did. Any other line
-    that is not a JSON object raises ValueError. (data.read_jsonl reads problems: it keeps every
-    digit of a number and accepts no torn line.)
+    size: how many bytes of it to read, whole lines; None: all. A torn last line of the whole file
+    is left out: the run is writing it, or was killed while it did. Any other line that is not a
+    JSON object raises ValueError. (data.read_jsonl reads problems: it keeps every digit of a
+    number and accepts no torn line.)
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = path.read_bytes()[:size].decode(errors="replace").split("\n")
     objects = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # deep nesting
             value = None
         if isinstance(value, dict):
             objects.append((number, value))
-        elif number < len(lines):  # the last line has no newline after it
+        elif number < len(lines) or size is not None:  # the last line has no newline after it
             raise ValueError(f"{path}: line {number} is not a JSON object")
     return objects
 
@@ -106,13 +107,19 @@ def read_folder(folder):
     except (OSError, *BAD_VALUE):
         why = "config.json is missing or does not say algo and seed"
         raise ValueError(f"{folder}: {why}") from None
-    run["rows"] = []
-    for number, line in read_log(path):
+    run["rows"] = read_metrics(path)
+    return run
+
+
+def read_metrics(path, size=None):
+    """The rows of a metrics.jsonl, or of its first `size` bytes. Raises ValueError."""
+    rows = []
+    for number, line in read_log(path, size):
         try:
-            run["rows"].append(metrics_row(renamed(line)))
+            rows.append(metrics_row(renamed(line)))
         except BAD_VALUE:
             raise ValueError(f"{path}: line {number} is not a line of metrics") from None
-    return run
+    return rows
 
 
 def settings_of(options):

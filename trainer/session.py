@@ -14,6 +14,7 @@ from trainer import checkpoint
 from trainer.evaluate import evaluate, rows_of_evaluation
 from trainer.policy import sampling_copy
 from trainer.records import group_to_show, sample_lines
+from trainer.runs import BAD_VALUE, metrics_row, read_log, renamed
 from trainer.track import Tracker
 
 BAD_STEPS = 3  # this many skipped updates in a row stop the run
@@ -156,12 +157,13 @@ def begin(trainer, out, resume):
 def restore(trainer, out):
     """Take up the run at its latest checkpoint. Returns the step after which it goes on."""
     lines = lines_so_far(out)  # before those of later steps are cut off
-    state = checkpoint.load(out, trainer.model, trainer.updater.optimizer, say=print)
+    optimizer, steps = trainer.updater.optimizer, trainer.o.steps
+    state = checkpoint.load(out, trainer.model, optimizer, say=print, steps=steps)
     trainer.cursor = state["cursor"]
     trainer.history = state.get("history", [])  # older checkpoints are of methods without it
     trainer.updater.bad_steps = state["bad_steps"]
     trainer.watch.catch_up(lines, state["step"])
-    print(f"resuming {out} after step {state['step']} of {trainer.o.steps}")
+    print(f"resuming {out} after step {state['step']} of {steps}")
     return state["step"]
 
 
@@ -169,18 +171,20 @@ def lines_so_far(out):
     """The lines of metrics.jsonl that can be read, as a list of dicts."""
     path = out / "metrics.jsonl"
     lines = []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):  # the last one may be torn
-            lines.append(json.loads(text))
-    return [line for line in lines if isinstance(line, dict)]
+    for text in path.read_text(errors="replace").split("\n") if path.exists() else []:
+        with contextlib.suppress(*BAD_VALUE, RecursionError):  # the last one may be torn
+            line = json.loads(text)
+            metrics_row(renamed(line))
+            lines.append(line)
+    return lines
 
 
 def stopped_by_bad_steps(out, step):
     """Print why the run stopped. Returns the exit status."""
+    kept = "The last good checkpoint is kept." if checkpoint.steps_saved(out) else ""
     print(
         f"train.py: stopped at step {step}: {BAD_STEPS} updates in a row had a loss or gradient "
-        f"that is not finite; the last lines of {out / 'samples.jsonl'} show where. The last good "
-        f"checkpoint is kept.",
+        f"that is not finite; the last lines of {out / 'samples.jsonl'} show where. {kept}".strip(),
         file=sys.stderr,
     )
     return 1
@@ -199,7 +203,7 @@ def resume_command(out):
 
 def summary(out, seconds):
     """Print the accuracy before and after training, and where the files are."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for _, row in read_log(out / "metrics.jsonl")]
     evaluations = [row for row in rows if row["phase"] == "eval"]
     words = []
     for row in (evaluations[0], evaluations[-1]):

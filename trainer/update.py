@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from grpo import constant
-from trainer.algorithm import inputs, parameters, toy, toy_inputs
+from trainer.algorithm import gradient_of, inputs, parameters, toy, toy_inputs
 from trainer.batches import split_micro_batches
 from trainer.logprobs import token_logprobs
 from trainer.memory import rows_that_fit
@@ -356,7 +356,7 @@ class Updater:
         advantages, mask = rollout.advantages[rows], rollout.mask[rows]
         loss = self.algo.loss(logprobs, old_logprobs, advantages, mask, **loss_inputs)
         push = torch.zeros_like(rollout.logprobs)
-        push[rows] = torch.autograd.grad(loss, logprobs)[0]
+        push[rows] = gradient_of(self.algo.loss, loss, logprobs)
         return loss, push
 
     def backward(self, rollout, micro_batches, push, on_policy):
@@ -429,7 +429,7 @@ def takes_ratios_only(algo, loss_options):
         old_logprobs = logprobs.clone()
         logprobs.requires_grad_()
         loss = algo.loss(logprobs, old_logprobs, advantages, mask, **filled)
-        gradients += torch.autograd.grad(loss, logprobs)
+        gradients.append(gradient_of(algo.loss, loss, logprobs))
     return torch.equal(*gradients)
 
 
