@@ -308,13 +308,14 @@ def joined(left, right):
     gap = left.string[left.end() : right.start()]
     if TIGHT.fullmatch(gap):
         return True
-    if gap.strip() == "and":
+    if gap.strip().lower() == "and":
         return "/" in right[0]  # 2 and 1/2
     if not SPACED.fullmatch(gap):
         return False
     if gap.strip() or THIN in gap or "/" in right[0] or not right[0][-1].isdecimal():
         return True
-    return len(left[0]) <= 3 and re.match(r"\d{3}(?!\d)", right[0]) is not None  # 12 000
+    last_group = left[0].rpartition(",")[2]
+    return len(last_group) <= 3 and re.match(r"\d{3}(?!\d)", right[0]) is not None  # 12 000
 
 
 # What makes a sign an operator or a hyphen: GPT-4  a+1  --5, and after a variable x -5
@@ -341,7 +342,7 @@ FORMAT = r"(?:text\w*|math[a-z]+|mbox|boxed|q?quad|degree|end|approx|implies|Rig
 COMMAND = rf"\\(?!{FORMAT}(?![a-zA-Z]))[a-zA-Z]+"  # LaTeX that does more than format: \sqrt
 VARIABLE = rf"[eijnxyzEIJNXYZ]{WORD_END}"
 OPERAND = any_of(r"[({√]", r"\\\(", COMMAND, VARIABLE)  # what may follow an operator
-SCALE = rf"(?:(?:hundred|thousand|million|billion|trillion)s?|[kK]|bn|mn|M){WORD_END}"
+SCALE = rf"(?:(?i:(?:hundred|thousand|million|billion|trillion)s?|bn|mn)|[kKM]){WORD_END}"
 # Symbols that do not belong to a numeral, or are handled below.
 HARMLESS = "+<=>|~≈→⇒⟹∴∵"
 
@@ -374,8 +375,9 @@ AFTER = any_of(
     r"\.\(",  # 0.(3)
     rf"[.,]?{GAP}{COMMAND}",  # 3\pi  0.\overline{3}
     rf"(?:[{SPACES}-]|\\(?:text|math)\w*\{{)*+{SCALE}",  # 5 million  5k
-    rf"{SPACE}and{SPACE}a{SPACE}half",  # 2 and a half
-    rf"{GAP}(?:π|pi{WORD_END})",  # 3π
+    rf"{SPACE}(?i:and{SPACE}a{SPACE}half)",  # 2 and a half
+    rf"{GAP}(?:π|(?i:pi){WORD_END})",  # 3π
+    r"[xX][0-9A-Fa-f]",  # 0xFF
     VARIABLE,  # 2x
     rf"{SPACE}[nxyz]{WORD_END}",  # 2 x
     rf"{SPACE}[<>]=?[ ]",  # 5 < x

@@ -378,6 +378,28 @@ def test_inputs_are_filled_in_and_all_rows_are_run(tmp_path, monkeypatch):
     assert (False, 12) in seen and seen[-1] == (True, 12)
 
 
+KL_BY_DEFAULT = """\
+import grpo
+def loss(logprobs, old_logprobs, advantages, mask, *, beta=0.5, ref_logprobs=None):
+    return grpo.loss(logprobs, old_logprobs, advantages, mask, beta=beta, ref_logprobs=ref_logprobs)
+"""
+
+
+def test_a_kl_term_is_on_if_its_default_is_above_0(tmp_path):
+    def rows(out, *argv):
+        words = [*SMALL, "--steps", "3", "--lr", "1e-3", "--out", str(out), *argv]
+        assert train.main(words) == 0
+        timings = ("rollout_s", "update_s", "tokens_per_s", "peak_mib")
+        return [
+            {k: v for k, v in row.items() if k not in timings}
+            for row in read(out / "metrics.jsonl")
+        ]
+
+    own = rows(tmp_path / "own", "--algo", str(write(tmp_path, KL_BY_DEFAULT)))
+    assert own == rows(tmp_path / "grpo", "--algo", "grpo", "--beta", "0.5")
+    assert own != rows(tmp_path / "off", "--algo", "grpo")
+
+
 def test_step_2_may_learn_early_only_where_the_loss_allows_it(tmp_path, monkeypatch):
     """A loss with another gradient at other log-probabilities, and one that needs the entropy."""
     monkeypatch.setattr(train, "plot_runs", lambda *_: None)

@@ -161,6 +161,8 @@ UNREADABLE = [
     # other numbers of Unicode, and words that scale
     *["½", "2½", "2 ½", "-⅓", "Ⅷ5", "5万", "5 万", "三5", "5️⃣"],
     *["5 million", "5-million", r"5\text{ million}", "5 hundred", "5k", "$5K", "5M"],
+    *["5 Million", "5-Million", r"5\text{ Million}", "5 HUNDRED", "1.5Bn", "3 Trillions"],
+    *["2 and a Half", "5 Pi", "5 PI", "3 And 1/2", "0xFF", "0x1f", "5x3", "1,234 567"],
     *["2 and a half"],
     # calculations, ratios, ranges, inequalities
     *["a+1", "5+x", "5 + x", "5 - x", "x - 5", "5-3", "5 - 3", "5 -3", "16 - 3 = 13", "2*3"],

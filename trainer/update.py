@@ -38,6 +38,10 @@ class Updater:
         longest: tokens of the longest possible row. Raises ValueError if gradient checkpointing is
         requested and would change the log-probabilities.
         """
+        takes = parameters(algo.loss)
+        for name in KL_COEFFICIENTS:  # a file of the user may switch a KL term on by its default
+            if name in takes and isinstance(takes[name].default, float | int):
+                loss_options = {name: takes[name].default, **loss_options}
         self.model, self.algo, self.loss_options, self.o = model, algo, loss_options, options
         # fused: AdamW's default on a GPU (foreach) needs temporary copies of the weights.
         self.optimizer = torch.optim.AdamW(
@@ -49,7 +53,6 @@ class Updater:
         # A KL term is switched on by its coefficient, and may push any row of the mini-batch.
         has_kl = any(loss_options.get(name, 0) > 0 for name in KL_COEFFICIENTS)
         self.needs_all_rows = has_kl or getattr(algo, "NEEDS_ALL_ROWS", False)
-        takes = parameters(algo.loss)
         self.needs_entropy = "entropy" in takes and (has_kl or "kl_coef" not in takes)
         self.through_head = layout.through_head
         # Checkpointing runs each layer again without the cache that a shared prompt needs.
