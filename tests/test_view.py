@@ -165,6 +165,24 @@ def test_a_file_that_is_named_runs_with_the_options_of_the_run(tmp_path):
     assert data["groups"][0]["completions"][0]["clipped"] == [[0], [], []]
 
 
+def test_a_file_with_the_name_of_one_of_ours_has_another_name_on_the_page(tmp_path):
+    mine = tmp_path / "grpo.py"
+    mine.write_text((ROOT / "grpo.py").read_text())
+    run = write_run(tmp_path / "run", groups(), algo=str(mine))
+    view.main([str(run), "--algos", f"grpo,{mine}"])
+    data = data_of(run / "samples.html")
+    names = [method["name"] for method in data["methods"]]
+    assert data["algo"] == "grpo.py" and names == ["grpo.py (this run)", "GRPO"]
+
+
+def test_a_method_of_another_version_is_not_called_a_file(tmp_path, capsys):
+    run = write_run(tmp_path / "run", groups(), algo="zzz")
+    view.main([str(run), "--algos", "grpo"])
+    assert "This version has no method zzz, the run's own" in capsys.readouterr().out
+    data = data_of(run / "samples.html")
+    assert data["algo"] == "zzz" and [m["name"] for m in data["methods"]] == ["GRPO"]
+
+
 def test_rows_that_are_not_complete_have_no_push(tmp_path):
     """Rows of a skipped update with numbers that are not finite, and an older file's rows."""
     bad = row(20, ["a", "b"], True, skipped=True)
