@@ -199,6 +199,13 @@ def test_rows_that_are_not_complete_have_no_push(tmp_path):
     assert third["completions"][0]["ratio"] is None
 
 
+def test_completions_without_tokens_have_no_push(tmp_path):
+    run = write_run(tmp_path / "run", [row(1, [], True), row(1, [], False)])
+    view.main([str(run)])
+    (group,) = data_of(run / "samples.html")["groups"]
+    assert all("push" not in found for found in group["completions"])
+
+
 def test_a_large_run_is_thinned_out_evenly_and_that_is_said(tmp_path, monkeypatch, capsys):
     rows = []
     for step in range(1, 42):
