@@ -920,6 +920,24 @@ class Parser(options.Parser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def output_file(text):
+    """The path of a file to write. For argparse: raises ArgumentTypeError if none can be there."""
+    path = Path(text)
+    if os.path.isdir(path):
+        raise argparse.ArgumentTypeError(f"{path} is a folder; add the name of a file")
+    output_folder(path.parent)
+    return path
+
+
+def output_folder(text):
+    """The path of a folder to write into, which may not exist yet. Raises ArgumentTypeError."""
+    path = Path(text)
+    existing = [part for part in (path, *path.parents) if os.path.lexists(part)]
+    if existing and not os.path.isdir(existing[0]):
+        raise argparse.ArgumentTypeError(f"{existing[0]} is not a folder; name another one")
+    return path
+
+
 def build_parser():
     parser = Parser(
         prog="plot.py",
@@ -931,7 +949,7 @@ def build_parser():
     parser.add_argument("runs", nargs="+", metavar="RUN", help=text)
     text = "picture to write; default curves.png, entropy.png or credit.png,\n"
     text += "in RUN if there is one, else here"
-    parser.add_argument("--out", metavar="FILE", type=Path, help=text)
+    parser.add_argument("--out", metavar="FILE", type=output_file, help=text)
     kind = parser.add_mutually_exclusive_group()
     text = "accuracy against entropy, with the fit of arXiv 2505.22617"
     kind.add_argument("--entropy", action="store_true", help=text)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plot import NOTES, Parser, is_complete, push, style, tensors
+from plot import NOTES, Parser, is_complete, output_file, push, style, tensors
 from trainer import options
 from trainer.runs import ORDER, finite, read_folder
 from trainer.samples import read_groups
@@ -227,7 +227,7 @@ def build_parser():
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a run of train.py")
     text = "the page to write; default: samples.html in RUN"
-    parser.add_argument("--out", metavar="FILE", type=Path, help=text)
+    parser.add_argument("--out", metavar="FILE", type=output_file, help=text)
     text = "compute the push under these methods, or all, besides the run's own; default: the seven"
     kind = {"type": options.algorithm_names, "default": list(options.ALGORITHMS)}
     parser.add_argument("--algos", metavar="A,B", help=text, **kind)
