@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plot import Parser, method_name, plot_runs
+from plot import Parser, method_name, output_folder, plot_runs
 from trainer.options import ALGORITHMS, algorithm_names, fill, label, parse
 from trainer.runs import group, read_runs, write_csv
 
@@ -357,7 +357,8 @@ def build_parser():
     text = "runs at a time; they share the cores"
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help=text)
     text = "folder for the runs, the figure, the table and the .csv; default: runs/compare"
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), metavar="DIR", help=text)
+    kind = {"type": output_folder, "default": Path("runs/compare")}
+    parser.add_argument("--out", metavar="DIR", help=text, **kind)
     text = "train again what --out holds already"
     parser.add_argument("--overwrite", action="store_true", help=text)
     text = "take what --out holds, although our code or a version has changed since"

@@ -21,7 +21,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from trainer import options
-from trainer.runs import ORDER, average, finite, group, read_log, read_runs, rows_of
+from trainer.runs import ORDER, average, finite, group, read_runs, rows_of
+from trainer.samples import read_groups
 
 # The seven have the colours of Okabe and Ito, without their yellow, which is lost on white, and
 # with a violet in place of their second blue. The
@@ -588,6 +589,7 @@ def print_fit(name, entropy, accuracy):
 
 WIDE = 112  # characters in a line of cells
 MOST_LINES = 2  # of one completion
+UNDRAWABLE = "[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]"  # no glyph, not allowed in an SVG
 HATCH = "///"  # of clipped tokens
 HATCH_COLOUR = "#CFCFCF"  # light: the token's text is read through it
 NOTES = {
@@ -669,38 +671,28 @@ def read_group(path, step=None):
     path = path / "samples.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    groups = {}  # {(step, prompt): completions}
-    for number, row in read_log(path):
-        try:
-            if is_complete(row):
-                # Files from before "right" was recorded: by the reward.
-                row["right"] = row.get("right", row["reward"]) > 0.5
-                groups.setdefault((row["step"], row["prompt"]), []).append(row)
-        except (KeyError, TypeError, ValueError):
-            what = "a completion with tokens and logprobs"
-            raise ValueError(f"{path}: line {number} is not {what}") from None
     mixed = []
-    for (at, _), rows in groups.items():
+    for rows in read_groups(path):
+        rows = [row for row in rows if is_complete(row)]
         right = sum(row["right"] for row in rows)
-        if step in (None, at) and 0 < right < len(rows):
+        if 0 < right < len(rows) and step in (None, rows[0]["step"]):
             mixed.append(rows)
     if not mixed:
         at = "" if step is None else f" at step {step}"
-        raise ValueError(f"{path}: no group with both right and wrong completions{at}")
+        what = f"both right and wrong completions{at}, with tokens and finite numbers"
+        raise ValueError(f"{path}: no group with {what}")
     return max(mixed, key=contrast)
 
 
 def is_complete(row):
-    """Whether a line of samples.jsonl has a finite number for each token.
+    """Whether a row of `read_groups` has tokens, a finite reward and finite numbers per token.
 
     Single rows that made the trainer skip an update are logged too; they are marked "skipped".
     """
-    if row.get("skipped"):
+    if row.get("skipped") or not row["tokens"]:
         return False
-    for values in (row["logprobs"], row["old_logprobs"], row["entropy"]):
-        if len(values) != len(row["tokens"]) or None in map(finite, values):
-            return False
-    return True
+    numbers = [row["reward"], *row["logprobs"], *row["old_logprobs"], *row["entropy"]]
+    return None not in map(finite, numbers)
 
 
 def contrast(rows):
@@ -780,7 +772,8 @@ def plot_credit(path, out, step=None, shown=2, algos=options.ALGORITHMS):
     panel = 0.29 + cells
     height = 0.42 + len(panels) * panel + 0.5
     figure = new_figure(8, height, layout=None)
-    group_of = f"{len(picked)} of {len(rows)} completions of: {rows[0]['prompt']}"
+    prompt = re.sub(UNDRAWABLE, "�", rows[0]["prompt"])
+    group_of = f"{len(picked)} of {len(rows)} completions of: {prompt}"
     caption = f"Step {rows[0]['step']}, {group_of}"
     caption = "\n".join(textwrap.wrap(caption, 116, max_lines=2, placeholder=" …"))
     figure.text(0.01, 1 - 0.08 / height, caption, va="top", fontsize=8.5, parse_math=False)
@@ -885,7 +878,7 @@ def cell_text(token):
     """A token as its cell shows it: Ġ and Ċ are the space and the newline of byte-level BPE."""
     text = re.sub("^<.+>$", "EOS", token)
     text = text.replace("Ġ", " ").replace("Ċ", "\n").replace("\n", "↵").strip()
-    return text or "␣"
+    return re.sub(UNDRAWABLE, "�", text) or "␣"
 
 
 def add_credit_legend(figure, largest):
@@ -927,6 +920,24 @@ class Parser(options.Parser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def output_file(text):
+    """The path of a file to write. For argparse: raises ArgumentTypeError if none can be there."""
+    path = Path(text)
+    if os.path.isdir(path):
+        raise argparse.ArgumentTypeError(f"{path} is a folder; add the name of a file")
+    output_folder(path.parent)
+    return path
+
+
+def output_folder(text):
+    """The path of a folder to write into, which may not exist yet. Raises ArgumentTypeError."""
+    path = Path(text)
+    existing = [part for part in (path, *path.parents) if os.path.lexists(part)]
+    if existing and not os.path.isdir(existing[0]):
+        raise argparse.ArgumentTypeError(f"{existing[0]} is not a folder; name another one")
+    return path
+
+
 def build_parser():
     parser = Parser(
         prog="plot.py",
@@ -938,7 +949,7 @@ def build_parser():
     parser.add_argument("runs", nargs="+", metavar="RUN", help=text)
     text = "picture to write; default curves.png, entropy.png or credit.png,\n"
     text += "in RUN if there is one, else here"
-    parser.add_argument("--out", metavar="FILE", type=Path, help=text)
+    parser.add_argument("--out", metavar="FILE", type=output_file, help=text)
     kind = parser.add_mutually_exclusive_group()
     text = "accuracy against entropy, with the fit of arXiv 2505.22617"
     kind.add_argument("--entropy", action="store_true", help=text)

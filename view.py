@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plot import NOTES, Parser, is_complete, push, style, tensors
+from plot import NOTES, Parser, is_complete, output_file, push, style, tensors
 from trainer import options
 from trainer.runs import ORDER, finite, read_folder
 from trainer.samples import read_groups
@@ -66,12 +66,14 @@ def chosen_methods(o, algos):
             about += "; without its KL term, for which the reference policy is not recorded"
         words = [f"{name} = {value}" for name, value in values.items()]
         name = ", ".join(["this run", *words])
-        methods.append((own, f"{style(Path(own).stem)[0]} ({name})", about, values))
-    else:
+        methods.append((own, f"{style(options.label(own))[0]} ({name})", about, values))
+    elif options.is_file(own):
         note = f"The run's own method is a file, {own}: view.py runs it only if --algos names it."
+    else:
+        note = f"This version has no method {own}, the run's own: its push is not shown."
     for algo in sorted(algos, key=[*ORDER, *algos].index):
         if algo != own or values:
-            name = style(Path(algo).stem)[0]
+            name = style(options.label(algo))[0]
             methods.append((algo, name, NOTES.get(algo, ""), {}))
     return methods, note
 
@@ -159,7 +161,7 @@ def page_data(run, algos):
     methods, note = chosen_methods(o, algos)
     entries = [entry(rows, methods) for rows in groups]
     greedy = [entry(rows, []) for rows in held_out]
-    data = {"name": run.resolve().name, "algo": style(Path(o["algo"]).stem)[0]}
+    data = {"name": run.resolve().name, "algo": style(metrics["algo"])[0]}
     data["about"] = {name: str(o[name]) for name in ABOUT if name in o}
     data["methods"] = [{"name": name, "note": about} for _, name, about, _ in methods]
     data["curves"] = curves(metrics["rows"])
@@ -225,7 +227,7 @@ def build_parser():
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a run of train.py")
     text = "the page to write; default: samples.html in RUN"
-    parser.add_argument("--out", metavar="FILE", type=Path, help=text)
+    parser.add_argument("--out", metavar="FILE", type=output_file, help=text)
     text = "compute the push under these methods, or all, besides the run's own; default: the seven"
     kind = {"type": options.algorithm_names, "default": list(options.ALGORITHMS)}
     parser.add_argument("--algos", metavar="A,B", help=text, **kind)

@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, in 
 
 from tqdm import tqdm
 
+from plot import Parser, output_file
+
 
 @contextlib.contextmanager
 def trainer(algo, *flags, seed=0):
@@ -107,15 +109,31 @@ def rounded(value):
     return f"{value:.5g}" if isinstance(value, float) else value
 
 
+class Row(dict):
+    """A row of a .csv. A column that is not there is an error of the file, not of our code."""
+
+    def __missing__(self, column):
+        raise ValueError(f"it has no column {column!r}, only {', '.join(self)}")
+
+
 def read_rows(path):
     """The rows of a .csv; what reads as a number is one, and nothing is None.
 
-    Raises ValueError if there is no such file.
+    Raises ValueError if there is no such file, or no table in it.
     """
     if not path.exists():
         raise ValueError(f"no {path} to draw: run it without --redraw first")
+    rows = []
     with open(path, newline="") as file:
-        return [{key: read(text) for key, text in row.items()} for row in csv.DictReader(file)]
+        reader = csv.DictReader(file)
+        for cells in reader:
+            if None in cells or None in cells.values():  # more cells, or fewer
+                line = f"line {reader.line_num} does not have as many cells as line 1"
+                raise ValueError(f"{path}: {line}")
+            rows.append(Row({name: read(text) for name, text in cells.items()}))
+    if not rows:
+        raise ValueError(f"{path}: no rows in it; measure again, without --redraw")
+    return rows
 
 
 def read(text):
@@ -126,13 +144,11 @@ def read(text):
 
 
 def build_parser(doc, name):
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)")
     add("--jobs", type=int, default=2, help="runs at a time, one thread each (default 2)")
-    add("--out", type=Path, default=Path(name).with_suffix(".png"), help="the figure")
+    add("--out", type=output_file, default=Path(name).with_suffix(".png"), help="the figure")
     add("--redraw", action="store_true", help="figure and lines of the .csv; measures nothing")
     return parser
 
@@ -150,9 +166,17 @@ def command(doc, name, measure, draw, say, argv=None):
             args.out.parent.mkdir(parents=True, exist_ok=True)
             write_rows(table, measure(args))
         rows = read_rows(table)
-        draw(rows, args.out)
+        try:
+            lines = say(rows)
+            draw(rows, args.out)
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            if not args.redraw:
+                raise
+            reason = error if isinstance(error, ValueError) else repr(error)
+            ours = f"is it a table of {Path(name).name}?"
+            raise ValueError(f"{table} cannot be drawn: {reason}; {ours}") from None
         wrote = f"wrote {args.out}" + ("" if args.redraw else f" and {table}")
-        print("\n".join([*say(rows), wrote]))
+        print("\n".join([*lines, wrote]))
 
     return status_of(work)
 

@@ -11,7 +11,6 @@ gradient of the method's own `loss`.
 The figure shows a completion of 20 tokens in which one token has moved.
 """
 
-import argparse
 import csv
 import math
 import sys
@@ -19,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when run as a script
 
-from plot import new_figure, save, style
+from claims import kit
+from plot import Parser, new_figure, output_file, save, style
 from trainer.algorithm import load_algorithm, option_defaults
 
 OUT = Path(__file__).with_suffix(".png")
@@ -186,25 +186,31 @@ def rounded(value):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.split("\n")[0], epilog="It runs in seconds, without a model."
     )
     parser.add_argument("--table", action="store_true", help="print the table and stop")
-    parser.add_argument("--out", type=Path, default=OUT, help=f"the figure (default {OUT.name})")
+    parser.add_argument(
+        "--out", type=output_file, default=OUT, help=f"the figure (default {OUT.name})"
+    )
     args = parser.parse_args(argv)
     if args.table:
         print("\n".join(table()))
         return 0
-    rows = curves()
-    with open(args.out.with_suffix(".csv"), "w", newline="") as file:
+    return kit.status_of(lambda: write(args.out))
+
+
+def write(out):
+    """The figure, and the .csv with every fifth point."""
+    rows, numbers = curves(), out.with_suffix(".csv")
+    draw(rows, out)
+    with open(numbers, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         for row in rows:
-            if round(row["ratio"] * 100) % 5 == 0:  # every fifth point
+            if round(row["ratio"] * 100) % 5 == 0:
                 writer.writerow({key: rounded(value) for key, value in row.items()})
-    draw(rows, args.out)
-    print(f"wrote {args.out} and {args.out.with_suffix('.csv')}")
-    return 0
+    print(f"wrote {out} and {numbers}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch
 
 from claims import kit
 from claims.rare_tokens import PARTS, by_probability, hidden_norms
+from plot import Parser, output_file
 from trainer.logprobs import token_logprobs
 
 FLAGS = ["--preset", "gsm8k", "--max-new-tokens", "128", "--dtype", "fp32"]
@@ -52,16 +53,16 @@ def measure(*flags):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--data", default="gsm8k", help="as train.py's (default gsm8k, of the Hub)")
     table = Path(__file__).with_suffix(".csv")
-    parser.add_argument("--out", type=Path, default=table, help=f"the .csv (default {table.name})")
+    text = f"the .csv (default {table.name})"
+    parser.add_argument("--out", type=output_file, default=table, help=text)
     args = parser.parse_args(argv)
 
     def work():
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         rows = measure("--model", args.model, "--data", args.data)
         kit.write_rows(args.out, rows)
         for row in rows:

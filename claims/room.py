@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, whe
 
 import compare
 from claims import kit
-from plot import plot_runs, style
+from plot import Parser, output_file, output_folder, plot_runs, style
 from tiny.problems import problems
 from trainer.options import ALGORITHMS
-from trainer.runs import ORDER, read_runs, write_csv
+from trainer.runs import ORDER, is_run, read_runs, write_csv
 
 OUT = Path(__file__).with_suffix(".png")
 FEWEST, MOST = 3, 6  # steps of a problem
@@ -81,7 +81,10 @@ def say(runs):
 
 def by_steps(run):
     """The lines of --by-steps: of how many held-out problems the run's model solves how many."""
-    flags = ["--model", str(run), "--data", str(run.parent / "data"), *FLAGS[:2]]
+    data = run.parent / "data"
+    if not (is_run(run) and data.is_dir()):
+        raise ValueError(f"--by-steps {run}: not a run of this script, such as runs/room/grpo-s0")
+    flags = ["--model", str(run), "--data", str(data), *FLAGS[:2]]
     asked, solved = Counter(), Counter()
     with kit.trainer("grpo", *flags) as (trainer, held_out):
         for problem, right in zip(held_out, kit.greedy(trainer, held_out), strict=True):
@@ -92,15 +95,13 @@ def by_steps(run):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--algos", default=",".join(ALGORITHMS), metavar="A,B", help="default: the seven")
     add("--seeds", default="0,1,2", metavar="N,N", help="default 0,1,2")
     add("--jobs", type=int, default=2, help="runs at a time (default 2)")
-    add("--runs", type=Path, default=Path("runs/room"), help="the runs' folder (runs/room)")
-    add("--out", type=Path, default=OUT, help=f"the figure (default {OUT.name})")
+    add("--runs", type=output_folder, default=Path("runs/room"), help="their folder (runs/room)")
+    add("--out", type=output_file, default=OUT, help=f"the figure (default {OUT.name})")
     add("--redraw", action="store_true", help="figure and table of the .csv; trains nothing")
     text = "print what the model of a run solves, by steps of the problem, and stop"
     add("--by-steps", type=Path, metavar="RUN", help=text)
@@ -120,6 +121,7 @@ def work(args):
         ours += ["--jobs", str(args.jobs), "--out", str(args.runs)]
         if compare.main([*ours, "--", "--preset", "tiny", "--data", str(data), *FLAGS]):
             raise ValueError("some run did not end; the same command goes on from here")
+        table.parent.mkdir(parents=True, exist_ok=True)
         write_csv(read_runs([args.runs]), table)
     if not table.exists():
         raise ValueError(f"no {table} to draw: run it without --redraw first")

@@ -60,3 +60,13 @@ def test_the_command_in_miniature(tmp_path, monkeypatch, capsys):
 def test_nothing_to_draw_is_said_in_a_line(tmp_path, capsys):
     assert room.main(["--redraw", "--out", str(tmp_path / "room.png")]) == 2
     assert "run it without --redraw first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nowhere", "empty", "run"])  # the last has no problems beside it
+def test_by_steps_of_what_is_no_run_of_room_is_refused_in_a_line(name, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    assert room.main(["--by-steps", str(tmp_path / name)]) == 2
+    told = f"error: --by-steps {tmp_path / name}: not a run of this script, such as "
+    assert capsys.readouterr().err == f"{told}runs/room/grpo-s0\n"

@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT
 from test_losses import value_and_grad
 
-from claims import pushes
+from claims import length, pushes
 from trainer.algorithm import load_algorithm
 
 LENGTHS = [5, 3, 1, 4]
@@ -77,3 +77,49 @@ def test_pushes_writes_its_figure_and_its_numbers(tmp_path, capsys):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "a.csv").read_text() == (ROOT / "claims" / "pushes.csv").read_text()
     assert str(tmp_path / "a.csv") in capsys.readouterr().out
+
+
+def test_pushes_makes_the_folder_and_refuses_a_file_in_its_place(tmp_path, capsys):
+    assert pushes.main(["--out", str(tmp_path / "new" / "a.png")]) == 0
+    assert (tmp_path / "new" / "a.csv").is_file() and capsys.readouterr().err == ""
+    for out in (tmp_path, tmp_path / "new" / "a.csv" / "x.png"):
+        with pytest.raises(SystemExit) as exit:
+            pushes.main(["--out", str(out)])
+        told = capsys.readouterr().err
+        assert exit.value.code == 2 and told.count("\n") == 1 and "folder" in told
+
+
+def test_what_cannot_be_written_is_said_in_a_line(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pushes, "save", fail)
+    assert pushes.main(["--out", str(tmp_path / "a.png")]) == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+
+
+HEAD = "method,seed,what,name,value,count\n"
+DAMAGED = {  # of claims/length.py: what the line says
+    "": "{}: no rows in it; measure again, without --redraw",
+    HEAD: "{}: no rows in it; measure again, without --redraw",
+    "a,b\n1,2\n": "{} cannot be drawn: it has no column 'method', only a, b; is it",
+    HEAD + "grpo,0,right\n": "{}: line 2 does not have as many cells as line 1",
+    HEAD + "grpo,0,right,1-6,0.5,3,9\n": "{}: line 2 does not have as many cells as line 1",
+    HEAD + "dapo,1,accuracy,2,much,3\n": "{} cannot be drawn: ",
+    HEAD + "grpo,0,accuracy,2,0.5,3\n": "{} cannot be drawn: KeyError(0); is it a table of length",
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_table_is_refused_in_a_line_and_nothing_is_drawn(text, tmp_path, capsys):
+    table = tmp_path / "dam.csv"
+    table.write_text(text)
+    assert length.main(["--redraw", "--out", str(tmp_path / "dam.png")]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and told.startswith("error: " + DAMAGED[text].format(table))
+    assert table.read_text() == text and list(tmp_path.iterdir()) == [table]
+
+
+def test_the_committed_tables_are_drawn(tmp_path):
+    (tmp_path / "a.csv").write_text((ROOT / "claims" / "length.csv").read_text())
+    assert length.main(["--redraw", "--out", str(tmp_path / "a.png")]) == 0

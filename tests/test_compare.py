@@ -243,7 +243,8 @@ def test_jobs_share_the_cores(trainer, tmp_path, monkeypatch):
         (["--off-policy", "1", "--", "--updates", "4"], "--updates cannot stand after --"),
         (["--", "--nonsense"], "--nonsense"),
         (["--table", "nowhere"], "no such run"),
-        (["--out", "a-file"], "a-file"),
+        (["--out", "a-file"], "argument --out: a-file is not a folder; name another one"),
+        (["--out", "a-file/runs"], "argument --out: a-file is not a folder; name another one"),
     ],
 )
 def test_refuses_in_one_line_before_anything_runs(

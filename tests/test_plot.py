@@ -12,6 +12,7 @@ from dataclasses import fields
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -843,6 +844,54 @@ def test_credit_picture_of_all_22(tmp_path, monkeypatch, capsys):
     assert torch.equal(state, torch.get_rng_state())
 
 
+def change_samples(folder, **values):
+    """Give every line of a samples.jsonl these values."""
+    path = folder / "samples.jsonl"
+    lines = [json.loads(line) | values for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "values, told",
+    [
+        ({"tokens": [1, 2, 3]}, "line 1 is not a completion with tokens and numbers"),
+        ({"reward": "abc"}, "line 1 is not a completion with tokens and numbers"),
+        ({"reward": None}, "line 1 is not a completion with tokens and numbers"),
+        ({"prompt": ["a"]}, "line 1 is not a completion with tokens and numbers"),
+        (
+            dict.fromkeys(("tokens", "logprobs", "old_logprobs", "entropy"), []),
+            "no group with both right and wrong completions, with tokens and finite numbers",
+        ),
+    ],
+)
+def test_damaged_samples_are_refused_in_one_line(tmp_path, capsys, values, told):
+    folder = change_samples(write_samples(tmp_path), **values)
+    with pytest.raises(SystemExit) as exit:
+        plot.main(["--credit", str(folder)])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == f"plot.py: error: {folder / 'samples.jsonl'}: {told}\n"
+    assert not list(folder.glob("*.png"))
+
+
+def test_numbers_as_text_are_numbers(tmp_path):
+    folder = change_samples(write_samples(tmp_path), tokens=["a"], entropy=["0.5"])
+    change_samples(folder, logprobs=["-0.5"], old_logprobs=["-0.75"])
+    assert plot.read_group(folder)[0]["logprobs"] == [-0.5]
+
+
+def test_text_that_no_font_has_is_drawn(tmp_path):
+    """Lone surrogates and control characters, which matplotlib or an SVG cannot have."""
+    text = "a\ud800\x00\x1b[31m\ufffe b"
+    folder = change_samples(write_samples(tmp_path), prompt=text, tokens=[text])
+    numbers = {"entropy": [0.5], "logprobs": [-0.5], "old_logprobs": [-0.75]}
+    change_samples(folder, **numbers)
+    plot.plot_credit(folder, tmp_path / "a.png")
+    plot.plot_credit(folder, tmp_path / "a.svg")
+    ElementTree.parse(tmp_path / "a.svg")
+    assert plot.cell_text(text) == "a���[31m� b"
+
+
 def test_long_rows_are_cut_and_small(tmp_path):
     """Twenty completions of 300 tokens, letters of another script, dollars.
 
@@ -917,7 +966,8 @@ def test_help_and_a_wrong_option_import_neither_matplotlib_nor_torch(script, wor
         (["good", "--algos", "cispo"], "--algos goes with --credit"),
         (["good", "--credit", "--algos", "cipso"], "no algorithm 'cipso'; did you mean cispo?"),
         (["good", "--credit"], "samples.jsonl: no such file"),
-        (["good", "--out", "good/metrics.jsonl/x.png"], "good/metrics.jsonl"),
+        (["good", "--out", "good/metrics.jsonl/x.png"], "good/metrics.jsonl is not a folder"),
+        (["good", "--out", "."], "argument --out: . is a folder; add the name of a file"),
         (["good", "--out", "x.what"], "what"),
         (["--entropy", "--credit", "good"], "not allowed with"),
         ([], "RUN"),

@@ -165,6 +165,24 @@ def test_a_file_that_is_named_runs_with_the_options_of_the_run(tmp_path):
     assert data["groups"][0]["completions"][0]["clipped"] == [[0], [], []]
 
 
+def test_a_file_with_the_name_of_one_of_ours_has_another_name_on_the_page(tmp_path):
+    mine = tmp_path / "grpo.py"
+    mine.write_text((ROOT / "grpo.py").read_text())
+    run = write_run(tmp_path / "run", groups(), algo=str(mine))
+    view.main([str(run), "--algos", f"grpo,{mine}"])
+    data = data_of(run / "samples.html")
+    names = [method["name"] for method in data["methods"]]
+    assert data["algo"] == "grpo.py" and names == ["grpo.py (this run)", "GRPO"]
+
+
+def test_a_method_of_another_version_is_not_called_a_file(tmp_path, capsys):
+    run = write_run(tmp_path / "run", groups(), algo="zzz")
+    view.main([str(run), "--algos", "grpo"])
+    assert "This version has no method zzz, the run's own" in capsys.readouterr().out
+    data = data_of(run / "samples.html")
+    assert data["algo"] == "zzz" and [m["name"] for m in data["methods"]] == ["GRPO"]
+
+
 def test_rows_that_are_not_complete_have_no_push(tmp_path):
     """Rows of a skipped update with numbers that are not finite, and an older file's rows."""
     bad = row(20, ["a", "b"], True, skipped=True)
@@ -179,6 +197,13 @@ def test_rows_that_are_not_complete_have_no_push(tmp_path):
     assert "push" not in second["completions"][0] and not second["skipped"]  # no group of one
     assert third["skipped"] and "push" not in third["completions"][0]
     assert third["completions"][0]["ratio"] is None
+
+
+def test_completions_without_tokens_have_no_push(tmp_path):
+    run = write_run(tmp_path / "run", [row(1, [], True), row(1, [], False)])
+    view.main([str(run)])
+    (group,) = data_of(run / "samples.html")["groups"]
+    assert all("push" not in found for found in group["completions"])
 
 
 def test_a_large_run_is_thinned_out_evenly_and_that_is_said(tmp_path, monkeypatch, capsys):
@@ -298,9 +323,13 @@ BAD_ROWS = {
         ("none", "none/samples.jsonl: no completions in it: was it trained with --samples-every"),
         *((name, f"{name}/samples.jsonl: line 2 is not ") for name in BAD_ROWS),
         ("held", "held/held_out.jsonl: line 1 is not a completion with tokens and numbers"),
-        ("good --out good/metrics.jsonl/x.html", "cannot write good/metrics.jsonl/x.html: Not a"),
+        (
+            "good --out good/metrics.jsonl/x.html",
+            "argument --out: good/metrics.jsonl is not a folder",
+        ),
         ("good --out nowhere/x.html", "cannot write nowhere/x.html: No such file or directory"),
-        ("good --out good", "cannot write good: Is a directory"),
+        ("good --out good", "argument --out: good is a folder; add the name of a file"),
+        ("good --out .", "argument --out: . is a folder; add the name of a file"),
         ("good --algos cipso", "no algorithm 'cipso'; did you mean cispo?"),
         ("good --algo cispo", "no option --algo; did you mean --algos?"),
         ("", "RUN"),
