@@ -384,6 +384,65 @@ def fill(given):
     return o
 
 
+def check_config(config, path):
+    """Raise ValueError, in one line, for an entry of a run's config.json that we never write.
+
+    Only names and types: whether a value is allowed is left to `check`.
+    """
+    if not is_utf8(json.dumps(config, ensure_ascii=False)):
+        raise ValueError(f"{path}: a text in it is not valid UTF-8; {NOT_OURS}")
+    kinds = {about.name: about.type for about in fields(Options)}
+    for name, value in config["options"].items():
+        if name not in kinds:
+            raise ValueError(f"{path}: no option is called {name}; {NOT_OURS}")
+        check_kind(value, kinds[name], name, path)
+    for name, value in config["options"].get("option", {}).items():
+        check_kind(value, bool | int | float | str, f"option {name}", path)
+    for table in ("code", "versions"):
+        check_kind(config.get(table, {}), dict, table, path)
+        for name, value in config.get(table, {}).items():
+            check_kind(value, str, f"{table} {name}", path)
+    rows = config.get("micro_batch", 1)
+    check_kind(rows, int, "micro_batch", path)
+    if not 1 <= rows <= MOST_ROWS:
+        raise ValueError(f"{path}: micro_batch is {rows}, not 1 to {MOST_ROWS}; {NOT_OURS}")
+
+
+NOT_OURS = (
+    "another version of this code made the run, or the file was edited: use that version, or undo "
+    "the edit"
+)
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    str | None: "a text or null",
+    bool | int | float | str: "a number, a text, true or false",
+    dict: "an object",
+}
+
+
+def check_kind(value, kind, name, path):
+    """Raise ValueError unless a value of a run's config.json is of this kind, one of KINDS."""
+    types = int | float if kind is float else kind  # 1.0 may have become 1
+    good = isinstance(value, types)
+    if isinstance(value, bool) and kind in (int, float):  # to Python, True is an int
+        good = False
+    if not good:
+        shown = json.dumps(value)[:60]
+        raise ValueError(f"{path}: {name} is {shown}, not {KINDS[kind]}; {NOT_OURS}")
+
+
+def is_utf8(text):
+    """Whether the text can be written: bytes that are not UTF-8 become surrogates in argv."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check(o):
     """Raise ValueError, in one line, for the first option with a value that is not allowed."""
     check_values(o)
