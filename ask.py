@@ -21,6 +21,7 @@ from trainer.options import (
     Parser,
     add_template_option,
     check_config,
+    check_utf8,
     check_values,
     template_options,
 )
@@ -110,6 +111,7 @@ def parse(argv):
     if args.answer is not None:
         check_answer(args.answer)
     given = options_of(args)
+    check_utf8(given)
     check_values(Options(**given))
     if args.question is None and not sys.stdin.isatty():
         args.question = sys.stdin.read().strip("\r\n")
