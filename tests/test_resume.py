@@ -372,7 +372,7 @@ def test_resume_with_its_own_options(begun, words):
 @pytest.mark.parametrize(
     ("entry", "value", "line"),
     [
-        ("options nonsense", 1, "no option is called nonsense"),
+        ("options nonsense", 1, "no option is called 'nonsense'"),
         ("options lr", "x", 'lr is "x", not a number'),
         ("options temperature", None, "temperature is null, not a number"),
         ("options temperature", True, "temperature is true, not a number"),
@@ -409,6 +409,21 @@ def test_resume_of_a_run_of_another_version(begun, capsys, entry, value, line):
     found = refused(capsys, "--resume", begun)
     assert f"{path}: {line}" in found and "another version of this code made the run" in found
     assert contents(begun) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words", "line"),
+    [
+        ("device", "cuda:99", "--device cpu", "its --device is cuda:99, not cpu"),
+        ("algo", "gone", "--beta 0.1", "no algorithm 'gone'"),
+    ],
+)
+def test_resume_of_a_run_that_cannot_go_on_here(begun, capsys, name, value, words, line):
+    path = begun / "config.json"
+    config = json.loads(path.read_text())
+    config["options"][name] = value
+    path.write_text(json.dumps(config))
+    assert line in refused(capsys, "--resume", begun, *words.split())
 
 
 def test_a_number_without_a_point_is_a_number(begun):

@@ -416,7 +416,7 @@ def check_config(config, path):
     kinds = {about.name: about.type for about in fields(Options)}
     for name, value in config["options"].items():
         if name not in kinds:
-            raise ValueError(f"{path}: no option is called {name}; {NOT_OURS}")
+            raise ValueError(f"{path}: no option is called {name!r}; {NOT_OURS}")
         check_kind(value, kinds[name], name, path)
     for name, value in config["options"].get("option", {}).items():
         check_kind(value, bool | int | float | str, f"option {name}", path)

@@ -14,7 +14,15 @@ from trainer import checkpoint, origin
 from trainer.algorithm import checked_options
 from trainer.data import checksum, load_problems, offline_without_network, split_overlap
 from trainer.grading import load_reward
-from trainer.options import CHANGEABLE_ON_RESUME, check_config, fill, flag, label
+from trainer.options import (
+    CHANGEABLE_ON_RESUME,
+    Options,
+    check_config,
+    check_name,
+    fill,
+    flag,
+    label,
+)
 from trainer.policy import context_length, load_policy, use_threads
 from trainer.probes import probe
 from trainer.prompts import Chat, encode_problems, show, start_line
@@ -72,9 +80,9 @@ def resumed(given, out):
     """(options, config) of the run to resume. Raises ValueError if an option differs from it."""
     config = read_config(out)
     saved, steps = config["options"], config["options"]["steps"]
+    refuse_other_options(given, Options(**saved), out)
     changed = {name: given[name] for name in CHANGEABLE_ON_RESUME if name in given}
     o = fill({**saved, **changed})
-    refuse_other_options(given, o, out)
     if o.steps < steps:
         raise ValueError(f"--resume {out}: it has {steps} steps, and --steps may only be raised")
     return o, {**config, "options": asdict(o), "status": "running"}
@@ -92,14 +100,18 @@ def read_config(out):
     return config
 
 
-def refuse_other_options(given, o, out):
-    """Raise ValueError if an option of the command line differs from o, the run's Options."""
+def refuse_other_options(given, run, out):
+    """Raise ValueError if an option of the command line differs from that of the run.
+
+    run: its Options.
+    """
     for name, value in given.items():
         if name in ("resume", *CHANGEABLE_ON_RESUME):
             continue
-        own = getattr(o, name)
-        if name == "option":  # texts so far
-            value = checked_options(o.algo, value)
+        own = getattr(run, name)
+        if name == "option":
+            check_name(run.algo)
+            value = checked_options(run.algo, value)  # its values were texts
         if isinstance(value, dict) and value.items() <= own.items():
             continue  # the run may have further ones
         if value != own:
