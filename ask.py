@@ -16,7 +16,15 @@ import unicodedata
 from pathlib import Path
 
 from rewards import correct, true_answer
-from trainer.options import Options, Parser, add_template_option, check_values, template_options
+from trainer.options import (
+    Options,
+    Parser,
+    add_template_option,
+    check_config,
+    check_utf8,
+    check_values,
+    template_options,
+)
 
 # The options of train.py that decide how a model is asked.
 ASKED = (
@@ -103,6 +111,7 @@ def parse(argv):
     if args.answer is not None:
         check_answer(args.answer)
     given = options_of(args)
+    check_utf8(given)
     check_values(Options(**given))
     if args.question is None and not sys.stdin.isatty():
         args.question = sys.stdin.read().strip("\r\n")
@@ -144,13 +153,19 @@ def options_of(args):
 
 
 def run_options(folder):
-    """Those of ASKED with which the run in this folder was trained; {} if it holds no run."""
+    """Those of ASKED with which the run in this folder was trained; {} if it holds no run.
+
+    Raises ValueError for a value of a wrong type.
+    """
+    path = Path(folder) / "config.json"
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
         options, _ = config["options"], config["status"]
-        return {name: options[name] for name in ASKED if name in options}
+        asked = {name: options[name] for name in ASKED if name in options}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+    check_config({"options": asked}, path)
+    return asked
 
 
 class Model:

@@ -161,6 +161,25 @@ def test_the_command_line_overrides_the_run(run, asked, capsys):
     assert {weight.dtype for weight in model.policy.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("max_new_tokens", "16", 'max_new_tokens is "16", not a whole number'),
+        ("temperature", None, "temperature is null, not a number"),
+        ("prompt", 5, "prompt is 5, not a text"),
+        ("template_option", [], "template_option is [], not an object"),
+    ],
+)
+def test_a_run_of_another_version_is_refused(run, capsys, name, value, line):
+    path = run / "config.json"
+    config = json.loads(path.read_text())
+    config["options"][name] = value
+    path.write_text(json.dumps(config))
+    status, _, error = main(capsys, run, "3+4?")
+    assert status == 2 and error.startswith(f"ask.py: error: {path}: {line}; another version")
+    assert error.count("\n") == 1
+
+
 def test_a_run_that_goes_on_is_asked_at_its_latest_checkpoint(run, asked, capsys):
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "status": "running"}))
@@ -203,6 +222,9 @@ def test_a_question_comes_from_a_pipe_or_from_the_keyboard(asked, capsys, monkey
         (["tiny", "x", "--answer", "Paris"], "--answer: no number to compare with in"),
         (["tiny", "x", "--temperature", "0"], "--temperature 0.0: it must be above 0"),
         (["tiny", "x", "--temprature", "1"], "no option --temprature; did you mean --temperature?"),
+        (["tiny", "x", "--temperature", "1e-45"], "--temperature 1e-45: the least is 1e-06"),
+        (["tiny", "x", "--prompt", "\udcff{question}"], r"--prompt '\udcff{question}': not valid"),
+        (["tiny", "x", "--system", "\udcff"], r"--system '\udcff': not valid UTF-8"),
         (["tiny", "x", "--samples", "-1"], "--samples -1: 0 to 1000"),
         (["tiny", "x", "--max-new-tokens", "0"], "--max-new-tokens 0: the least is 1"),
         (["tiny", "x", "--prompt", "hello"], "--prompt must hold {question}"),

@@ -91,6 +91,7 @@ def one_line(text):
         ("--temperature 0", "--temperature 0.0: it must be above 0 and finite"),
         ("--temperature nan", "--temperature nan"),
         ("--temperature -1", "--temperature -1.0"),
+        ("--temperature 1e-45", "--temperature 1e-45: the least is 1e-06"),
         ("--lr 0", "--lr 0.0"),
         ("--lr inf", "--lr inf"),
         ("--lr 5", "--lr 5.0: AdamW moves"),
@@ -107,6 +108,7 @@ def one_line(text):
         ("--warmup -1", "--warmup -1"),
         ("--k -1", "--k -1"),
         ("--k 4 --eval-samples 3", "--eval-samples 3 is below --k 4"),
+        ("--k 0 --eval-samples 3", "--eval-samples 3 has no effect with --k 0"),
         ("--seed -1", "--seed -1"),
         ("--seed 99999999999999999999", "--seed 99999999999999999999: it must be below 2**32"),
         ("--micro-batch 0", "--micro-batch 0: a number of rows"),
@@ -141,6 +143,13 @@ def test_nonsense_options(capsys, monkeypatch, tmp_path, words, line):
         monkeypatch.setattr(start, name, lambda *_: pytest.fail("refused only after loading"))
     assert line in error_line(capsys, *WORDS, "--out", tmp_path / "run", *words.split())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["prompt", "system", "out", "model", "resume", "option"])
+def test_bytes_that_are_no_utf8(capsys, name):
+    """Python reads such a byte of the command line as half a surrogate pair."""
+    line = error_line(capsys, *WORDS, f"--{name}", "a=\udcff{question}")
+    assert line.startswith(f"train.py: error: --{name} ") and "not valid UTF-8" in line
 
 
 def test_every_number_is_checked():

@@ -151,6 +151,13 @@ def test_the_lock_ends_with_an_error_and_leaves_no_folder(tmp_path):
         assert not (tmp_path / "a").exists()
 
 
+def test_a_folder_in_the_place_of_the_lock_is_named(tmp_path, capsys):
+    (tmp_path / lock.NAME).mkdir()
+    line = error_line(capsys, *WORDS, "--out", tmp_path)
+    assert line.endswith(f"cannot write the lock {tmp_path / lock.NAME}: Is a directory")
+    assert (tmp_path / lock.NAME).is_dir()
+
+
 def test_where_nothing_can_be_locked_the_run_goes_on(tmp_path, monkeypatch, capsys):
     def none(*_):
         raise OSError(38, "Function not implemented")

@@ -128,6 +128,8 @@ def test_bad_line_is_named(tmp_path):
         "[1, 2]",
         '{"phase": "train", "accuracy": 1}',
         '{"phase": "eval", "step": "x"}',
+        '{"phase": "train", "step": -1}',
+        '{"phase": "train", "step": 123456789012345678901234567890}',
     ):
         (folder / "metrics.jsonl").write_text("\n".join([*lines[:2], bad, *lines[2:]]) + "\n")
         with pytest.raises(ValueError, match="line 3 is not"):

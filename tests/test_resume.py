@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import child
 import pytest
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 import train
 from tiny.problems import problems
 from trainer import start
+from trainer.options import fill, parse
 
 STEPS = 12
 TIMINGS = ("rollout_s", "update_s", "tokens_per_s", "peak_mib")
@@ -320,13 +322,14 @@ def refused(capsys, *argv):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("--algo tepo", "its --algo is grpo, not tepo; only --steps may be raised"),
-        ("--data tiny", "not tiny; only --steps may be raised"),
+        ("--algo tepo", "its --algo is grpo, not tepo; only --steps (upwards), --save-every"),
+        ("--data tiny", "not tiny; only --steps (upwards), --save-every and --track may change"),
         ("--model other", "its --model is tiny, not other"),
         ("--seed 1", "its --seed is 0, not 1"),
         ("--steps 11", "it has 12 steps, and --steps may only be raised"),
         ("--eval-only", "its --eval-only is False, not True"),
-        ("--option beta=0.5", "its --option is"),
+        ("--option beta=0.5", "its --option is {'beta': 0.01}, not {'beta': 0.5}"),
+        ("--option eps_low=0.1", "its --option is {'beta': 0.01}, not {'eps_low': 0.1}"),
         ("--stepz 30", "no option --stepz; did you mean --steps?"),
     ],
 )
@@ -366,6 +369,95 @@ def test_resume_of_no_run(tmp_path, capsys, config):
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     assert "holds no run to resume" in refused(capsys, "--resume", tmp_path)
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A run that has begun and made no step: its config.json is all there is."""
+    words = "--preset tiny --algo grpo --beta 0.1 --option eps_low=0.3 --lr 1e-3".split()
+    words += ["--template-option", "thinking=false"]
+    options = asdict(fill(parse(words)))
+    config = {"options": options, "status": "running", "micro_batch": 4}
+    config.update(code={"train.py": "0f"}, versions={"torch": "2"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--beta 0.1",
+        "--option beta=1e-1 --option eps_low=.30",
+        "--preset tiny --algo grpo --lr 0.001 --template-option thinking=false",
+        "--save-every 3 --track none --steps 200",
+    ],
+)
+def test_resume_with_its_own_options(begun, words):
+    o, _ = start.resumed(parse(["--resume", str(begun), *words.split()]), begun)
+    assert o.option == {"beta": 0.1, "eps_low": 0.3} and o.lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "line"),
+    [
+        ("options nonsense", 1, "no option is called 'nonsense'"),
+        ("options lr", "x", 'lr is "x", not a number'),
+        ("options temperature", None, "temperature is null, not a number"),
+        ("options temperature", True, "temperature is true, not a number"),
+        ("options steps", "5", 'steps is "5", not a whole number'),
+        ("options updates", 4.0, "updates is 4.0, not a whole number"),
+        ("options max_new_tokens", "16", 'max_new_tokens is "16", not a whole number'),
+        ("options seed", [1], "seed is [1], not a whole number"),
+        ("options k", False, "k is false, not a whole number"),
+        ("options overwrite", 1, "overwrite is 1, not true or false"),
+        ("options prompt", 5, "prompt is 5, not a text"),
+        ("options prompt", "\ud800{question}", "a text in it is not valid UTF-8"),
+        ("options system", 5, "system is 5, not a text or null"),
+        ("options algo", 5, "algo is 5, not a text"),
+        ("options data", 5, "data is 5, not a text"),
+        ("options model", 5, "model is 5, not a text"),
+        ("options option", None, "option is null, not an object"),
+        ("options option", [1], "option is [1], not an object"),
+        ("options option", {"beta": None}, "option beta is null, not a number, a text, true"),
+        ("code", [], "code is [], not an object"),
+        ("code", {"train.py": 1}, "code train.py is 1, not a text"),
+        ("versions", "2", 'versions is "2", not an object'),
+        ("micro_batch", "x", 'micro_batch is "x", not a whole number'),
+        ("micro_batch", 0, "micro_batch is 0, not 1 to 65536"),
+    ],
+)
+def test_resume_of_a_run_of_another_version(begun, capsys, entry, value, line):
+    """Or of a config.json that was edited: the line names the file and the entry."""
+    path = begun / "config.json"
+    config = json.loads(path.read_text())
+    *table, name = entry.split()
+    (config[table[0]] if table else config)[name] = value
+    path.write_text(json.dumps(config))
+    before = contents(begun)
+    found = refused(capsys, "--resume", begun)
+    assert f"{path}: {line}" in found and "another version of this code made the run" in found
+    assert contents(begun) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words", "line"),
+    [
+        ("device", "cuda:99", "--device cpu", "its --device is cuda:99, not cpu"),
+        ("algo", "gone", "--beta 0.1", "no algorithm 'gone'"),
+    ],
+)
+def test_resume_of_a_run_that_cannot_go_on_here(begun, capsys, name, value, words, line):
+    path = begun / "config.json"
+    config = json.loads(path.read_text())
+    config["options"][name] = value
+    path.write_text(json.dumps(config))
+    assert line in refused(capsys, "--resume", begun, *words.split())
+
+
+def test_a_number_without_a_point_is_a_number(begun):
+    path = begun / "config.json"
+    path.write_text(path.read_text().replace('"temperature": 1.0', '"temperature": 1'))
+    assert start.resumed({"resume": str(begun)}, begun)[0].temperature == 1
 
 
 @pytest.fixture(scope="module")

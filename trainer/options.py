@@ -29,7 +29,7 @@ MOST_ROWS = 65_536  # completions of one step: all of them are held in memory
 def setting(default, text, least=0, most=MOST):
     """A field of Options that defines the experiment: runs that differ in it are not averaged.
 
-    text: for --help. least, most: bounds of a whole number.
+    text: for --help. least, most: bounds of a whole number; of another number, least alone.
     """
     about = {"text": text, "least": least, "most": most, "experiment": True}
     return field(default=default, metadata=about)
@@ -80,7 +80,9 @@ class Options:
     # Rollout
     prompts: int = setting(16, "prompts per step", least=1, most=MOST_ROWS)
     group_size: int = setting(8, "completions per prompt (G)", least=2, most=MOST_ROWS)
-    temperature: float = setting(1.0, "divides the logits, both in sampling and in training")
+    temperature: float = setting(
+        1.0, "divides the logits, both in sampling and in training", least=1e-6
+    )
     max_new_tokens: int = setting(
         64,
         "most tokens per completion; a truncated one has an answer only in a complete line",
@@ -314,7 +316,27 @@ def parse(argv):
         given["option"] = dict(pair.partition("=")[::2] for pair in pairs)
     if "template_option" in given:
         given["template_option"] = template_options(given["template_option"])
+    check_utf8(given)
     return given
+
+
+def check_utf8(given):
+    """Raise ValueError for a text in {name: value} that no tokenizer and no file could take.
+
+    Bytes of a command line that are not UTF-8 become surrogates, which cannot be encoded.
+    """
+    for name, value in given.items():
+        if not is_utf8(value):
+            raise ValueError(f"{flag(name)} {value!a}: not valid UTF-8, as texts and paths must be")
+
+
+def is_utf8(value):
+    """Whether all texts in a JSON value can be encoded."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_command_line():
@@ -384,11 +406,63 @@ def fill(given):
     return o
 
 
+def check_config(config, path):
+    """Raise ValueError, in one line, for an entry of a run's config.json that we never write.
+
+    Only names and types: whether a value is allowed is left to `check`.
+    """
+    if not is_utf8(config):
+        raise ValueError(f"{path}: a text in it is not valid UTF-8; {NOT_OURS}")
+    kinds = {about.name: about.type for about in fields(Options)}
+    for name, value in config["options"].items():
+        if name not in kinds:
+            raise ValueError(f"{path}: no option is called {name!r}; {NOT_OURS}")
+        check_kind(value, kinds[name], name, path)
+    for name, value in config["options"].get("option", {}).items():
+        check_kind(value, bool | int | float | str, f"option {name}", path)
+    for table in ("code", "versions"):
+        check_kind(config.get(table, {}), dict, table, path)
+        for name, value in config.get(table, {}).items():
+            check_kind(value, str, f"{table} {name}", path)
+    rows = config.get("micro_batch", 1)
+    check_kind(rows, int, "micro_batch", path)
+    if not 1 <= rows <= MOST_ROWS:
+        raise ValueError(f"{path}: micro_batch is {rows}, not 1 to {MOST_ROWS}; {NOT_OURS}")
+
+
+NOT_OURS = (
+    "another version of this code made the run, or the file was edited: use that version, or undo "
+    "the edit"
+)
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    str | None: "a text or null",
+    bool | int | float | str: "a number, a text, true or false",
+    dict: "an object",
+}
+
+
+def check_kind(value, kind, name, path):
+    """Raise ValueError unless a value of a run's config.json is of this kind, one of KINDS."""
+    types = int | float if kind is float else kind  # 1.0 may have become 1
+    good = isinstance(value, types)
+    if isinstance(value, bool) and kind in (int, float):  # to Python, True is an int
+        good = False
+    if not good:
+        shown = json.dumps(value)[:60]
+        raise ValueError(f"{path}: {name} is {shown}, not {KINDS[kind]}; {NOT_OURS}")
+
+
 def check(o):
     """Raise ValueError, in one line, for the first option with a value that is not allowed."""
     check_values(o)
     check_rows(o)
     check_machine(o)
+    if o.eval_samples and o.k == 0:
+        raise ValueError(f"--eval-samples {o.eval_samples} has no effect with --k 0: leave it out")
     if o.eval_samples and o.eval_samples < o.k:
         raise ValueError(f"--eval-samples {o.eval_samples} is below --k {o.k}")
     if o.overlong_cache > o.max_new_tokens:
@@ -494,14 +568,21 @@ def check_bounds(o):
         value = getattr(o, about.name)
         if about.type is int:
             check_whole_number(about.name, value, about.metadata["least"], about.metadata["most"])
-        if about.type is float and not (0 < value < math.inf or value == about.default):
-            raise ValueError(f"{flag(about.name)} {value}: it must be above 0 and finite")
+        if about.type is float:
+            check_number(about.name, value, about.metadata["least"], about.default)
     if o.seed >= 2**32:
         raise ValueError(f"--seed {o.seed}: it must be below 2**32")
     if o.lr > 1:
         raise ValueError(
             f"--lr {o.lr}: AdamW moves each weight by about that much per step; the most is 1"
         )
+
+
+def check_number(name, value, least, default):
+    if not (0 < value <= sys.float_info.max or value == default):
+        raise ValueError(f"{flag(name)} {value}: it must be above 0 and finite")
+    if value < least:
+        raise ValueError(f"{flag(name)} {value}: the least is {least}")
 
 
 def check_whole_number(name, value, least, most):

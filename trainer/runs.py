@@ -17,7 +17,7 @@ from statistics import fmean
 
 import numpy as np
 
-from trainer.options import DEFAULTS, MORE, Options, is_file, label
+from trainer.options import DEFAULTS, MORE, MOST, Options, is_file, label
 
 # In figures and tables.
 ORDER = ("grpo", "dapo", "gspo", "tepo", "gtpo", "grpo_s", "trgrpo", *MORE)
@@ -79,6 +79,8 @@ def finite(value):
 def metrics_row(raw):
     """The row of a run from a raw one, {column: JSON value or text}. Raises one of BAD_VALUE."""
     row = {"phase": raw["phase"], "step": int(raw["step"])}
+    if not 0 <= row["step"] <= MOST:
+        raise ValueError
     for column in COLUMNS:
         row[column] = finite(raw.get(column))
     return row

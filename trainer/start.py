@@ -11,9 +11,18 @@ from pathlib import Path
 import torch
 
 from trainer import checkpoint, origin
+from trainer.algorithm import checked_options
 from trainer.data import checksum, load_problems, offline_without_network, split_overlap
 from trainer.grading import load_reward
-from trainer.options import CHANGEABLE_ON_RESUME, fill, flag, label
+from trainer.options import (
+    CHANGEABLE_ON_RESUME,
+    Options,
+    check_config,
+    check_name,
+    fill,
+    flag,
+    label,
+)
 from trainer.policy import context_length, load_policy, use_threads
 from trainer.probes import probe
 from trainer.prompts import Chat, encode_problems, show, start_line
@@ -69,24 +78,47 @@ def begun(given, out, argv):
 
 def resumed(given, out):
     """(options, config) of the run to resume. Raises ValueError if an option differs from it."""
+    config = read_config(out)
+    saved, steps = config["options"], config["options"]["steps"]
+    refuse_other_options(given, Options(**saved), out)
+    changed = {name: given[name] for name in CHANGEABLE_ON_RESUME if name in given}
+    o = fill({**saved, **changed})
+    if o.steps < steps:
+        raise ValueError(f"--resume {out}: it has {steps} steps, and --steps may only be raised")
+    return o, {**config, "options": asdict(o), "status": "running"}
+
+
+def read_config(out):
+    """The config.json of the run to resume. Raises ValueError if this version cannot use it."""
+    path = out / "config.json"
     try:
-        config = json.loads((out / "config.json").read_text())
-        saved, steps = config["options"], config["options"]["steps"]
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["options"]["steps"]  # every run has it
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{out} holds no run to resume (no readable config.json)") from None
-    changed = {}
+    check_config(config, path)
+    return config
+
+
+def refuse_other_options(given, run, out):
+    """Raise ValueError if an option of the command line differs from that of the run.
+
+    run: its Options.
+    """
     for name, value in given.items():
-        if name in CHANGEABLE_ON_RESUME:
-            changed[name] = value
-        elif name != "resume" and value != saved.get(name):
+        if name in ("resume", *CHANGEABLE_ON_RESUME):
+            continue
+        own = getattr(run, name)
+        if name == "option":
+            check_name(run.algo)
+            value = checked_options(run.algo, value)  # its values were texts
+        if isinstance(value, dict) and value.items() <= own.items():
+            continue  # the run may have further ones
+        if value != own:
             raise ValueError(
-                f"--resume {out}: its {flag(name)} is {saved.get(name)}, not {value}; only "
-                f"--steps may be raised"
+                f"--resume {out}: its {flag(name)} is {own}, not {value}; only --steps (upwards), "
+                f"--save-every and --track may change"
             )
-    if changed.get("steps", steps) < steps:
-        raise ValueError(f"--resume {out}: it has {steps} steps, and --steps may only be raised")
-    o = fill({**saved, **changed})
-    return o, {**config, "options": asdict(o), "status": "running"}
 
 
 def set_up(o):
