@@ -134,7 +134,7 @@ def converted(name, text, kind):
         wanted += ", not negative"
     try:
         value = kind(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"--option {name}={text}: {wanted} is required") from None
     if kind is not str and not (math.isfinite(value) and (signed or value >= 0)):
         raise ValueError(f"--option {name}={text}: {wanted} is required")
