@@ -40,8 +40,9 @@ class Updater:
         """
         takes = parameters(algo.loss)
         for name in KL_COEFFICIENTS:  # a file of the user may switch a KL term on by its default
-            if name in takes and isinstance(takes[name].default, float | int):
-                loss_options = {name: takes[name].default, **loss_options}
+            default = takes[name].default if name in takes else 0
+            if isinstance(default, float | int) and default > 0:
+                loss_options = {name: default, **loss_options}
         self.model, self.algo, self.loss_options, self.o = model, algo, loss_options, options
         # fused: AdamW's default on a GPU (foreach) needs temporary copies of the weights.
         self.optimizer = torch.optim.AdamW(
