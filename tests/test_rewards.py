@@ -581,6 +581,8 @@ def test_300_kilobytes_in_linear_time(unit):
     small = _seconds(unit, 3 * 10**4)
     assert small < 1, f"{unit[:10]!r}: {small:.2f} s for 30 kB"
     large = _seconds(unit, 3 * 10**5)
+    if large > 20 * small:  # a pause of the machine may count as CPU time: once more
+        large = min(large, _seconds(unit, 3 * 10**5))
     message = f"{unit[:10]!r}: {small:.3f} s, then {large:.2f} s for ten times as much"
     assert large < 10 and large < 30 * small + 0.1, message
 
