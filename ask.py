@@ -215,10 +215,10 @@ class Model:
         """Draw and print one completion; temperature 0 is greedy. Returns its Stream."""
         import torch
 
-        from trainer.sampling import generation_config, sampling_settings
+        from trainer.sampling import Draw, generation_config, sampling_settings
 
         most = self.o.max_new_tokens
-        settings = sampling_settings(temperature, most, self.eos_ids, self.pad_id)
+        settings = sampling_settings(most, self.eos_ids, self.pad_id)
         ids = torch.tensor([prompt_ids], device=self.policy.device)  # [1, L]
         stream = Stream(self.tokenizer, self.eos_ids)
         with generation_config(self.policy, settings):
@@ -226,6 +226,7 @@ class Model:
                 ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=settings,
+                logits_processor=[Draw(temperature)],
                 streamer=stream,
             )
         return stream

@@ -438,6 +438,7 @@ def qwen(args, device, prompts=4, group_size=8, prompt_tokens=100, most_tokens=2
     import train
     from trainer.logprobs import Layout
     from trainer.options import fill, parse
+    from trainer.packed import packable
 
     class Graded(train.Trainer):
         def grade(self, batch, problems):
@@ -451,7 +452,7 @@ def qwen(args, device, prompts=4, group_size=8, prompt_tokens=100, most_tokens=2
     ids = torch.randint(QWEN["vocab_size"], (prompts, prompt_tokens)).tolist()
     problems = [{"prompt_ids": prompt} for prompt in ids]
     generation = {"max_new_tokens": most_tokens, "eos_ids": [0], "pad_id": 0}
-    generation["layout"] = Layout(through_head=True, share_prompts=True)
+    generation["layout"] = Layout(through_head=True, share_prompts=True, packed=packable(model))
     trainer = Graded(fill(parse(line.split())), model, None, generation, problems)
     found, _, _ = trainer.step(2)
     found = {name: found[name] for name in ("rollout_s", "update_s", "length")}

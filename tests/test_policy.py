@@ -284,8 +284,8 @@ def test_left_padding_changes_no_row_and_order_is_kept():
 def test_generate_stops_at_each_of_several_eos():
     torch.manual_seed(0)
     generation = {"temperature": 1.0, "max_new_tokens": 8, "pad_id": 23}
-    rollout = sample(tiny_model(), [[3, 4]], 32, eos_ids=[1, 2, 5], **generation)
-    last = rollout.completions[range(32), rollout.mask.sum(1) - 1]
+    rollout = sample(tiny_model(), [[3, 4]], 64, eos_ids=[1, 2, 5], **generation)
+    last = rollout.completions[range(64), rollout.mask.sum(1) - 1]
     assert {1, 2, 5} <= set(last.tolist())  # each of them ended a row
     assert (rollout.completions[~rollout.mask] == 23).all()  # and nothing was drawn after it
 

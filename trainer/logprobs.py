@@ -33,6 +33,7 @@ class Layout:
     share_prompts: bool = False  # run a prompt once for all of its completions
     equal_lengths: bool = False  # sample only prompts of equal length in one batch
     static_cache: bool = False  # sample with a cache of fixed shape (--cache static)
+    packed: bool = False  # sample with weights laid out for this CPU
 
 
 PLAIN = Layout()

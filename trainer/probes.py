@@ -5,12 +5,14 @@ eval mode. A shortcut whose results differ from it is not used. If no way of run
 right, the model is refused with a one-line reason.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import linear
 
 from trainer.logprobs import Layout, token_logprobs
+from trainer.packed import packable, packed
 from trainer.sampling import generate, sampling_settings
 
 TOLERANCE = 1e-3  # relative to the range of the compared values; fp32 rounding is below 1e-5
@@ -70,7 +72,7 @@ def probe(model, prompts, max_new_tokens, pad_id, cache="dynamic"):
     layout = Layout(through_head, share_prompts, equal_lengths, cache == "static")
     if layout.static_cache:
         check_static_cache(model, rows, pad_id, layout)
-    return layout
+    return replace(layout, packed=packable(model) and packed_agrees(model, rows, pad_id))
 
 
 def head_is_plain(model, rows):
@@ -165,8 +167,8 @@ def must_not_be_left_padded(model, rows, pad_id, through_head):
 
 def generate_agrees(model, prompts, tokens, pad_id, layout):
     """Whether greedy tokens have the same log-probabilities in generate and run row by row."""
-    settings = sampling_settings(0, tokens, None, pad_id)
-    drawn, got, _ = generate(model, prompts, 2, settings, layout, segment=1)  # [2 P, tokens]
+    settings = sampling_settings(tokens, None, pad_id)
+    drawn, got, _ = generate(model, prompts, 2, 0, settings, layout, segment=1)  # [2 P, tokens]
     mask = torch.ones_like(drawn, dtype=torch.bool)
     repeated = [prompt for prompt in prompts for _ in range(2)]
     rows = Rows(repeated, drawn, mask)
@@ -204,6 +206,24 @@ def check_static_cache(model, rows, pad_id, layout):
     except Exception as error:  # an architecture may fail in any way
         why = described(error)
     raise Refused(f"--cache static does not work with this model ({why}): leave it out")
+
+
+def packed_agrees(model, rows, pad_id):
+    """Whether generate draws from the same distribution with packed weights as with plain ones."""
+    settings = sampling_settings(min(3, rows.completions.shape[1]), None, pad_id)
+    want = generate(model, rows.prompts[:1], 1, 0, settings)[
+        1
+    ]  # log-probabilities of greedy tokens
+    try:
+        with packed(model):
+            got = generate(model, rows.prompts[:1], 1, 0, settings)[1]
+        if agree(got, want):
+            return True
+        why = "packed weights change this model's log-probabilities"
+    except Exception as error:  # an architecture may fail in any way
+        why = f"this model's weights cannot be packed ({described(error)})"
+    print(f"{why}: sampling with the plain ones, which takes more time")
+    return False
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, LogitsProcessor, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from trainer.logprobs import PLAIN, cache_argument, left_padded, prefill
+from trainer.packed import packed
 
 SEGMENT = 8  # tokens between two looks at which rows have ended
 
@@ -117,16 +118,18 @@ def sample(
     of similar length are sampled together. layout: what the model allows (see probes.probe); the
     distribution does not depend on it. rows_at_once: the most rows per generate call; None: all.
     """
-    settings = sampling_settings(temperature, max_new_tokens, eos_ids, pad_id)
+    settings = sampling_settings(max_new_tokens, eos_ids, pad_id)
     size = len(prompts) if rows_at_once is None else max(1, rows_at_once // n)
     pieces = [None] * len(prompts)  # each prompt's n completions, log-probabilities, entropies
-    for chosen in batches(prompts, size, layout.equal_lengths):
-        batch = [prompts[i] for i in chosen]
-        by_prompt = [column.split(n) for column in generate(model, batch, n, settings, layout)]
-        for i, *piece in zip(chosen, *by_prompt, strict=True):
-            pieces[i] = piece
-        if progress is not None:
-            progress.update(len(chosen))
+    with packed(model) if layout.packed else contextlib.nullcontext():
+        for chosen in batches(prompts, size, layout.equal_lengths):
+            batch = [prompts[i] for i in chosen]
+            columns = generate(model, batch, n, temperature, settings, layout)
+            by_prompt = [column.split(n) for column in columns]
+            for i, *piece in zip(chosen, *by_prompt, strict=True):
+                pieces[i] = piece
+            if progress is not None:
+                progress.update(len(chosen))
     rows = [list(itertools.chain(*column)) for column in zip(*pieces, strict=True)]
     completions = pad_sequence(rows[0], batch_first=True, padding_value=pad_id)  # [P * n, T]
     logprobs, entropy = (pad_sequence(column, batch_first=True) for column in rows[1:])
@@ -156,19 +159,16 @@ def corrected(advantages, rollout, most):
     return advantages * (weights if advantages.ndim == 1 else weights[:, None])
 
 
-def sampling_settings(temperature, max_new_tokens, eos_ids, pad_id):
-    """The complete settings of generate: softmax(logits / temperature), and nothing else."""
-    settings = GenerationConfig(
+def sampling_settings(max_new_tokens, eos_ids, pad_id):
+    """The complete settings of generate: the largest score wins. `Draw` makes the scores."""
+    return GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=eos_ids,
         pad_token_id=pad_id,
         use_cache=True,
         repetition_penalty=1.0,
-        do_sample=temperature > 0,
+        do_sample=False,
     )
-    if temperature > 0:
-        settings.update(temperature=temperature, top_k=0, top_p=1.0)
-    return settings
 
 
 def completion_mask(completions, eos_ids):
@@ -199,8 +199,8 @@ def batches(prompts, size, equal_lengths):
     return result
 
 
-def generate(model, prompts, n, settings, layout=PLAIN, segment=SEGMENT):
-    """n completions of each prompt, its rows contiguous.
+def generate(model, prompts, n, temperature, settings, layout=PLAIN, segment=SEGMENT):
+    """n completions of each prompt, its rows contiguous; temperature 0 is greedy.
 
     Returns (ids, logprobs, entropy), all [P * n, T]: in nats, of the distribution that each token
     was drawn from. What follows a row's first EOS is arbitrary. Rows that have ended are dropped
@@ -210,16 +210,16 @@ def generate(model, prompts, n, settings, layout=PLAIN, segment=SEGMENT):
     which = torch.arange(len(prompts), device=model.device).repeat_interleave(n)  # [P * n]
     with generation_config(model, settings):
         if not layout.share_prompts:
-            return extend(model, ids[which], real[which], settings)
+            return extend(model, ids[which], real[which], temperature, settings)
         cache = prefill(model, ids, real, which)
         ids, real = ids[which], real[which]
         if layout.static_cache:
             cache = static_cache(model, cache, len(ids), ids.shape[1] + settings.max_new_tokens)
-            return extend(model, ids, real, settings, cache)
-        return in_segments(model, ids, real, with_room(cache), settings, segment)
+            return extend(model, ids, real, temperature, settings, cache)
+        return in_segments(model, ids, real, with_room(cache), temperature, settings, segment)
 
 
-def in_segments(model, ids, real, cache, settings, segment):
+def in_segments(model, ids, real, cache, temperature, settings, segment):
     """`generate` for rows ids [B, L] whose keys and values are in `cache`, without ended rows."""
     most, settings = settings.max_new_tokens, copy.copy(settings)
     completions = ids.new_full((len(ids), most), settings.pad_token_id)
@@ -229,7 +229,7 @@ def in_segments(model, ids, real, cache, settings, segment):
     rows = torch.arange(len(ids), device=ids.device)  # those that have not ended
     for start in range(0, most, segment):
         settings.max_new_tokens = min(segment, most - start)
-        new = extend(model, ids, real, settings, cache)  # each [rows, <= segment]
+        new = extend(model, ids, real, temperature, settings, cache)  # each [rows, <= segment]
         drawn, stop = new[0], start + new[0].shape[1]
         completions[rows, start:stop], logprobs[rows, start:stop], entropy[rows, start:stop] = new
         going = ~torch.isin(drawn, eos).any(1)
@@ -242,52 +242,48 @@ def in_segments(model, ids, real, cache, settings, segment):
     return completions[:, :stop], logprobs[:, :stop], entropy[:, :stop]
 
 
-def extend(model, ids, real, settings, cache=None):
+def extend(model, ids, real, temperature, settings, cache=None):
     """One call of model.generate: (new ids, their log-probabilities, entropy), all [B, T]."""
-    record = Record(settings.temperature if settings.do_sample else 1.0)
+    draw = Draw(temperature)
     given = {} if cache is None else {cache_argument(model): cache}
     out = model.generate(
         ids,
         attention_mask=real,
         generation_config=settings,
-        logits_processor=[record],
+        logits_processor=[draw],
         **given,
     )
     drawn = out[:, ids.shape[1] :]
-    return drawn, *record.of(drawn)
+    # On a GPU generate may run a token further before it sees that all rows have ended.
+    columns = draw.logprobs[: drawn.shape[1]], draw.entropy[: drawn.shape[1]]
+    return drawn, *(torch.stack(column, 1) for column in columns)
 
 
-class Record(LogitsProcessor):
-    """Records what each token that generate draws was drawn from: its log-probability, the entropy.
+class Draw(LogitsProcessor):
+    """Draws each token from softmax(logits / temperature), and records what it was drawn from.
 
-    generate calls it before each token with the logits, and with all tokens drawn so far.
+    generate calls it with the logits of each token and takes the token of the largest result.
+    generate's own sampling makes V random numbers for a token, a tenth of the time of a rollout.
+    Here it is one, u, and the token is the first whose cumulative probability is above u.
     """
 
     def __init__(self, temperature):
-        self.temperature = temperature
-        self.logits = None  # [B, V], of the token to be drawn next
-        self.logprobs, self.entropy = [], []  # [B] for each token
+        self.temperature = temperature  # 0: the most probable token
+        self.logprobs, self.entropy = [], []  # [B] for each token, in nats
 
     def __call__(self, input_ids, logits):
-        if self.logits is not None:
-            self.drawn(input_ids[:, -1])
-        self.logits = logits
-        return logits
-
-    def drawn(self, token):
-        """token [B] was drawn from softmax(self.logits / temperature)."""
-        z = self.logits / self.temperature if self.temperature != 1 else self.logits
-        logp = z.log_softmax(1)  # [B, V]
-        self.logprobs.append(logp.gather(1, token[:, None])[:, 0])
-        self.entropy.append(-(logp.exp() * logp).sum(1))
-
-    def of(self, drawn):
-        """(log-probabilities, entropies) of all tokens drawn, [B, T] ids. Both [B, T], in nats."""
-        tokens = drawn.shape[1]
-        if len(self.logprobs) < tokens:  # generate does not call again after the last token
-            self.drawn(drawn[:, -1])
-        # On a GPU generate may run a token further before it sees that all rows have ended.
-        return torch.stack(self.logprobs[:tokens], 1), torch.stack(self.entropy[:tokens], 1)
+        logp = (logits / (self.temperature or 1.0)).log_softmax(1)  # [B, V]
+        p = logp.exp()
+        if self.temperature == 0:
+            token = logits.argmax(1, keepdim=True)  # [B, 1]
+        else:
+            cumulative = p.cumsum(1, dtype=torch.float64)
+            cumulative = cumulative / cumulative[:, -1:]  # rounding: the last one may not be 1
+            u = torch.rand(len(p), 1, dtype=torch.float64, device=p.device)  # in [0, 1)
+            token = torch.searchsorted(cumulative, u, right=True)
+        self.logprobs.append(logp.gather(1, token)[:, 0])
+        self.entropy.append(-(p * logp).sum(1))
+        return logits.scatter(1, token, torch.inf)
 
 
 class RoomyLayer(DynamicLayer):
