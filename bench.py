@@ -298,13 +298,26 @@ def rollout(args, device, repeats=2):
     after it; "weights": ms to read every weight once; "ops": of costliest_ops; "rows": completions}
     """
     from trainer import start
+    from trainer.logprobs import left_padded
     from trainer.policy import sampling_copy
-    from trainer.sampling import sample
+    from trainer.sampling import completion_mask, generation_config, sample, sampling_settings
 
     o = shared_options(args)
     model, _, generation, problems, _ = start.set_up(o)
     model = sampling_copy(model, o.dtype)
     prompts = [p["prompt_ids"] for p in problems[: o.prompts]]
+
+    def plain():
+        """The mask of the completions that `generate` draws on its own."""
+        torch.manual_seed(0)
+        settings = [generation[name] for name in ("max_new_tokens", "eos_ids", "pad_id")]
+        settings = sampling_settings(*settings)
+        settings.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+        repeated = [prompt for prompt in prompts for _ in range(o.group_size)]
+        ids, real = left_padded(repeated, generation["pad_id"], model.device)
+        with generation_config(model, settings):
+            out = model.generate(ids, attention_mask=real, generation_config=settings)
+        return completion_mask(out[:, ids.shape[1] :], generation["eos_ids"])
 
     def draw(max_new_tokens=o.max_new_tokens, **layout):
         torch.manual_seed(0)
@@ -312,20 +325,24 @@ def rollout(args, device, repeats=2):
         settings["layout"] = dataclasses.replace(generation["layout"], **layout)
         return sample(model, prompts, o.group_size, temperature=1.0, **settings)
 
-    ways = {"plain": {"share_prompts": False}, "static": {"static_cache": True}, "ours": {}}
+    ways = {
+        "plain": plain,
+        "static": lambda: draw(static_cache=True).mask,
+        "ours": lambda: draw().mask,
+    }
     rates = {}
-    for name, layout in ways.items():
-        seconds, drawn = fastest(lambda layout=layout: draw(**layout), device, repeats)
-        rates[name] = drawn.mask.sum().item() / seconds
+    for name, way in ways.items():
+        seconds, mask = fastest(way, device, repeats)
+        rates[name] = mask.sum().item() / seconds
     first, _ = fastest(lambda: draw(max_new_tokens=1), device, repeats)
-    longest = drawn.mask.sum(1).max().item()
+    longest = mask.sum(1).max().item()
     return {
         **rates,
         "prompt": first / seconds,
         "token": 1000 * (seconds - first) / max(1, longest - 1),
         "weights": 1000 * weight_read_seconds(model, device),
         "ops": costliest_ops(draw),
-        "rows": len(drawn.mask),
+        "rows": len(mask),
     }
 
 

@@ -381,6 +381,18 @@ def test_ended_rows_are_not_run_again():
     assert rows[1:] == want and want[-1] < want[0]
 
 
+def test_draw_takes_the_first_token_whose_cumulative_probability_is_above_u(monkeypatch):
+    """Tokens of probability 0 are never drawn, at the ends and in the middle."""
+    p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    largest = 1 - 2.0**-53  # that torch.rand returns
+    us = torch.tensor([0.0, 0.2499999, 0.25, 0.7499999, 0.75, largest], dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **kind: us.view(*shape))
+    draw = sampling.Draw(2.0)
+    scores = draw(None, (2 * p.log() + 3).expand(6, 6))
+    assert scores.argmax(1).tolist() == [1, 1, 3, 3, 4, 4]
+    assert draw.logprobs[0].exp().tolist() == pytest.approx([0.25, 0.25, 0.5, 0.5, 0.25, 0.25])
+
+
 @pytest.mark.parametrize("layout", [Layout(), Layout(share_prompts=True)])
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
 def test_the_samplers_logprobs_and_entropy_are_those_of_the_policy(layout, temperature):
