@@ -382,7 +382,7 @@ def test_compare_in_miniature(tmp_path):
         "--k",
         "0",
         "--max-new-tokens",
-        "12",
+        "40",  # nothing is cut off, so the figure has no panel for it, and is 1280 pixels wide
     ]
     command = [sys.executable, "compare.py", "--algos", "tepo,gspo", "--seeds", "0", "--jobs", "2"]
     command += ["--out", str(tmp_path), "--", *small]

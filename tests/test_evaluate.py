@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from trainer import evaluate, grading
+from trainer.logprobs import Layout
 from trainer.options import fill
 from trainer.policy import load_policy
 from trainer.prompts import encode_problems
@@ -172,6 +173,7 @@ def test_eval_only(tiny, by_chance, test_set, tmp_path, capsys):
         temperature=1.0,
         seed=10_004,
         quiet=True,
+        layout=Layout(through_head=True, share_prompts=True),  # as the command's
         **generation,
     )
     assert {name: found[name] for name in want} == want
