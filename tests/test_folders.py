@@ -229,6 +229,9 @@ def test_other_code_names_files_and_versions():
     assert origin.other_code(held, held) == ""
     assert origin.other_code(held, now) == "b.py; c.py; torch 2.0, now 2.1"
     assert origin.other_code({}, now) == "code not recorded; versions not recorded"
+    edited = {"code": [], "versions": {"torch": ["2.0"]}}  # by hand
+    assert origin.other_code(edited, now) == "code not recorded; versions not recorded"
+    assert origin.both(edited, now) == origin.both({}, now)
     mixed = origin.both(held, now)
     assert mixed["versions"] == {"torch": "2.0, then 2.1"} and mixed["code"]["a.py"] == "1"
     assert origin.other_code(mixed, now) and origin.other_code(mixed, held)

@@ -104,7 +104,7 @@ def other_code(held, now):
     """Which of our files and versions differ between two configs, as words; "" if none."""
     words = []
     for kind in ("code", "versions"):
-        before = held.get(kind)
+        before = recorded(held, kind)
         if before is None:
             words.append(f"{kind} not recorded")
             continue
@@ -123,9 +123,17 @@ def both(held, now):
     """
     joined = {}
     for kind in ("code", "versions"):
-        before = held.get(kind) or {}
+        before = recorded(held, kind) or {}
         joined[kind] = {name: _then(before.get(name), new) for name, new in now[kind].items()}
     return joined
+
+
+def recorded(held, kind):
+    """The "code" or the "versions" of a config, {name: text}; None if it has none to read."""
+    found = held.get(kind)
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        return None
+    return found
 
 
 def _then(old, new):
