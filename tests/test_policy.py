@@ -18,7 +18,7 @@ from transformers import (
 
 from trainer import logprobs, policy, sampling
 from trainer.batches import split_micro_batches
-from trainer.logprobs import Layout, token_logprobs
+from trainer.logprobs import Layout, select_rows, token_logprobs
 from trainer.policy import special_tokens
 from trainer.sampling import Rollout, completion_mask, sample
 
@@ -151,6 +151,29 @@ def test_a_shared_prompt_is_run_once():
     generation = dict(temperature=1.0, max_new_tokens=2, eos_ids=[99], pad_id=0)
     sample(model, PROMPTS[:3], 4, layout=Layout(share_prompts=True), **generation)
     assert widths == [(3, 4), (12, 1), (12, 1)]
+
+
+def test_the_gradient_of_copied_prompts_is_the_same_in_every_run():
+    """With two threads too: both may add to one prompt's gradient, and rounding has an order."""
+    torch.manual_seed(0)
+    which = torch.arange(4).repeat(8)
+    prompts, push = torch.randn(4, 4, 40, 32), torch.randn(32, 4, 40, 32)
+    want = push.view(8, 4, 4, 40, 32).double().sum(0).float()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = []
+        for _ in range(20):
+            keys, cache = prompts.clone().requires_grad_(), DynamicCache()
+            cache.update(keys, prompts, 0)
+            select_rows(cache, which)
+            assert torch.equal(cache.layers[0].values, prompts[which])
+            cache.layers[0].keys.backward(push)
+            found.append(keys.grad)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found[0], want)
+    assert all(torch.equal(grad, found[0]) for grad in found)
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS[:3], [[6]], [[3, 4, 5]]])

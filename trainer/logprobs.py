@@ -268,8 +268,24 @@ def prefill(model, ids, real, which):
             use_cache=True,
             **{cache_argument(model.base_model): cache},
         )
-        cache.batch_select_indices(which)
+        select_rows(cache, which)
     return cache
+
+
+def select_rows(cache, which):
+    """Replace the cache's rows by the rows `which` [B], in place.
+
+    cache.batch_select_indices indexes. On a CPU, several threads add up the gradient of an index
+    that occurs more than once, in no fixed order: it would round differently from run to run. The
+    gradient of index_select is added up in order.
+    """
+    for layer in cache.layers:
+        plain = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        if plain and layer.get_seq_length() > 0:
+            layer.keys = layer.keys.index_select(0, which)
+            layer.values = layer.values.index_select(0, which)
+        else:
+            layer.batch_select_indices(which)
 
 
 def cache_argument(model):

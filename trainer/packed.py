@@ -1,9 +1,10 @@
-"""Sample on a CPU with weights that are laid out for its matrix products.
+"""Sample on a CPU with weights in the layout of its matrix kernels.
 
-To draw a token, generate multiplies a few rows by every weight of the model. The kernels read a
-weight in small blocks. With so few rows, gathering the blocks from the matrix takes as long as
-multiplying. oneDNN, torch's library of such kernels, can store them gathered. That is done once per
-rollout here, and changes the rounding only. docs/benchmarks.md has the times.
+For each token, generate multiplies a few rows by every weight of the model. The kernels work on
+small blocks of a weight. With so few rows, collecting the blocks from the matrix can take as long
+as the multiplication. oneDNN, torch's library of CPU kernels, can store a weight in blocks: packed.
+sampling.py packs the weights once per rollout. Only the rounding of the results changes.
+docs/benchmarks.md has the times.
 """
 
 import contextlib
@@ -11,11 +12,11 @@ import functools
 
 import torch
 
-FEWEST = 10_000_000  # weights of a model: the embedded one's 0.7 M got 7% slower
+FEWEST = 10_000_000  # weights; the embedded model (0.7 M) samples a tenth slower if packed
 
 
 def packable(model):
-    """Whether the model is large enough, and its weights are on a CPU that oneDNN can pack for."""
+    """Whether the model is large enough, and oneDNN is there to pack its weights: on a CPU."""
     return (
         model.device.type == "cpu"
         and sum(weight.numel() for weight in model.parameters()) >= FEWEST

@@ -160,7 +160,7 @@ def corrected(advantages, rollout, most):
 
 
 def sampling_settings(max_new_tokens, eos_ids, pad_id):
-    """The complete settings of generate: the largest score wins. `Draw` makes the scores."""
+    """The complete settings of generate: it takes the largest score, and `Draw` makes them."""
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=eos_ids,
@@ -262,9 +262,9 @@ def extend(model, ids, real, temperature, settings, cache=None):
 class Draw(LogitsProcessor):
     """Draws each token from softmax(logits / temperature), and records what it was drawn from.
 
-    generate calls it with the logits of each token and takes the token of the largest result.
-    generate's own sampling makes V random numbers for a token, a tenth of the time of a rollout.
-    Here it is one, u, and the token is the first whose cumulative probability is above u.
+    generate calls it with the logits of each token, and takes the token with the largest result.
+    Sampling by generate itself draws V random numbers per token, which takes a tenth of a rollout's
+    time or more. Draw needs one, u: the token is the first whose cumulative probability exceeds u.
     """
 
     def __init__(self, temperature):
