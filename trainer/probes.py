@@ -211,12 +211,11 @@ def check_static_cache(model, rows, pad_id, layout):
 def packed_agrees(model, rows, pad_id):
     """Whether generate draws from the same distribution with packed weights as with plain ones."""
     settings = sampling_settings(min(3, rows.completions.shape[1]), None, pad_id)
-    want = generate(model, rows.prompts[:1], 1, 0, settings)[
-        1
-    ]  # log-probabilities of greedy tokens
+    prompt = rows.prompts[:1]
+    _, want, _ = generate(model, prompt, 1, 0, settings)  # log-probabilities of greedy tokens
     try:
         with packed(model):
-            got = generate(model, rows.prompts[:1], 1, 0, settings)[1]
+            _, got, _ = generate(model, prompt, 1, 0, settings)
         if agree(got, want):
             return True
         why = "packed weights change this model's log-probabilities"
