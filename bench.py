@@ -298,40 +298,24 @@ def rollout(args, device, repeats=2):
     after it; "weights": ms to read every weight once; "ops": of costliest_ops; "rows": completions}
     """
     from trainer import start
-    from trainer.logprobs import left_padded
     from trainer.policy import sampling_copy
-    from trainer.sampling import completion_mask, generation_config, sample, sampling_settings
+    from trainer.sampling import sample
 
     o = shared_options(args)
     model, _, generation, problems, _ = start.set_up(o)
     model = sampling_copy(model, o.dtype)
     prompts = [p["prompt_ids"] for p in problems[: o.prompts]]
 
-    def plain():
-        """The mask of the completions that `generate` draws on its own."""
-        torch.manual_seed(0)
-        settings = [generation[name] for name in ("max_new_tokens", "eos_ids", "pad_id")]
-        settings = sampling_settings(*settings)
-        settings.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-        repeated = [prompt for prompt in prompts for _ in range(o.group_size)]
-        ids, real = left_padded(repeated, generation["pad_id"], model.device)
-        with generation_config(model, settings):
-            out = model.generate(ids, attention_mask=real, generation_config=settings)
-        return completion_mask(out[:, ids.shape[1] :], generation["eos_ids"])
-
     def draw(max_new_tokens=o.max_new_tokens, **layout):
         torch.manual_seed(0)
         settings = {**generation, "max_new_tokens": max_new_tokens}
         settings["layout"] = dataclasses.replace(generation["layout"], **layout)
-        return sample(model, prompts, o.group_size, temperature=1.0, **settings)
+        return sample(model, prompts, o.group_size, temperature=1.0, **settings).mask
 
-    ways = {
-        "plain": plain,
-        "static": lambda: draw(static_cache=True).mask,
-        "ours": lambda: draw().mask,
-    }
+    plain = functools.partial(generated_mask, model, prompts, o.group_size, generation)
+    static = functools.partial(draw, static_cache=True)
     rates = {}
-    for name, way in ways.items():
+    for name, way in (("plain", plain), ("static", static), ("ours", draw)):
         seconds, mask = fastest(way, device, repeats)
         rates[name] = mask.sum().item() / seconds
     first, _ = fastest(lambda: draw(max_new_tokens=1), device, repeats)
@@ -344,6 +328,22 @@ def rollout(args, device, repeats=2):
         "ops": costliest_ops(draw),
         "rows": len(mask),
     }
+
+
+def generated_mask(model, prompts, n, generation):
+    """The mask of n completions of each prompt, which `generate` draws on its own."""
+    from trainer.logprobs import left_padded
+    from trainer.sampling import completion_mask, generation_config, sampling_settings
+
+    torch.manual_seed(0)
+    eos_ids, pad_id = generation["eos_ids"], generation["pad_id"]
+    settings = sampling_settings(generation["max_new_tokens"], eos_ids, pad_id)
+    settings.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    repeated = [prompt for prompt in prompts for _ in range(n)]
+    ids, real = left_padded(repeated, pad_id, model.device)
+    with generation_config(model, settings):
+        out = model.generate(ids, attention_mask=real, generation_config=settings)
+    return completion_mask(out[:, ids.shape[1] :], eos_ids)
 
 
 def costliest_ops(work, count=4):

@@ -93,9 +93,9 @@ def test_logprobs_without_logits_are_the_plain_ones(
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_prompts_backward_pass_is_that_of_one_graph(bf16, monkeypatch):
     """With a cache that holds more than keys and values, the graph is not cut."""
-    kinds, grads = [logprobs.DynamicLayer, logprobs.DynamicSlidingWindowLayer], []
-    for kind in (kinds[0], logprobs.DynamicCache):
-        monkeypatch.setattr(logprobs, "DynamicLayer", kind)
+    plain, grads = logprobs.PLAIN_LAYERS, []
+    for kinds in (plain, set()):
+        monkeypatch.setattr(logprobs, "PLAIN_LAYERS", kinds)
         model = tiny_model()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             got, _ = token_logprobs(model, PROMPTS, COMPLETIONS, MASK, share_prompts=True)
@@ -105,7 +105,7 @@ def test_the_prompts_backward_pass_is_that_of_one_graph(bf16, monkeypatch):
             node = waiting.pop()
             nodes.add(node.name())
             waiting += [following for following, _ in node.next_functions if following]
-        assert ("PromptsLastBackward" in nodes) == (kind is kinds[0])
+        assert ("PromptsLastBackward" in nodes) == (kinds is plain)
         grads.append([p.grad for p in model.parameters()])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=0.02 if bf16 else 1e-5, atol=0.05 if bf16 else 1e-5)

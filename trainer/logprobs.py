@@ -21,6 +21,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 # takes the time, the gradient would then cost more than the logits: arithmetic, not measured.
 LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**26}
 
+PLAIN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}  # of a cache: keys and values alone
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -214,7 +216,7 @@ def cut_graph(cache):
     anything but keys and values.
     """
     kinds = {type(layer) for layer in cache.layers}
-    if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+    if not kinds <= PLAIN_LAYERS:
         return []
     cut = []
     for layer in cache.layers:
@@ -280,8 +282,7 @@ def select_rows(cache, which):
     gradient of index_select is added up in order.
     """
     for layer in cache.layers:
-        plain = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
-        if plain and layer.get_seq_length() > 0:
+        if type(layer) in PLAIN_LAYERS and layer.get_seq_length() > 0:
             layer.keys = layer.keys.index_select(0, which)
             layer.values = layer.values.index_select(0, which)
         else:
