@@ -101,6 +101,7 @@ def parse_args(argv):
 if __name__ == "__main__":  # --help and a wrong option do not wait for torch to be imported
     parse_args(sys.argv[1:])
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -267,12 +268,13 @@ def random_batch(vocabulary, rows, tokens, device, prompt=64):
 
 def backward(model, batch, push, size, autocast=False, through_head=True):
     """Forward and backward of the batch, `size` rows at a time; push: dL/dlogprobs [B, T]."""
+    from trainer.bf16 import bf16_compute
     from trainer.logprobs import token_logprobs
 
     prompts, ids, mask = batch
     for rows in torch.arange(len(prompts)).split(size):
         piece = [prompts[i] for i in rows]
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
+        with bf16_compute(ids.device.type) if autocast else contextlib.nullcontext():
             out, _ = token_logprobs(model, piece, ids[rows], mask[rows], through_head=through_head)
         out.backward(gradient=push[rows])
 

@@ -12,6 +12,7 @@ The loss sees the whole mini-batch, however it averages. The size of the micro-b
 the memory. `Updater._update` does this, step by step.
 """
 
+import contextlib
 import copy
 import math
 
@@ -21,8 +22,9 @@ from tqdm import tqdm
 from grpo import constant
 from trainer.algorithm import gradient_of, inputs, parameters, toy, toy_inputs
 from trainer.batches import split_micro_batches
+from trainer.bf16 import bf16_compute
 from trainer.logprobs import token_logprobs
-from trainer.memory import rows_that_fit
+from trainer.memory import return_free_memory, rows_that_fit
 from trainer.options import flag
 from trainer.probes import train_mode_agrees
 
@@ -123,10 +125,10 @@ class Updater:
             torch.cuda.empty_cache()
 
     def forward(self, rollout, rows, model, with_entropy=True):
-        """token_logprobs of these rows; under autocast if --dtype is bf16."""
+        """token_logprobs of these rows; in bf16_compute if --dtype is bf16."""
         prompts = [rollout.prompts[i] for i in rows]
         bf16 = self.o.dtype == "bf16"
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        with bf16_compute(model.device.type) if bf16 else contextlib.nullcontext():
             return token_logprobs(
                 model,
                 prompts,
@@ -236,7 +238,7 @@ class Updater:
                     continue
                 logprobs[rows], entropy[rows] = self.run(rollout, rows, model, keep or learn)
                 if learn:
-                    self.graphs.pop(tuple(rows.tolist())).backward(gradient=push[rows])
+                    self.backward_through_graph(rows, push)
             self.learned = push if mini_batch is first else self.learned
         model.eval()
         return logprobs, entropy
@@ -274,6 +276,7 @@ class Updater:
 
     def run(self, rollout, rows, model, keep_graph, with_entropy=True):
         """`forward` of a micro-batch, detached. keep_graph: self.graphs gets its graph."""
+        return_free_memory(model)
         with torch.set_grad_enabled(keep_graph):
             logprobs, entropy = self.forward(rollout, rows, model, with_entropy)
         if keep_graph:
@@ -373,9 +376,8 @@ class Updater:
         for rows in micro_batches:
             if not pushed[rows].any():
                 continue
-            kept = self.graphs.pop(tuple(rows.tolist()), None)
-            if kept is not None:
-                kept.backward(gradient=push[rows])
+            if tuple(rows.tolist()) in self.graphs:
+                self.backward_through_graph(rows, push)
                 continue
             if not on_policy:  # on policy, the ratio is 1 only if the rows of `measure` run again
                 rows = rows[pushed[rows]]
@@ -383,8 +385,14 @@ class Updater:
             if on_policy:
                 log_ratio = logprobs - rollout.old_logprobs[rows]
                 ratios += log_ratio[rollout.mask[rows]].exp().tolist()
-            self.graphs.pop(tuple(rows.tolist())).backward(gradient=push[rows])
+            self.backward_through_graph(rows, push)
         return ratios
+
+    def backward_through_graph(self, rows, push):
+        """Backpropagate push = dL/dlogp [B, T] through the graph that `run` kept of these rows."""
+        logprobs = self.graphs.pop(tuple(rows.tolist()))
+        return_free_memory(self.model)
+        logprobs.backward(gradient=push[rows])
 
     def apply_or_skip(self, rollout, rows, push, result):
         """Take the optimizer step, or skip it if the loss or gradient is not finite.
