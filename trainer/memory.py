@@ -147,7 +147,7 @@ def return_free_memory(model):
     """Return the process's freed memory to the system, where the C library can (glibc).
 
     It keeps freed blocks for reuse, but blocks of other sizes leave gaps between them. Nothing to
-    do for a model on a GPU, or a small one: an update of the embedded model took a fifth longer.
+    do for a model on a GPU, or a small one: the embedded model updates a fifth slower with it.
     """
     weights = sum(p.numel() for p in model.parameters())
     if model.device.type != "cpu" or weights < TRIM_FROM:
