@@ -1,4 +1,4 @@
-"""How many rows of an update fit into memory: the choice behind `--micro-batch auto`."""
+"""Memory: the rows of an update that fit (`--micro-batch auto`), and what was freed goes back."""
 
 import ctypes
 import functools
