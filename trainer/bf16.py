@@ -3,7 +3,7 @@
 Under autocast each linear layer casts its input and its weight to bf16, and autograd keeps both
 casts until the backward pass: three equal copies of the input of q_proj, k_proj and v_proj, and a
 bf16 copy of every weight. Here the first of equal copies serves all, and a weight is cast again
-when the backward pass needs it. The gradient is the same, bit for bit.
+when the backward pass needs it. The gradient is that of autocast without its cache, bit for bit.
 """
 
 import contextlib
