@@ -22,8 +22,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from plot import Parser, method_name, output_folder, plot_runs
-from trainer.options import ALGORITHMS, algorithm_names, fill, label, parse
-from trainer.runs import group, read_runs, write_csv
+from run.options import ALGORITHMS, algorithm_names, fill, label, parse
+from run.runs import group, read_runs, write_csv
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
 OURS = ("--algo", "--seed", "--out", "--resume", "--overwrite", "--eval-only", "--show-prompt")
@@ -124,9 +124,9 @@ def refuse_other_options(out, held, asked):
 def data_and_weights(asked):
     """The checksums of data and start weights that train.py would record for a new run."""
     # Here, since torch is imported by them: --help, --table and a first comparison do without.
-    from trainer import origin
+    from run import origin
+    from run.start import set_up
     from trainer.data import checksum
-    from trainer.start import set_up
 
     with contextlib.redirect_stdout(io.StringIO()):  # each run says the same in its own output
         model, _, _, problems, held_out = set_up(replace(asked, device="cpu"))
@@ -139,7 +139,7 @@ def refuse_other_origin(out, config, inputs, algo, keep):
 
     keep: accept other code and versions.
     """
-    from trainer import origin
+    from run import origin
 
     other = origin.other_inputs(config, inputs)
     if other:

@@ -20,9 +20,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from trainer import options
-from trainer.runs import ORDER, average, finite, group, read_runs, rows_of
-from trainer.samples import read_groups
+from run import options
+from run.runs import ORDER, average, finite, group, read_runs, rows_of
+from run.samples import read_groups
 
 # The seven have the colours of Okabe and Ito, without their yellow, which is lost on white, and
 # with a violet in place of their second blue. The

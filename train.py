@@ -10,7 +10,7 @@ import contextlib
 import sys
 import time
 
-from trainer.options import check_command_line, label, parse
+from run.options import check_command_line, label, parse
 
 if __name__ == "__main__":  # before torch is imported, so that --help does not wait for it
     check_command_line()
@@ -20,19 +20,19 @@ from tqdm import tqdm
 
 from grpo import constant
 from plot import plot_runs
-from trainer import checkpoint, session, start
+from run import checkpoint, session, start
+from run.lock import locked
+from run.ownfile import OwnFileError
+from run.session import BAD_STEPS
+from run.symptoms import Watch
 from trainer.algorithm import check_own, inputs, load_algorithm, split_options, wrong_shape
 from trainer.data import problems_at
 from trainer.evaluate import decode, evaluate_only
 from trainer.grading import BadReward, Grader
-from trainer.lock import locked
 from trainer.logprobs import PLAIN
-from trainer.ownfile import OwnFileError
 from trainer.policy import sampling_copy
 from trainer.records import metrics_line, peak_mib
 from trainer.sampling import Rollout, corrected, sample
-from trainer.session import BAD_STEPS
-from trainer.symptoms import Watch
 from trainer.update import Updater
 
 

@@ -21,7 +21,7 @@ from claims import kit
 from compare import cell, mean_interval
 from grpo import advantages
 from plot import new_figure, save
-from trainer.runs import read_runs
+from run.runs import read_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {  # name: --updates, --epochs

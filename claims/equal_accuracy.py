@@ -27,7 +27,7 @@ import numpy as np
 from claims import kit
 from compare import mean_interval
 from plot import new_figure, save, style
-from trainer.runs import read_runs
+from run.runs import read_runs
 
 DATA = Path(__file__).resolve().parents[1] / "docs" / "methods.csv"
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8)

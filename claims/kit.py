@@ -30,7 +30,7 @@ def trainer(algo, *flags, seed=0):
     `trainer.step(n)` for n = 1, 2, ... trains. The run's folder is deleted at the end.
     """
     import train
-    from trainer import start
+    from run import start
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"

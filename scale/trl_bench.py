@@ -1,4 +1,4 @@
-"""Training steps of TRL's own GRPOTrainer, for `python bench.py --peer` to compare with train.py.
+"""Training steps of TRL's own GRPOTrainer, for `tools/bench.py --peer` to compare with train.py.
 
 Our advantages and losses on this trainer are in trl_trainer.py; nothing of them is used here.
 """

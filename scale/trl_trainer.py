@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from trainer.options import (
+from run.options import (
     DEFAULTS,
     Options,
     Parser,

@@ -38,7 +38,7 @@ def rows(name, split, problems, prompt, system=None):
 
 def parse_args(argv):
     """Raises ValueError on a wrong command line."""
-    from trainer.options import DEFAULTS, Parser
+    from run.options import DEFAULTS, Parser
 
     parser = Parser("verl_data.py", description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="gsm8k", help="as in train.py (default gsm8k)")

@@ -111,7 +111,7 @@ def write_line_counts(path):
 
 def count_lines(tell):
     """Calls tell(count, code object) before each line of these files that is executed."""
-    names = "train.py trainer/session.py trainer/update.py trainer/checkpoint.py".split()
+    names = "train.py run/session.py trainer/update.py run/checkpoint.py".split()
     files = {str(ROOT / name) for name in names}
     count = 0
 
@@ -132,7 +132,7 @@ def kill_in_write(what):
     "written": with all files written, before the folder is renamed to its final name;
     "renamed": just after that.
     """
-    from trainer import checkpoint
+    from run import checkpoint
 
     def half(path):
         data = Path(path).read_bytes()

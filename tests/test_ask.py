@@ -12,7 +12,7 @@ from conftest import ROOT
 from prompt_folders import chatml_folder
 from transformers import AutoTokenizer
 
-import ask
+from tools import ask
 from trainer.evaluate import decode
 from trainer.policy import load_policy
 from trainer.prompts import Prompts

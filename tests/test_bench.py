@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-import bench
+from tools import bench
 
-TINY = str(bench.Path(bench.__file__).parent / "tiny")  # a folder
+TINY = str(ROOT / "tiny")
 
 STEP = {"step_s": 10.0, "tokens_per_s": 90.0, "peak_mib": 1500.0}
 PEER = {"step_s": 20.0, "tokens_per_s": 45.0, "peak_mib": 6000.0}
@@ -88,7 +88,7 @@ def test_whole_runs_alternate_and_their_medians_are_compared(monkeypatch, tmp_pa
         folder.mkdir()
         (folder / "train.py").touch()
     monkeypatch.setattr(bench, "timed_run", timed_run)
-    monkeypatch.setattr(bench, "__file__", str(here / "bench.py"))
+    monkeypatch.setattr(bench, "__file__", str(here / "tools" / "bench.py"))
     bench.main(["--only", "run", "--against", str(there), "--json", str(tmp_path / "found.json")])
     found = json.loads((tmp_path / "found.json").read_text())["run"]
     assert order == [there, here] * 3 and found["time_ratio"] == 3 / 6

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from trainer import options, policy
+from run import options
+from trainer import policy
 
 NO_OPTION = "train.py: error: no option"
 THERE_ARE = f"There are {', '.join([*options.ALGORITHMS, *options.MORE])}"
@@ -61,14 +62,22 @@ def without_slow_imports(*words):
     [
         ("plot.py --help", 0, "--credit"),
         ("plot.py x --entropi", 2, "plot.py: error: no option --entropi; did you mean --entropy?"),
-        ("view.py --help", 0, "samples.html"),
-        ("view.py x --ot y", 2, "view.py: error: no option --ot; did you mean --out?"),
-        ("ask.py --help", 0, "--answer"),
-        ("ask.py tiny x --answr 3", 2, "ask.py: error: no option --answr; did you mean --answer?"),
+        ("tools/view.py --help", 0, "samples.html"),
+        ("tools/view.py x --ot y", 2, "view.py: error: no option --ot; did you mean --out?"),
+        ("tools/ask.py --help", 0, "--answer"),
+        (
+            "tools/ask.py tiny x --answr 3",
+            2,
+            "ask.py: error: no option --answr; did you mean --answer?",
+        ),
         ("compare.py --help", 0, "--off-policy"),
         ("compare.py --algo x", 2, "compare.py: error: no option --algo; did you mean --algos?"),
-        ("bench.py --help", 0, "--peer"),
-        ("bench.py --stepps 3", 2, "bench.py: error: no option --stepps; did you mean --steps?"),
+        ("tools/bench.py --help", 0, "--peer"),
+        (
+            "tools/bench.py --stepps 3",
+            2,
+            "bench.py: error: no option --stepps; did you mean --steps?",
+        ),
         ("scale/verl_data.py --help", 0, "--prompt"),
         ("scale/verl_data.py --out x --dta y", 2, "no option --dta; did you mean --data?"),
         ("scale/trl_trainer.py --help", 0, "GRPOConfig"),
@@ -109,7 +118,7 @@ def test_compare_says_what_an_option_wants(words, text, capsys):
 
 
 def test_bench_refuses_a_model_that_is_no_folder():
-    status, printed = command("bench.py", "--model", "nope")
+    status, printed = command("tools/bench.py", "--model", "nope")
     assert status == 2 and printed.startswith("bench.py: error: --model nope: no such folder")
     assert printed.count("\n") == 1
 

@@ -19,9 +19,9 @@ from test_plot import check_picture, write_run
 
 import compare
 import plot
-from trainer import origin
-from trainer.options import ALGORITHMS, MORE, fill, parse
-from trainer.runs import ORDER, group, read_csv, read_runs
+from run import origin
+from run.options import ALGORITHMS, MORE, fill, parse
+from run.runs import ORDER, group, read_csv, read_runs
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ import sys
 import pytest
 from conftest import ROOT
 
+from run import start
+from run.options import fill
 from scale import verl_data
-from trainer import data, start
-from trainer.options import fill
+from trainer import data
 
 
 def write(path, rows):

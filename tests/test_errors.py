@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import train
+from run import checkpoint, start
+from run.options import ALGORITHMS, DEFAULTS, MORE, fill
 from tiny.problems import problems
-from trainer import checkpoint, data, grading, start
-from trainer.options import ALGORITHMS, DEFAULTS, MORE, fill
+from trainer import data, grading
 from trainer.policy import load_policy
 from trainer.prompts import Prompts, encode_problems
 

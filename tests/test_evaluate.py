@@ -13,9 +13,9 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import train
+from run.options import fill
 from trainer import evaluate, grading
 from trainer.logprobs import Layout
-from trainer.options import fill
 from trainer.policy import load_policy
 from trainer.prompts import encode_problems
 from trainer.sampling import Rollout, completion_mask

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import plot
 import train
+from run import checkpoint, lock, origin, start
+from run.options import ALGORITHMS, MORE
+from run.runs import read_folder, read_runs
 from tiny.problems import problems
-from trainer import checkpoint, lock, origin, start
-from trainer.options import ALGORITHMS, MORE
 from trainer.policy import load_policy
-from trainer.runs import read_folder, read_runs
 
 TINY = child.ROOT / "tiny"
 # The options of every run here: four steps of four short completions, no evaluation in between.
@@ -198,7 +198,7 @@ def test_code_checksums_are_of_the_files_that_determine_the_numbers(tmp_path, mo
     files = origin.code_checksums("grpo_s")
     always = {"train.py", "rewards.py", "tiny/problems.py", "trainer/policy.py", "grpo.py"}
     assert always | {"grpo_s.py", "gtpo.py"} <= files.keys()
-    assert not {"plot.py", "trainer/runs.py", "tepo.py"} & files.keys()
+    assert not {"plot.py", "run/runs.py", "tepo.py"} & files.keys()
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(child.ROOT / name, tmp_path / name)

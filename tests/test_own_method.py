@@ -15,10 +15,11 @@ import compare
 import grpo
 import plot
 import train
-from trainer import grading, origin
+from run import origin
+from run.options import algorithm_names, fill, label, method, parse
+from run.runs import group, read_csv, read_folder, read_runs
+from trainer import grading
 from trainer.algorithm import load_algorithm, option_defaults
-from trainer.options import algorithm_names, fill, label, method, parse
-from trainer.runs import group, read_csv, read_folder, read_runs
 
 SMALL = """--preset tiny --prompts 2 --group-size 4 --updates 2 --max-new-tokens 12 --eval-n 4
     --k 0 --save-every 1""".split()

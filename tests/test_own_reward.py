@@ -10,11 +10,11 @@ import torch
 from conftest import ROOT
 
 import train
-from trainer import origin
+from run import origin
+from run.options import Options
+from run.ownfile import load_file
 from trainer.data import load_problems
 from trainer.grading import Grader
-from trainer.options import Options
-from trainer.ownfile import load_file
 
 EXAMPLES = ROOT / "examples"
 SMALL = """--preset tiny --prompts 2 --group-size 4 --updates 2 --max-new-tokens 12 --eval-n 4

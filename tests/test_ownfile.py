@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.ownfile import ROOT, files_of, full_path, load_file, place, read_source
+from run.ownfile import ROOT, files_of, full_path, load_file, place, read_source
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +176,7 @@ def test_a_path_is_recorded_absolute(tmp_path, monkeypatch):
 
 def test_a_recorded_path_is_found_from_every_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert load_file("trainer/lock.py").__doc__
+    assert load_file("run/lock.py").__doc__
 
 
 def test_the_files_that_a_file_imports(tmp_path):
@@ -201,7 +201,7 @@ def test_files_that_import_each_other_end(tmp_path):
 
 def test_loading_a_file_imports_no_torch(tmp_path):
     path = written(tmp_path, "value = 1\n")
-    code = f"import sys; from trainer.ownfile import load_file; load_file({str(path)!r}); "
+    code = f"import sys; from run.ownfile import load_file; load_file({str(path)!r}); "
     code += "sys.exit('torch' in sys.modules)"
     env = {**os.environ, "PYTHONPATH": f"{ROOT}"}
     assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 0

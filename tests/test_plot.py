@@ -1,4 +1,4 @@
-"""trainer/runs.py and plot.py: reading runs, averaging seeds, the fit, the credit tensors.
+"""run/runs.py and plot.py: reading runs, averaging seeds, the fit, the credit tensors.
 
 Pictures are whole, small and coloured.
 """
@@ -21,9 +21,9 @@ from conftest import ROOT
 from PIL import Image, ImageColor
 
 import plot
+from run.options import ALGORITHMS, DEFAULTS, MORE, Options
+from run.runs import COLUMNS, ORDER, average, group, read_csv, read_folder, read_runs, write_csv
 from trainer.algorithm import load_algorithm
-from trainer.options import ALGORITHMS, DEFAULTS, MORE, Options
-from trainer.runs import COLUMNS, ORDER, average, group, read_csv, read_folder, read_runs, write_csv
 
 LIMIT = 300_000  # bytes, of a picture that is committed
 STEPS = 12

@@ -22,9 +22,10 @@ from prompt_folders import (
 from transformers import AutoTokenizer
 
 import train
-from trainer import evaluate, start
+from run import start
+from run.options import TYPES, fill, parse
+from trainer import evaluate
 from trainer.data import checksum
-from trainer.options import TYPES, fill, parse
 from trainer.policy import load_policy
 from trainer.prompts import Chat, Prompts, encode_problems, start_line
 from trainer.sampling import Rollout

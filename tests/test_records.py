@@ -10,9 +10,9 @@ from conftest import tiny_model
 
 import gtpo
 import train
+from run.options import fill, parse
 from trainer import records, update
 from trainer.logprobs import token_logprobs
-from trainer.options import fill, parse
 from trainer.records import group_to_show, metrics_line, peak_mib, sample_lines
 from trainer.sampling import Rollout, sampler_weights
 

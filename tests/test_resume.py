@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
+from run import start
+from run.options import fill, parse
 from tiny.problems import problems
-from trainer import start
-from trainer.options import fill, parse
 
 STEPS = 12
 TIMINGS = ("rollout_s", "update_s", "tokens_per_s", "peak_mib")

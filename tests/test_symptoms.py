@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT
 
 import train
+from run.symptoms import SYMPTOMS, WINDOW, Watch
 from trainer import grading
-from trainer.symptoms import SYMPTOMS, WINDOW, Watch
 
 HEALTHY = {
     "accuracy": 0.6,

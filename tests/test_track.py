@@ -15,9 +15,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import train
-from trainer import runs, session, start, track
-from trainer.options import TRACKERS, Options
-from trainer.symptoms import Watch
+from run import runs, session, start, track
+from run.options import TRACKERS, Options
+from run.symptoms import Watch
 
 # A run of four steps of four short completions, a checkpoint and an evaluation every second.
 WORDS = """--preset tiny --steps 4 --prompts 2 --group-size 2 --updates 2 --max-new-tokens 8

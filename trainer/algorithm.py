@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import torch
 
 import grpo
-from trainer.options import MORE, is_file, label
-from trainer.ownfile import (
+from run.options import MORE, is_file, label
+from run.ownfile import (
     RAISED,
     OwnFileError,
     described,

@@ -7,11 +7,11 @@ from dataclasses import asdict
 import torch
 from tqdm import tqdm
 
-from trainer import checkpoint
+from run import checkpoint
+from run.options import Options, flag
+from run.origin import other_inputs, versions, weights_checksum
 from trainer.data import checksum
 from trainer.grading import Grader
-from trainer.options import Options, flag
-from trainer.origin import other_inputs, versions, weights_checksum
 from trainer.policy import sampling_copy
 from trainer.sampling import sample
 

@@ -22,8 +22,8 @@ from types import SimpleNamespace
 import torch
 
 from rewards import correct, extract_answer, overlong_penalty, true_answer
+from run.ownfile import OwnFileError, guarded, load_file, place_of
 from trainer.algorithm import named
-from trainer.ownfile import OwnFileError, guarded, load_file, place_of
 
 LARGEST = 1e15  # of a reward: in a standard deviation, the square of more overflows fp32
 QUOTED = 60  # characters of a question in an error

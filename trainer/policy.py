@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as hf_logging
 
-from trainer.checkpoint import find_model
+from run.checkpoint import find_model
 from trainer.data import first_words, is_path
 from trainer.prompts import AUTO, Prompts
 

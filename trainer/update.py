@@ -20,12 +20,12 @@ import torch
 from tqdm import tqdm
 
 from grpo import constant
+from run.options import flag
 from trainer.algorithm import gradient_of, inputs, parameters, toy, toy_inputs
 from trainer.batches import split_micro_batches
 from trainer.bf16 import bf16_compute
 from trainer.logprobs import token_logprobs
 from trainer.memory import return_free_memory, rows_that_fit
-from trainer.options import flag
 from trainer.probes import train_mode_agrees
 
 KL_COEFFICIENTS = "beta", "kl_coef"  # the options of a loss that switch on a KL term

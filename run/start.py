@@ -10,11 +10,8 @@ from pathlib import Path
 
 import torch
 
-from trainer import checkpoint, origin
-from trainer.algorithm import checked_options
-from trainer.data import checksum, load_problems, offline_without_network, split_overlap
-from trainer.grading import load_reward
-from trainer.options import (
+from run import checkpoint, origin
+from run.options import (
     CHANGEABLE_ON_RESUME,
     Options,
     check_config,
@@ -23,6 +20,9 @@ from trainer.options import (
     flag,
     label,
 )
+from trainer.algorithm import checked_options
+from trainer.data import checksum, load_problems, offline_without_network, split_overlap
+from trainer.grading import load_reward
 from trainer.policy import context_length, load_policy, use_threads
 from trainer.probes import probe
 from trainer.prompts import Chat, encode_problems, show, start_line

@@ -10,12 +10,12 @@ import time
 
 from tqdm import tqdm
 
-from trainer import checkpoint
+from run import checkpoint
+from run.runs import BAD_VALUE, metrics_row, read_log, renamed
+from run.track import Tracker
 from trainer.evaluate import evaluate, rows_of_evaluation
 from trainer.policy import sampling_copy
 from trainer.records import group_to_show, sample_lines
-from trainer.runs import BAD_VALUE, metrics_row, read_log, renamed
-from trainer.track import Tracker
 
 BAD_STEPS = 3  # this many skipped updates in a row stop the run
 SHOWN = 4  # held-out problems whose greedy completions are kept at each evaluation
@@ -215,4 +215,4 @@ def summary(out, seconds):
     )
     files = "curves.png, metrics.jsonl, samples.jsonl, held_out.jsonl, config.json"
     print(f"{out}: {files}, and the trained model in model/")
-    print(f"python view.py {shlex.quote(str(out))} makes a page of what it wrote")
+    print(f"python tools/view.py {shlex.quote(str(out))} makes a page of what it wrote")

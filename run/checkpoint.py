@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from trainer.runs import read_metrics
+from run.runs import read_metrics
 
 KEPT = 2  # checkpoints
 # One JSON object per line, appended while the run goes on.

@@ -24,8 +24,8 @@ from dataclasses import asdict
 
 from tqdm import tqdm
 
-from trainer import checkpoint
-from trainer.runs import read_log
+from run import checkpoint
+from run.runs import read_log
 
 PROJECT = "grpo"  # the runs of this folder, in trackio and (unless WANDB_PROJECT is set) in wandb
 

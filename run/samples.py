@@ -3,7 +3,7 @@
 records.py and evaluate.py write them; docs/metrics.md says what each key is.
 """
 
-from trainer.runs import BAD_VALUE, finite, read_log
+from run.runs import BAD_VALUE, finite, read_log
 
 
 def read_groups(path, held_out=False):

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 import transformers
 
+from run.options import is_file
+from run.ownfile import files_of
 from trainer.algorithm import load_algorithm
-from trainer.options import is_file
-from trainer.ownfile import files_of
 
 ROOT = Path(__file__).resolve().parents[1]
-ONLY_READS = "trainer/runs.py"  # reads finished runs, so it changes no number of a run
+DECIDES = ("options", "session", "start")  # files of run/ that can change a number of a run
 
 
 def weights_checksum(model):
@@ -46,7 +46,7 @@ def code_checksums(algo, reward=None):
         names.add("tiny/problems.py")
     for path in (ROOT / "trainer").glob("*.py"):
         names.add(f"trainer/{path.name}")
-    names.discard(ONLY_READS)
+    names.update(f"run/{name}.py" for name in DECIDES)
     names.update(files_of_user(algo) if is_file(algo) else own_files(load_algorithm(algo)))
     if reward:
         names.update(files_of_user(reward))

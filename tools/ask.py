@@ -1,4 +1,4 @@
-"""Ask a model a question and watch it answer: `python ask.py runs/tepo-tiny-s0 "Sam has ..."`.
+"""Ask a model a question and watch it answer: `tools/ask.py runs/tepo-tiny-s0 "Sam has ..."`.
 
 One greedy completion, then sampled ones, drawn as training draws them: softmax(logits /
 temperature) over the whole vocabulary, whatever the model's generation_config says. Each token is
@@ -15,8 +15,10 @@ import sys
 import unicodedata
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when run as a script
+
 from rewards import correct, true_answer
-from trainer.options import (
+from run.options import (
     Options,
     Parser,
     add_template_option,
@@ -39,14 +41,14 @@ ASKED = (
 MOST_SAMPLES = 1000
 MOST_TOKENS = 512  # of a model that is no run
 EPILOG = """examples:
-  python ask.py tiny "Sam has 36 cards. He uses 8, wins 1 and loses 8. How many cards now?"
+  python tools/ask.py tiny "Sam has 36 cards. He uses 8, wins 1 and loses 8. How many cards now?"
       the embedded model before training
-  python ask.py runs/tepo-tiny-s0 "Sam has 36 cards. He uses 8, wins 1 and loses 8. How many \\
-          cards now?" --answer 21
+  python tools/ask.py runs/tepo-tiny-s0 --answer 21 \\
+          "Sam has 36 cards. He uses 8, wins 1 and loses 8. How many cards now?"
       the same question after training, and whether each completion is right
-  python ask.py Qwen/Qwen2.5-0.5B "What is 17 * 23?" --samples 0
+  python tools/ask.py Qwen/Qwen2.5-0.5B "What is 17 * 23?" --samples 0
       a model of the Hub, greedy only
-  echo "What is 17 * 23?" | python ask.py runs/tepo-gsm8k-s0 --temperature 0.7
+  echo "What is 17 * 23?" | python tools/ask.py runs/tepo-gsm8k-s0 --temperature 0.7
       the question from a pipe; without a pipe and a question, ask.py asks for questions
 
 A run's folder stands for its trained model, or for its latest checkpoint while it is not done. Its
@@ -174,11 +176,11 @@ class Model:
     def __init__(self, given):
         """given: of options_of. Raises ValueError if there is no such model."""
         print("loading torch and transformers", flush=True)
+        from run.options import fill
+        from run.start import warn_of_slow_bf16
         from trainer.data import offline_without_network
-        from trainer.options import fill
         from trainer.policy import context_length, load_policy, sampling_copy, use_threads
         from trainer.prompts import Chat
-        from trainer.start import warn_of_slow_bf16
 
         self.o = o = fill(given)
         offline_without_network(o.model)

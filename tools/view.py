@@ -1,8 +1,8 @@
-"""A page of a run: `python view.py RUN` writes RUN/samples.html, to be opened in a browser.
+"""A page of a run: `python tools/view.py RUN` writes RUN/samples.html, to be opened in a browser.
 
 The page has the curves of metrics.jsonl, the groups of samples.jsonl with their tokens shaded, and
 the problems that were met at several steps. It is one file and loads nothing else: the markup, the
-style and the script are trainer/view.html, and the data stand in it as JSON. Completions are
+style and the script are tools/view.html, and the data stand in it as JSON. Completions are
 hostile text. As JSON without `<` they cannot end their element, and the script makes text of them,
 never markup.
 
@@ -18,12 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
-from plot import NOTES, Parser, is_complete, output_file, push, style, tensors
-from trainer import options
-from trainer.runs import ORDER, finite, read_folder
-from trainer.samples import read_groups
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when run as a script
 
-TEMPLATE = Path(__file__).with_name("trainer") / "view.html"
+from plot import NOTES, Parser, is_complete, output_file, push, style, tensors
+from run import options
+from run.runs import ORDER, finite, read_folder
+from run.samples import read_groups
+
+TEMPLATE = Path(__file__).with_name("view.html")
 BUDGET = 4_500_000  # bytes of completions, so that a page has at most 5 MB
 MOST_POINTS = 2000  # of a curve
 ABOUT = ("model", "data", "seed", "steps", "group_size", "temperature", "updates")
@@ -204,9 +206,9 @@ def write_page(data, out):
 # Command line
 
 EPILOG = """examples:
-  python view.py runs/tepo-tiny-s0
+  python tools/view.py runs/tepo-tiny-s0
       writes runs/tepo-tiny-s0/samples.html; works while the run goes on, too
-  python view.py runs/tepo-tiny-s0 --algos grpo,cispo --out page.html
+  python tools/view.py runs/tepo-tiny-s0 --algos grpo,cispo --out page.html
       the push of each token under the run's own method, GRPO and CISPO
 
 on the page:

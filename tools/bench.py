@@ -27,6 +27,8 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when run as a script
+
 from plot import Parser
 
 PARTS = ("logprobs", "weights", "rollout", "step", "qwen", "run")
@@ -281,7 +283,7 @@ def backward(model, batch, push, size, autocast=False, through_head=True):
 
 def shared_options(args):
     """train.py's Options for the work that --model and the other options describe."""
-    from trainer.options import fill, flag, parse
+    from run.options import fill, flag, parse
 
     if args.model == "tiny":
         return fill(parse(["--preset", "tiny", "--dtype", args.dtype, "--algo", "grpo"]))
@@ -299,7 +301,7 @@ def rollout(args, device, repeats=2):
     train.py's default; "prompt": share of our time before the first token; "token": ms per token
     after it; "weights": ms to read every weight once; "ops": of costliest_ops; "rows": completions}
     """
-    from trainer import start
+    from run import start
     from trainer.policy import sampling_copy
     from trainer.sampling import sample
 
@@ -388,7 +390,7 @@ def ours(args, device):
     with --peer only}.
     """
     import train
-    from trainer import start
+    from run import start
 
     prompts = []
 
@@ -414,8 +416,8 @@ def ours(args, device):
 
 def trl(args, device):
     """The same steps by TRL's GRPOTrainer: the same model, problems in the same order, options."""
+    from run import start
     from scale.trl_bench import train_steps
-    from trainer import start
     from trainer.data import problems_at
 
     o = shared_options(args)
@@ -455,8 +457,8 @@ def qwen(args, device, prompts=4, group_size=8, prompt_tokens=100, most_tokens=2
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     import train
+    from run.options import fill, parse
     from trainer.logprobs import Layout
-    from trainer.options import fill, parse
     from trainer.packed import packable
 
     class Graded(train.Trainer):
@@ -607,7 +609,7 @@ def print_speed(name, got):
 
 def print_run(args, argv):
     print(f"run: train.py --algo tepo --preset tiny, start to exit, medians of {args.pairs}")
-    folders = {"there": Path(args.against), "here": Path(__file__).parent}
+    folders = {"there": Path(args.against), "here": Path(__file__).resolve().parents[1]}
     seconds, accuracy = {name: [] for name in folders}, {}
     for _ in range(args.pairs):
         for name, folder in folders.items():
