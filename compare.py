@@ -22,8 +22,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from plot import Parser, method_name, output_folder, plot_runs
-from run.options import ALGORITHMS, algorithm_names, fill, label, parse
+from run.options import algorithm_names, fill, parse
 from run.runs import group, read_runs, write_csv
+from trainer.methods import ALGORITHMS, label
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
 OURS = ("--algo", "--seed", "--out", "--resume", "--overwrite", "--eval-only", "--show-prompt")

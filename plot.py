@@ -23,6 +23,7 @@ import numpy as np
 from run import options
 from run.runs import ORDER, average, finite, group, read_runs, rows_of
 from run.samples import read_groups
+from trainer.methods import ALGORITHMS, is_file, label
 
 # The seven have the colours of Okabe and Ito, without their yellow, which is lost on white, and
 # with a violet in place of their second blue. The
@@ -620,9 +621,9 @@ NOTES = {
 
 def note(algo):
     """What the credit picture says about a method; of a user's file, how its docstring begins."""
-    if not options.is_file(algo):
+    if not is_file(algo):
         return NOTES[algo]
-    from trainer.algorithm import load_algorithm
+    from run.algorithm import load_algorithm
 
     text = load_algorithm(algo).__doc__ or Path(algo).name
     return textwrap.shorten(text.strip().split("\n\n")[0], 80, placeholder=" …")
@@ -640,7 +641,8 @@ def push(algo, group, values=None):
     """
     import torch
 
-    from trainer.algorithm import inputs, load_algorithm, split_options
+    from run.algorithm import load_algorithm
+    from trainer.methods import inputs, split_options
 
     module = load_algorithm(algo)
     advantage_options, loss_options = split_options(module, values or {})
@@ -754,11 +756,11 @@ def credit_panels(rows, algos):
     nowhere = group.mask < 0
     panels = [("Entropy", "of the policy that sampled, nats", group.entropy, nowhere)]
     for algo in sorted(algos, key=[*ORDER, *algos].index):
-        panels.append((style(options.label(algo))[0], note(algo), *push(algo, group)))
+        panels.append((style(label(algo))[0], note(algo), *push(algo, group)))
     return panels
 
 
-def plot_credit(path, out, step=None, shown=2, algos=options.ALGORITHMS):
+def plot_credit(path, out, step=None, shown=2, algos=ALGORITHMS):
     """Draw one group of completions under some algorithms.
 
     Of its right and of its wrong ones, `shown` each are drawn; advantages and losses are those of
@@ -887,14 +889,14 @@ def add_credit_legend(figure, largest):
     from matplotlib.patches import Patch
 
     keys = []
-    for label, value, hatch in (
+    for text, value, hatch in (
         ("more likely (−∂loss/∂logprob > 0)", 1, None),
         ("less likely", -1, None),
         ("clipped: exactly 0", 0, HATCH),
     ):
         colour = tint(colormaps["RdBu"], value)
         edge = HATCH_COLOUR if hatch else "#999999"
-        keys.append(Patch(fc=colour, ec=edge, hatch=hatch, label=label))
+        keys.append(Patch(fc=colour, ec=edge, hatch=hatch, label=text))
     title = "At its default options, the method's update makes a token"
     title += f"  (one scale: full colour = ±{largest:.2g}, by the square root)"
     look = {"frameon": False, "fontsize": 8.5, "title": title, "title_fontsize": 8.5}
@@ -988,7 +990,7 @@ def main(argv=None):
     out = picture(args)
     try:
         if args.credit:
-            algos = args.algos or options.ALGORITHMS
+            algos = args.algos or ALGORITHMS
             plot_credit(args.runs[0], out, args.step, algos=algos)
         elif args.entropy:
             plot_entropy(read_runs(args.runs), out)

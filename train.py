@@ -10,7 +10,7 @@ import contextlib
 import sys
 import time
 
-from run.options import check_command_line, label, parse
+from run.options import check_command_line, parse
 
 if __name__ == "__main__":  # before torch is imported, so that --help does not wait for it
     check_command_line()
@@ -21,15 +21,17 @@ from tqdm import tqdm
 from grpo import constant
 from plot import plot_runs
 from run import checkpoint, session, start
+from run.algorithm import check_own, load_algorithm, wrong_shape
+from run.evaluation import evaluate_only
 from run.lock import locked
-from run.ownfile import OwnFileError
+from run.ownreward import load_reward
 from run.session import BAD_STEPS
 from run.symptoms import Watch
-from trainer.algorithm import check_own, inputs, load_algorithm, split_options, wrong_shape
 from trainer.data import problems_at
-from trainer.evaluate import decode, evaluate_only
+from trainer.evaluate import decode
 from trainer.grading import BadReward, Grader
 from trainer.logprobs import PLAIN
+from trainer.methods import OwnFileError, inputs, label, split_options
 from trainer.policy import sampling_copy
 from trainer.records import metrics_line, peak_mib
 from trainer.sampling import Rollout, corrected, sample
@@ -51,7 +53,7 @@ class Trainer:
         self.updater = Updater(
             model, self.algo, loss_options, options, longest, generation.get("layout", PLAIN)
         )
-        self.grader = Grader(options)
+        self.grader = Grader(options, load_reward(options.reward))
         self.cursor = 0  # prompts drawn so far
         self.history = []  # the mean reward of each step so far
         self.watch = Watch(options.dtype)

@@ -23,7 +23,7 @@ from claims import kit
 from compare import cell, mean_interval
 from grpo import advantages
 from plot import new_figure, save, style
-from trainer.algorithm import load_algorithm
+from run.algorithm import load_algorithm
 
 STEPS, LAST = 20, 5
 COUNTS = (2, 3, 4, 5)  # calculations of a problem

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from claims import kit
 from compare import cell, mean_interval
 from plot import new_figure, save
-from trainer.algorithm import load_algorithm
+from run.algorithm import load_algorithm
 
 STEPS = 20
 PROBLEMS, GROUP = 64, 8

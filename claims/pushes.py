@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, whe
 
 from claims import kit
 from plot import Parser, new_figure, output_file, save, style
-from trainer.algorithm import load_algorithm, option_defaults
+from run.algorithm import load_algorithm, option_defaults
 
 OUT = Path(__file__).with_suffix(".png")
 LENGTH = 20  # tokens of the completion in the figure

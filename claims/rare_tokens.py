@@ -24,8 +24,9 @@ import torch
 from claims.kit import command, each, trainer
 from compare import cell
 from plot import new_figure, save, style
-from trainer.algorithm import inputs, load_algorithm
+from run.algorithm import load_algorithm
 from trainer.logprobs import by_row, token_logprobs
+from trainer.methods import inputs
 
 METHODS = ("grpo", "dapo", "trgrpo", "reweight", "gtpo")
 # What a method would be without its weights: total and cosine compare it with that.

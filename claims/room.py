@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, whe
 import compare
 from claims import kit
 from plot import Parser, output_file, output_folder, plot_runs, style
-from run.options import ALGORITHMS
 from run.runs import ORDER, is_run, read_runs, write_csv
 from tiny.problems import problems
+from trainer.methods import ALGORITHMS
 
 OUT = Path(__file__).with_suffix(".png")
 FEWEST, MOST = 3, 6  # steps of a problem

@@ -15,11 +15,8 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-ALGORITHMS = ("tepo", "grpo", "dapo", "gspo", "gtpo", "grpo_s", "trgrpo")
-MORE = (  # in the folder more/
-    *("clip_cov", "kl_cov", "ce_gppo", "aspo", "dppo", "reweight", "raft", "ha_dw"),
-    *("ktae", "dhpo", "dr_grpo", "rloo", "cispo", "sapo", "gmpo"),
-)
+from trainer.methods import ALGORITHMS, MORE, is_file, label
+
 ROOT = Path(__file__).resolve().parents[1]
 TRACKERS = ("tensorboard", "trackio", "wandb")
 MOST = 10**9  # a larger whole number is a typing error
@@ -381,8 +378,8 @@ def fill(given):
     """
     import torch
 
-    from trainer.algorithm import checked_options
-    from trainer.grading import load_reward
+    from run.algorithm import checked_options
+    from run.ownreward import load_reward
 
     cuda = torch.cuda.is_available()
     preset = given.get("preset", "auto")
@@ -483,11 +480,6 @@ def check_algorithm(o):
     check_name(o.algo)
 
 
-def is_file(algo):
-    """Whether --algo names a file of the user and not one of our methods."""
-    return algo.endswith(".py") or "/" in algo or os.sep in algo
-
-
 def method(algo):
     """--algo as config.json keeps it: a name, or a path that no current folder changes.
 
@@ -501,17 +493,6 @@ def method(algo):
         if path.resolve() == folder / f"{name}.py":
             return name
     return str(path)
-
-
-def label(algo):
-    """What a method is called in folders, tables and figures.
-
-    For a file, its name without .py; with it, where that is the name of one of ours.
-    """
-    if not is_file(algo):
-        return algo
-    path = Path(algo)
-    return path.name if path.stem in (*ALGORITHMS, *MORE) else path.stem
 
 
 def check_file(path):

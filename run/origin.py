@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 import transformers
 
-from run.options import is_file
+from run.algorithm import load_algorithm
 from run.ownfile import files_of
-from trainer.algorithm import load_algorithm
+from trainer.methods import is_file
 
 ROOT = Path(__file__).resolve().parents[1]
 DECIDES = ("options", "session", "start")  # files of run/ that can change a number of a run

@@ -11,12 +11,10 @@ import traceback
 import zlib
 from pathlib import Path
 
+from trainer.methods import OwnFileError
+
 ROOT = Path(__file__).resolve().parents[1]
 RAISED = (Exception, SystemExit)  # what a file may raise; Ctrl-C stays Ctrl-C
-
-
-class OwnFileError(ValueError):
-    """An error in a file of the user: one line that begins with FILE:LINE."""
 
 
 def full_path(path):
@@ -140,6 +138,11 @@ def guarded(name, function, path, check):
     """
     import torch  # here: a file is loaded without it
 
+    def explain(what, error):
+        """The OwnFileError for an error that arose in `what`, say "the gradient of loss"."""
+        at = place_of_error(error, function, path)
+        return OwnFileError(f"{at}: {what}{': ' if what else ''}{described(error)}")
+
     @functools.wraps(function)
     def call(*args, **kwargs):
         try:
@@ -147,15 +150,14 @@ def guarded(name, function, path, check):
         except (MemoryError, torch.OutOfMemoryError):
             raise  # the caller tries a smaller batch
         except RAISED as error:
-            at = place_of_error(error, function, path)
-            raise OwnFileError(f"{at}: {described(error)}") from error
+            raise explain("", error) from error
         try:
             check(result, *args)
         except ValueError as error:
             raise OwnFileError(f"{place_of(function, path)}: {name} {error}") from None
         return result
 
-    call.file, call.name = path, name
+    call.name, call.place, call.explain = name, place_of(function, path), explain
     return call
 
 

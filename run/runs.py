@@ -17,7 +17,8 @@ from statistics import fmean
 
 import numpy as np
 
-from run.options import DEFAULTS, MORE, MOST, Options, is_file, label
+from run.options import DEFAULTS, MOST, Options
+from trainer.methods import MORE, is_file, label
 
 # In figures and tables.
 ORDER = ("grpo", "dapo", "gspo", "tepo", "gtpo", "grpo_s", "trgrpo", *MORE)

@@ -11,18 +11,11 @@ from pathlib import Path
 import torch
 
 from run import checkpoint, origin
-from run.options import (
-    CHANGEABLE_ON_RESUME,
-    Options,
-    check_config,
-    check_name,
-    fill,
-    flag,
-    label,
-)
-from trainer.algorithm import checked_options
+from run.algorithm import checked_options
+from run.options import CHANGEABLE_ON_RESUME, Options, check_config, check_name, fill, flag
+from run.ownreward import load_reward
 from trainer.data import checksum, load_problems, offline_without_network, split_overlap
-from trainer.grading import load_reward
+from trainer.methods import label
 from trainer.policy import context_length, load_policy, use_threads
 from trainer.probes import probe
 from trainer.prompts import Chat, encode_problems, show, start_line
@@ -132,7 +125,7 @@ def set_up(o):
     train, held_out, overlap = load_data(o)
 
     chat = Chat(o.chat_template, o.system, o.template_option)
-    model, tokenizer, eos_ids, pad_id = load_policy(o.model, o.device, chat)
+    model, tokenizer, eos_ids, pad_id = load_policy(checkpoint.find_model(o.model), o.device, chat)
     use_threads(o.threads, model)
     warn_of_slow_bf16(o)
 

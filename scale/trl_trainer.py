@@ -36,9 +36,9 @@ from run.options import (
     add_option,
     add_template_option,
     fill,
-    label,
     template_options,
 )
+from trainer.methods import label
 
 # The options of train.py that mean the same here.
 OPTIONS = [
@@ -92,8 +92,10 @@ except ImportError as error:
 
 from grpo import token_mean
 from rewards import correct, overlong_penalty
-from trainer.algorithm import load_algorithm, named, parameters, split_options
+from run.algorithm import load_algorithm
+from run.checkpoint import find_model
 from trainer.data import load_problems, split_overlap
+from trainer.methods import named, parameters, split_options
 from trainer.policy import context_length, load_policy
 from trainer.prompts import Chat, encode_problems
 from trainer.update import KL_COEFFICIENTS, kl_estimate
@@ -440,7 +442,7 @@ def main(argv=None):
     chat = Chat(o.chat_template, o.system, o.template_option)
     # fp32 weights and dropout off; accelerate moves them. TRL stops at the EOS ids of the model's
     # generation config, which load_policy has set; vLLM gets them by keyword.
-    model, tokenizer, eos_ids, _ = load_policy(o.model, chat=chat)
+    model, tokenizer, eos_ids, _ = load_policy(find_model(o.model), chat=chat)
     if config.use_vllm:
         config.generation_kwargs = {"stop_token_ids": eos_ids, **(config.generation_kwargs or {})}
     longest = context_length(model) - o.max_new_tokens

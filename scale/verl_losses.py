@@ -28,7 +28,8 @@ from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
 # At the end of the path, so that none of our files hides a package of the same name.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from trainer.algorithm import load_algorithm, named  # noqa: E402
+from run.algorithm import load_algorithm  # noqa: E402
+from trainer.methods import named  # noqa: E402
 
 AVERAGE = {
     "tepo": "token-mean",

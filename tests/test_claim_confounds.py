@@ -5,7 +5,7 @@ import torch
 
 from claims import confounds as claim
 from grpo import token_mean
-from trainer.algorithm import load_algorithm
+from run.algorithm import load_algorithm
 
 
 def batch():

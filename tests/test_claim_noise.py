@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from claims import noise
-from trainer.algorithm import load_algorithm
+from run.algorithm import load_algorithm
 
 MASK = torch.arange(6) < torch.tensor([6, 4, 3, 2, 1])[:, None]
 

@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_model
 
 from claims import rare_tokens as rare
-from trainer.algorithm import load_algorithm
+from run.algorithm import load_algorithm
 from trainer.logprobs import by_row, token_logprobs
 from trainer.sampling import Rollout
 

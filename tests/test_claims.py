@@ -8,7 +8,7 @@ from conftest import ROOT
 from test_losses import value_and_grad
 
 from claims import length, pushes
-from trainer.algorithm import load_algorithm
+from run.algorithm import load_algorithm
 
 LENGTHS = [5, 3, 1, 4]
 # Ratios on both sides of every clip range, for rows whose mean ratio is inside and outside it.

@@ -10,9 +10,10 @@ from conftest import ROOT
 
 from run import options
 from trainer import policy
+from trainer.methods import ALGORITHMS, MORE
 
 NO_OPTION = "train.py: error: no option"
-THERE_ARE = f"There are {', '.join([*options.ALGORITHMS, *options.MORE])}"
+THERE_ARE = f"There are {', '.join([*ALGORITHMS, *MORE])}"
 SLOW = "torch", "transformers", "matplotlib", "pandas", "datasets", "trl"  # to import
 
 

@@ -20,8 +20,9 @@ from test_plot import check_picture, write_run
 import compare
 import plot
 from run import origin
-from run.options import ALGORITHMS, MORE, fill, parse
+from run.options import fill, parse
 from run.runs import ORDER, group, read_csv, read_runs
+from trainer.methods import ALGORITHMS, MORE
 
 
 @pytest.fixture

@@ -153,7 +153,8 @@ def without_tiny(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkout")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, root)
-    shutil.copytree(ROOT / "trainer", root / "trainer")
+    for folder in ("trainer", "run"):
+        shutil.copytree(ROOT / folder, root / folder)
     shutil.copytree(ROOT / "tiny", root / "model")
     rows = [row(f"What is {n}+1?", n + 1) for n in range(20)]
     write(root / "problems.jsonl", rows)
@@ -167,9 +168,9 @@ def run_train(root, line):
 
 def test_training_needs_no_folder_tiny(without_tiny):
     size = "--steps 1 --prompts 2 --group-size 2 --updates 1 --max-new-tokens 4 --eval-n 2 --k 0"
-    done = run_train(without_tiny, f"--model model --data problems.jsonl {size} --out run")
+    done = run_train(without_tiny, f"--model model --data problems.jsonl {size} --out out")
     assert done.returncode == 0, done.stderr
-    assert "tiny/problems.py" not in (without_tiny / "run" / "config.json").read_text()
+    assert "tiny/problems.py" not in (without_tiny / "out" / "config.json").read_text()
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,10 @@ from transformers import AutoTokenizer
 
 import train
 from run import checkpoint, start
-from run.options import ALGORITHMS, DEFAULTS, MORE, fill
+from run.options import DEFAULTS, fill
 from tiny.problems import problems
 from trainer import data, grading
+from trainer.methods import ALGORITHMS, MORE
 from trainer.policy import load_policy
 from trainer.prompts import Prompts, encode_problems
 

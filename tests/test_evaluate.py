@@ -13,6 +13,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import train
+from run import evaluation
 from run.options import fill
 from trainer import evaluate, grading
 from trainer.logprobs import Layout
@@ -221,7 +222,7 @@ def test_figures_of_another_evaluation_are_not_overwritten(test_set, tmp_path, m
     ):
         capsys.readouterr()
         with monkeypatch.context() as patch:
-            patch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("it was evaluated"))
+            patch.setattr(evaluation, "evaluate", lambda *_, **__: pytest.fail("it was evaluated"))
             assert train.main([*words, *more]) == 2
         line = capsys.readouterr().err
         assert line.count("\n") == 1 and told in line and "--overwrite" in line
@@ -240,7 +241,7 @@ def test_eval_only_out_of_gpu_memory_is_one_line(test_set, tmp_path, monkeypatch
     def out_of_memory(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(evaluate, "evaluate", out_of_memory)
+    monkeypatch.setattr(evaluation, "evaluate", out_of_memory)
     argv = [
         "--preset",
         "tiny",
@@ -272,7 +273,7 @@ def test_eval_only_in_bf16(test_set, tmp_path, monkeypatch):
         seen.append(model.dtype)
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(evaluate, "evaluate", look)
+    monkeypatch.setattr(evaluation, "evaluate", look)
     for dtype in ("bf16", "fp32"):
         words = ["--eval-only", "--preset", "tiny", "--data", str(test_set), "--dtype", dtype]
         assert train.main([*words, "--out", str(tmp_path / "out")]) == 2
@@ -281,7 +282,7 @@ def test_eval_only_in_bf16(test_set, tmp_path, monkeypatch):
 
 def test_eval_only_is_refused_before_the_work(test_set, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("evaluated for nothing"))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: pytest.fail("evaluated"))
     words = ["--eval-only", "--model", "tiny", "--data", str(test_set), "--out"]
     for out in (tmp_path / "file", tmp_path / "file" / "run", "/proc/run"):
         assert train.main([*words, str(out)]) == 2

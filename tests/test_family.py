@@ -12,7 +12,7 @@ from test_advantages import close
 from test_losses import value_and_grad
 from test_more_losses import NAMES as MORE
 
-from run.options import ALGORITHMS as SEVEN
+from trainer.methods import ALGORITHMS as SEVEN
 
 PAGE = (ROOT / "docs" / "family.md").read_text(encoding="utf-8")
 

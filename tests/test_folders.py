@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import plot
 import train
 from run import checkpoint, lock, origin, start
-from run.options import ALGORITHMS, MORE
 from run.runs import read_folder, read_runs
 from tiny.problems import problems
+from trainer.methods import ALGORITHMS, MORE
 from trainer.policy import load_policy
 
 TINY = child.ROOT / "tiny"
@@ -249,7 +249,7 @@ def test_a_run_stands_for_its_model_or_its_latest_checkpoint(file, tmp_path, cap
     latest = out / "checkpoints" / "step-000002"
     assert checkpoint.model_folder(str(out)) == str(latest)
     capsys.readouterr()
-    model, tokenizer, eos_ids, _ = load_policy(str(out))
+    model, tokenizer, eos_ids, _ = load_policy(checkpoint.find_model(str(out)))
     assert capsys.readouterr().out == f"--model {out} is a run: taking {latest}\n"
     again = AutoModelForCausalLM.from_pretrained(latest)
     for name, weight in model.state_dict().items():

@@ -13,6 +13,7 @@ import train
 from run import origin
 from run.options import Options
 from run.ownfile import load_file
+from run.ownreward import load_reward
 from trainer.data import load_problems
 from trainer.grading import Grader
 
@@ -41,7 +42,7 @@ def lines(folder, phase):
 
 
 def grader(path, **options):
-    return Grader(Options(reward=str(path), **options))
+    return Grader(Options(**options), load_reward(str(path)))
 
 
 # The examples

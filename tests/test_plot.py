@@ -21,9 +21,10 @@ from conftest import ROOT
 from PIL import Image, ImageColor
 
 import plot
-from run.options import ALGORITHMS, DEFAULTS, MORE, Options
+from run.algorithm import load_algorithm
+from run.options import DEFAULTS, Options
 from run.runs import COLUMNS, ORDER, average, group, read_csv, read_folder, read_runs, write_csv
-from trainer.algorithm import load_algorithm
+from trainer.methods import ALGORITHMS, MORE
 
 LIMIT = 300_000  # bytes, of a picture that is committed
 STEPS = 12

@@ -19,9 +19,13 @@ from prompt_folders import chatml_folder, write_problems  # noqa: E402
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer  # noqa: E402
 
-from run.options import ALGORITHMS, MORE  # noqa: E402
+from run.algorithm import load_algorithm  # noqa: E402
 from scale import trl_trainer  # noqa: E402
-from trainer.algorithm import load_algorithm, named  # noqa: E402
+from trainer.methods import (  # noqa: E402
+    ALGORITHMS,
+    MORE,
+    named,  # noqa: E402
+)
 from trainer.prompts import Chat, Prompts  # noqa: E402
 
 # accelerate collects garbage at the start of every training: do not search what is imported.

@@ -25,7 +25,7 @@ from verl.utils import tensordict_utils as tu  # noqa: E402
 from verl.workers.config import ActorConfig, PolicyLossConfig  # noqa: E402
 from verl.workers.utils.losses import ppo_loss  # noqa: E402
 
-from run.options import ALGORITHMS, MORE  # noqa: E402
+from trainer.methods import ALGORITHMS, MORE  # noqa: E402
 
 del os.environ["VERL_USE_EXTERNAL_MODULES"]
 verl_losses = sys.modules["verl_losses"]

@@ -15,9 +15,10 @@ from conftest import ROOT, tiny_model
 import grpo
 import train
 from run import session, start
-from run.options import ALGORITHMS, DEFAULTS, MORE, fill, parse
+from run.algorithm import checked_options, load_algorithm
+from run.options import DEFAULTS, fill, parse
 from trainer import grading
-from trainer.algorithm import checked_options, inputs, keywords, load_algorithm
+from trainer.methods import ALGORITHMS, MORE, inputs, keywords
 from trainer.policy import sampling_copy
 
 # A step that takes a second: 2 prompts x 4 completions of 12 tokens, 2 updates of 4 rows each.

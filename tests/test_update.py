@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from run.options import ALGORITHMS, fill
+from run.algorithm import load_algorithm
+from run.options import fill
 from trainer import update
-from trainer.algorithm import load_algorithm
 from trainer.logprobs import Layout, cache_argument, token_logprobs
+from trainer.methods import ALGORITHMS
 from trainer.sampling import Rollout
 from trainer.update import Updater, kl_estimate
 

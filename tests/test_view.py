@@ -352,7 +352,8 @@ def test_errors_are_one_line(words, told, tmp_path, monkeypatch, capsys):
 
 def test_matplotlib_is_not_imported(tmp_path):
     run = write_run(tmp_path / "run", groups())
-    code = "import sys; sys.modules['matplotlib'] = None; from tools import view; view.main(sys.argv[1:])"
+    code = "import sys; sys.modules['matplotlib'] = None; "
+    code += "from tools import view; view.main(sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", code, str(run)], cwd=ROOT, capture_output=True)
     assert done.returncode == 0, done.stderr
 

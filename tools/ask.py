@@ -176,6 +176,7 @@ class Model:
     def __init__(self, given):
         """given: of options_of. Raises ValueError if there is no such model."""
         print("loading torch and transformers", flush=True)
+        from run.checkpoint import find_model
         from run.options import fill
         from run.start import warn_of_slow_bf16
         from trainer.data import offline_without_network
@@ -186,7 +187,7 @@ class Model:
         offline_without_network(o.model)
         self.chat = Chat(o.chat_template, o.system, o.template_option)
         policy, self.tokenizer, self.eos_ids, self.pad_id = load_policy(
-            o.model, o.device, self.chat
+            find_model(o.model), o.device, self.chat
         )
         use_threads(o.threads, policy)
         warn_of_slow_bf16(o)
@@ -309,7 +310,7 @@ def verdict(stream, answer):
     truncated = not stream.ended
     if correct(stream.text, answer, truncated):
         return ", right"
-    if Grader(Options()).lenient(stream.text, {"answer": answer}, truncated):
+    if Grader().lenient(stream.text, {"answer": answer}, truncated):
         return ", wrong: only the lenient rule, which takes the last number, accepts it"
     return ", wrong"
 

@@ -24,6 +24,7 @@ from plot import NOTES, Parser, is_complete, output_file, push, style, tensors
 from run import options
 from run.runs import ORDER, finite, read_folder
 from run.samples import read_groups
+from trainer.methods import ALGORITHMS, is_file, label
 
 TEMPLATE = Path(__file__).with_name("view.html")
 BUDGET = 4_500_000  # bytes of completions, so that a page has at most 5 MB
@@ -68,14 +69,14 @@ def chosen_methods(o, algos):
             about += "; without its KL term, for which the reference policy is not recorded"
         words = [f"{name} = {value}" for name, value in values.items()]
         name = ", ".join(["this run", *words])
-        methods.append((own, f"{style(options.label(own))[0]} ({name})", about, values))
-    elif options.is_file(own):
+        methods.append((own, f"{style(label(own))[0]} ({name})", about, values))
+    elif is_file(own):
         note = f"The run's own method is a file, {own}: view.py runs it only if --algos names it."
     else:
         note = f"This version has no method {own}, the run's own: its push is not shown."
     for algo in sorted(algos, key=[*ORDER, *algos].index):
         if algo != own or values:
-            name = style(options.label(algo))[0]
+            name = style(label(algo))[0]
             methods.append((algo, name, NOTES.get(algo, ""), {}))
     return methods, note
 
@@ -231,7 +232,7 @@ def build_parser():
     text = "the page to write; default: samples.html in RUN"
     parser.add_argument("--out", metavar="FILE", type=output_file, help=text)
     text = "compute the push under these methods, or all, besides the run's own; default: the seven"
-    kind = {"type": options.algorithm_names, "default": list(options.ALGORITHMS)}
+    kind = {"type": options.algorithm_names, "default": list(ALGORITHMS)}
     parser.add_argument("--algos", metavar="A,B", help=text, **kind)
     return parser
 

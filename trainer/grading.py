@@ -15,17 +15,12 @@ if they have a keyword-only parameter of that name.
 """
 
 import copy
-from numbers import Real
-from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 from rewards import correct, extract_answer, overlong_penalty, true_answer
-from run.ownfile import OwnFileError, guarded, load_file, place_of
-from trainer.algorithm import named
+from trainer.methods import OwnFileError, named
 
-LARGEST = 1e15  # of a reward: in a standard deviation, the square of more overflows fp32
 QUOTED = 60  # characters of a question in an error
 
 
@@ -36,10 +31,9 @@ class BadReward(Exception):
 class Grader:
     """Grades completions, by rewards.py or by a file of the user."""
 
-    def __init__(self, options):
-        """Raises ValueError if --reward is no such file."""
-        self.o = options
-        self.own = load_reward(options.reward) if options.reward else None
+    def __init__(self, options=None, own=None):
+        """own: the functions `reward` and `correct` (None if there is none) of a file."""
+        self.o, self.own = options, own
         self.parts = None  # the names of the reward's parts, once a completion has been rewarded
 
     def grade(self, batch):
@@ -105,11 +99,10 @@ class Grader:
         if self.parts is None:
             self.parts = parts.keys()
         if parts.keys() != self.parts:
-            place = place_of(self.own.reward.__wrapped__, self.o.reward)
             got, before = (", ".join(names) or "one number" for names in (parts, self.parts))
             raise OwnFileError(
-                f"{place}: reward must return the same parts for every completion; it returned "
-                f"{got} after {before}; {about(problem)}"
+                f"{self.own.reward.place}: reward must return the same parts for every completion; "
+                f"it returned {got} after {before}; {about(problem)}"
             )
         return parts
 
@@ -119,48 +112,3 @@ def about(problem):
     question = " ".join(problem["question"].split())
     shortened = question if len(question) <= QUOTED else question[:QUOTED] + "…"
     return f"the problem is {shortened!r}"
-
-
-def load_reward(path):
-    """The functions `reward` and `correct` (None if there is none) of a file, as attributes.
-
-    Whatever goes wrong in them is told with FILE:LINE. Raises ValueError.
-    """
-    module = load_file(path)
-    if not callable(getattr(module, "reward", None)):
-        raise OwnFileError(f"{path}: there is no function reward(completion, problem) in it")
-    functions = SimpleNamespace(correct=None)
-    functions.reward = guarded("reward", module.reward, path, check_reward)
-    own_check = getattr(module, "correct", None)
-    if is_of(own_check, path):  # not rewards.correct, imported to be called
-        functions.correct = guarded("correct", own_check, path, check_right)
-    return functions
-
-
-def is_of(function, path):
-    """Whether a function is defined in the file, and not imported by it."""
-    code = getattr(function, "__code__", None)
-    return code is not None and code.co_filename == str(Path(path).resolve())
-
-
-def check_reward(value, *_):
-    """Raise ValueError unless it is a finite number or a dict of such numbers by name."""
-    if not isinstance(value, dict):
-        return check_number(value, "a number, or a dict of numbers by name")
-    for name, part in value.items():
-        if not (isinstance(name, str) and name.isprintable()):
-            raise ValueError(f"must name its parts by printable texts, not {name!r}")
-        check_number(part, f"a number as its part {name!r}")
-    return None
-
-
-def check_number(value, what):
-    if not isinstance(value, Real):
-        raise ValueError(f"must return {what}, not a {type(value).__name__}")
-    if not abs(value) <= LARGEST:  # NaN fails this test
-        raise ValueError(f"must return {what}, finite and at most {LARGEST:g}, not {value}")
-
-
-def check_right(value, *_):
-    if value not in (True, False):
-        raise ValueError(f"must return True or False, not {value!r}")

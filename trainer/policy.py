@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as hf_logging
 
-from run.checkpoint import find_model
 from trainer.data import first_words, is_path
 from trainer.prompts import AUTO, Prompts
 
@@ -23,15 +22,14 @@ hf_logging.disable_progress_bar()  # "Loading weights" would break up our own li
 def load_policy(name, device="cpu", chat=AUTO):
     """(model, tokenizer, EOS ids, pad id): a causal language model with fp32 weights in eval mode.
 
-    name: "tiny" (the embedded model), a local folder, a run's folder (see checkpoint.model_folder)
-    or a Hub name. Raises ValueError, in one line, if there is no such model, no tokenizer or no
+    name: "tiny" (the embedded model), a local folder or a Hub name.
+    Raises ValueError, in one line, if there is no such model, no tokenizer or no
     EOS, or if a weight is missing or not finite.
     """
     if name == "tiny":
         name = str(Path(__file__).resolve().parents[1] / "tiny")
         if not Path(name).is_dir():
             raise ValueError(f"the embedded model is missing: no folder {name}; pass --model")
-    name = find_model(name)
     if is_path(name) and not Path(name).is_dir():
         raise ValueError(
             f"cannot load the model {name!r}: no such folder. Pass --model FOLDER, or --preset tiny"

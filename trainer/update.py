@@ -15,17 +15,17 @@ the memory. `Updater._update` does this, step by step.
 import contextlib
 import copy
 import math
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
 from grpo import constant
-from run.options import flag
-from trainer.algorithm import gradient_of, inputs, parameters, toy, toy_inputs
 from trainer.batches import split_micro_batches
 from trainer.bf16 import bf16_compute
 from trainer.logprobs import token_logprobs
 from trainer.memory import return_free_memory, rows_that_fit
+from trainer.methods import OwnFileError, inputs, parameters
 from trainer.probes import train_mode_agrees
 
 KL_COEFFICIENTS = "beta", "kl_coef"  # the options of a loss that switch on a KL term
@@ -105,7 +105,7 @@ class Updater:
 
         Raises MemoryError if the user set the size, or if a single row does not fit.
         """
-        option = flag(name)
+        option = "--" + name.replace("_", "-")
         while True:
             size = self.at_once[name]
             try:
@@ -427,6 +427,39 @@ class Updater:
             "bad_rows": [],
             "moved": False,
         }
+
+
+def gradient_of(function, loss, logprobs):
+    """dL/dlogp [B, T] of what a method's function `loss` returned.
+
+    Raises OwnFileError for a function of a file of the user that has no gradient, or fails in it.
+    """
+    try:
+        (gradient,) = torch.autograd.grad(loss, logprobs, allow_unused=True)
+    except Exception as error:
+        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if out_of_memory or not hasattr(function, "explain"):
+            raise
+        raise function.explain("the gradient of loss", error) from error
+    if gradient is None:
+        what = "loss must depend on logprobs, or it has no gradient"
+        raise OwnFileError(f"{function.place}: {what}")
+    return gradient
+
+
+def toy():
+    """A batch of two groups of two completions, of 3, 1, 2 and 3 tokens. [4, 3]"""
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]).bool()
+    right = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    batch = SimpleNamespace(mask=mask, completions=mask.long(), right=right, history=[0.5])
+    batch.entropy = mask.float()
+    batch.ref_logprobs = -mask.float()
+    return batch
+
+
+def toy_inputs(function):
+    batch = toy()
+    return inputs(function, batch, slice(None), batch.entropy, batch.mask.shape[1])
 
 
 def takes_ratios_only(algo, loss_options):

@@ -1,25 +1,29 @@
-"""The interface to an algorithm file: its two functions, their inputs and their options."""
+"""The options of a method, checked; and a method in a file of the user."""
 
 import functools
-import importlib
 import inspect
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 import grpo
-from run.options import MORE, is_file, label
 from run.ownfile import (
-    RAISED,
-    OwnFileError,
-    described,
     guarded,
     load_file,
     place_of,
-    place_of_error,
 )
+from trainer.methods import (
+    OwnFileError,
+    is_file,
+    keywords,
+    known,
+    label,
+    load_method,
+    parameters,
+    split_options,
+)
+from trainer.update import gradient_of, toy, toy_inputs
 
 ARGUMENTS = {  # of the two functions; what stands after them is keyword-only
     "advantages": ("rewards", "group_size"),
@@ -32,62 +36,7 @@ def load_algorithm(algo):
     """The module of a method: the file algo.py, more/algo.py, or a file of the user."""
     if is_file(algo):
         return load_own(algo)
-    return importlib.import_module(f"more.{algo}" if algo in MORE else algo)
-
-
-def parameters(function):
-    """{name: inspect.Parameter} of a function."""
-    return inspect.signature(function).parameters
-
-
-def keywords(function):
-    """{name: inspect.Parameter} of the function's keyword-only parameters."""
-    found = {}
-    for name, parameter in parameters(function).items():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            found[name] = parameter
-    return found
-
-
-def named(function, values):
-    """The part of values, {name: value}, that the function has a keyword-only parameter for."""
-    known = keywords(function)
-    return {name: value for name, value in values.items() if name in known}
-
-
-def inputs(function, *batch):
-    """What the trainer fills in, {name: value}: the keyword-only parameters that `known` has.
-
-    function: `advantages` or `loss` of an algorithm. batch: the arguments of `known`.
-    """
-    return named(function, known(*batch))
-
-
-def known(rollout, rows, entropy, max_length):
-    """All that the trainer can fill in, {name: value}.
-
-    rows: a part of the rollout, B rows. entropy [B, T]: in nats, of the policy that sampled in
-    `advantages`, of the current one in `loss`.
-    """
-
-    def of_rows(values):
-        return None if values is None else values[rows]
-
-    return {
-        "mask": rollout.mask[rows],  # [B, T]
-        "completions": rollout.completions[rows],  # [B, T], token ids
-        "right": rollout.right[rows],  # [B], 1 where the answer is right
-        "history": rollout.history,  # the mean rewards of earlier steps, oldest first
-        "max_length": max_length,  # --max-new-tokens
-        "entropy": entropy,  # [B, T]
-        "old_entropy": of_rows(rollout.entropy),  # [B, T], of the policy that sampled
-        "ref_logprobs": of_rows(rollout.ref_logprobs),  # [B, T], if `beta` is above 0
-    }
-
-
-def split_options(module, values):
-    """(options of module.advantages, options of module.loss) out of values."""
-    return named(module.advantages, values), named(module.loss, values)
+    return load_method(algo)
 
 
 def option_defaults(module):
@@ -141,21 +90,6 @@ def converted(name, text, kind):
     return value
 
 
-def toy():
-    """A batch of two groups of two completions, of 3, 1, 2 and 3 tokens. [4, 3]"""
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]).bool()
-    right = torch.tensor([1.0, 0.0, 0.0, 1.0])
-    batch = SimpleNamespace(mask=mask, completions=mask.long(), right=right, history=[0.5])
-    batch.entropy = mask.float()
-    batch.ref_logprobs = -mask.float()
-    return batch
-
-
-def toy_inputs(function):
-    batch = toy()
-    return inputs(function, batch, slice(None), batch.entropy, batch.mask.shape[1])
-
-
 def try_out(module, values, algo):
     """Call both functions once on the toy batch. Raises what they raise.
 
@@ -174,25 +108,6 @@ def try_out(module, values, algo):
     loss = module.loss(logprobs, old_logprobs, advantages, batch.mask, **filled)
     if is_file(algo):
         check_own(module.loss, wrong_loss(loss, gradient_of(module.loss, loss, logprobs)))
-
-
-def gradient_of(function, loss, logprobs):
-    """dL/dlogp [B, T] of what an algorithm's function `loss` returned.
-
-    Raises OwnFileError if the backward pass fails and the function is of a file of the user.
-    """
-    try:
-        (gradient,) = torch.autograd.grad(loss, logprobs, allow_unused=True)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise  # the caller tries a smaller batch
-    except RAISED as error:
-        if not hasattr(function, "file"):
-            raise
-        at = place_of_error(error, inspect.unwrap(function), function.file)
-        raise OwnFileError(f"{at}: the gradient of loss: {described(error)}") from error
-    if gradient is None:
-        check_own(function, "must depend on logprobs, or it has no gradient")
-    return gradient
 
 
 # A file of the user
@@ -268,8 +183,7 @@ def check_loss(result, logprobs, *_):
 def check_own(function, problem):
     """Raise OwnFileError with the problem, if any, of what a file's function returned."""
     if problem:
-        own = inspect.unwrap(function)
-        raise OwnFileError(f"{place_of(own, function.file)}: {function.name} {problem}")
+        raise OwnFileError(f"{function.place}: {function.name} {problem}")
 
 
 def wrong_shape(advantages, mask):
