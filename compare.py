@@ -40,7 +40,7 @@ EXAMPLES = """examples:
   python compare.py --eps 0.2/0.28,3e-4/4e-4         the clip range, of TEPO
   python compare.py --algos tepo,gspo -- --steps 20  shorter, two algorithms
   python compare.py --algos all                      all 22, as small multiples
-  python compare.py --algos tepo,my_method.py        a method of your own (README.md) beside TEPO
+  python compare.py --algos tepo,my_method.py        a method of your own (docs/own.md) beside TEPO
   python compare.py --table docs/methods.csv         the table of earlier runs; trains nothing
 """
 

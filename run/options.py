@@ -207,9 +207,9 @@ EPILOG = """examples:
   python train.py --algo gspo --preset tiny --updates 16 --option eps_high=0.01
       with an option of the algorithm; an unknown NAME prints the list of its options
   python train.py --algo my_method.py --option power=0.25
-      a method of your own: README.md, "Add a method in ten minutes"
+      a method of your own: docs/own.md, "Add a method in ten minutes"
   python train.py --reward examples/format_reward.py
-      a reward of your own: README.md, "Your own data, reward, method"
+      a reward of your own: docs/own.md
   python train.py --preset gsm8k --model HuggingFaceTB/SmolLM2-360M-Instruct \\
           --gradient-checkpointing --micro-batch 2
       for a GPU of 8 GiB, too small for an update of Qwen2.5-0.5B (docs/benchmarks.md)

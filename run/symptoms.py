@@ -2,7 +2,7 @@
 
 All limits are our choices. Above each stands what it was measured against: runs that learn (of the
 embedded task, if no other is named), and those of docs/stress.csv, many of which break.
-README.md, "When something goes wrong", has the same table for the reader.
+docs/troubleshooting.md has the same table for the reader.
 """
 
 import math
@@ -73,7 +73,7 @@ def fallen_accuracy(steps, _, limit):
 
 @dataclass(frozen=True)
 class Symptom:
-    name: str  # as in README.md
+    name: str  # as in docs/troubleshooting.md
     test: Callable
     limit: float | dict  # {dtype: float} where it depends on --dtype
     text: str  # filled with what the test returns

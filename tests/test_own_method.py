@@ -1,4 +1,4 @@
-"""--algo FILE.py: README's example does what it says; names, errors, resume, figures."""
+"""--algo FILE.py: docs/own.md's example does what it says; names, errors, resume, figures."""
 
 import json
 import math
@@ -24,15 +24,15 @@ from trainer.methods import label
 
 SMALL = """--preset tiny --prompts 2 --group-size 4 --updates 2 --max-new-tokens 12 --eval-n 4
     --k 0 --save-every 1""".split()
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SECTION = README.split("\n## Add a method in ten minutes\n")[1].split("\n## ")[0]
+PAGE = (ROOT / "docs" / "own.md").read_text(encoding="utf-8")
+SECTION = PAGE.split("\n## Add a method in ten minutes\n")[1].split("\n## ")[0]
 LOSS = "def loss(logprobs, old_logprobs, advantages, mask):\n"
 GRPO_LOSS = "from grpo import loss\n"
 
 
 @pytest.fixture
 def soft_length(tmp_path):
-    """README's file, saved as README says."""
+    """The file of docs/own.md, saved as it says."""
     path = tmp_path / "soft_length.py"
     path.write_text(re.search(r"```python\n(.*?)```", SECTION, re.DOTALL)[1])
     return path
@@ -48,7 +48,7 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# README's example
+# The example
 
 
 def slow_loss(logp, old, A, mask, power, eps_low, eps_high):

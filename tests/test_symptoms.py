@@ -1,4 +1,4 @@
-"""symptoms.py: each limit from both sides, the committed runs, once per run, README's table."""
+"""symptoms.py: each limit from both sides, the committed runs, once per run, the page's table."""
 
 import csv
 import json
@@ -181,9 +181,9 @@ def test_a_run_prints_its_warning_once_also_across_a_resume(tmp_path, monkeypatc
     assert steps == [0, *range(1, 10), 9]
 
 
-def test_readme_has_each_symptom_with_its_limit():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.split("## When something goes wrong")[1].split("\n## ")[0]
+def test_the_page_has_each_symptom_with_its_limit():
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    section = text.split("\n## ")[0]
     rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| ")]
     table = {cells[0].strip(): cells for cells in rows if len(cells) == 4}
     for symptom in SYMPTOMS:
