@@ -34,7 +34,7 @@ from trainer.logprobs import PLAIN
 from trainer.methods import OwnFileError, inputs, label, split_options
 from trainer.policy import sampling_copy
 from trainer.records import metrics_line, peak_mib
-from trainer.sampling import Rollout, corrected, sample
+from trainer.sampling import Rollout, corrected, random_numbers, sample
 from trainer.update import Updater
 
 
@@ -129,6 +129,8 @@ class Trainer:
 
     def sample(self, prompts, n):
         """n completions of each prompt, sampled from the current policy."""
+        # Drawn once: a retry with smaller batches samples the same completions.
+        U = random_numbers(len(prompts) * n, self.o.max_new_tokens)
 
         def work(rows_at_once):
             return sample(
@@ -137,6 +139,7 @@ class Trainer:
                 n,
                 temperature=self.o.temperature,
                 rows_at_once=rows_at_once,
+                U=U,
                 **self.generation,
             )
 

@@ -176,18 +176,46 @@ def test_the_gradient_of_copied_prompts_is_the_same_in_every_run():
     assert all(torch.equal(grad, found[0]) for grad in found)
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS[:3], [[6]], [[3, 4, 5]]])
-def test_sampling_with_shared_prompts_draws_the_same(prompts):
-    model, drawn = tiny_model(), []
-    for share_prompts in (False, True):
-        torch.manual_seed(0)
-        generation = dict(temperature=1.0, max_new_tokens=6, eos_ids=[1], pad_id=0)
-        layout = Layout(share_prompts=share_prompts)
-        drawn.append(sample(model, prompts, 5, layout=layout, **generation))
-    assert (
-        torch.equal(drawn[0].completions, drawn[1].completions)
-        and drawn[0].prompts == drawn[1].prompts
-    )
+SHARED = Layout(share_prompts=True)
+STATIC = Layout(share_prompts=True, static_cache=True)
+WAYS = [  # (layout, rows_at_once, segment, prompts in the order of)
+    (SHARED, None, 8, [0, 1, 2, 3, 4]),
+    (SHARED, 5, 1, [0, 1, 2, 3, 4]),
+    (SHARED, 10, 3, [3, 1, 4, 0, 2]),
+    (STATIC, 15, 8, [0, 1, 2, 3, 4]),
+    (Layout(), 1, 8, [4, 3, 2, 1, 0]),
+    (Layout(equal_lengths=True), None, 8, [0, 1, 2, 3, 4]),
+]
+
+
+@pytest.mark.parametrize(("layout", "rows_at_once", "segment", "order"), WAYS)
+def test_a_row_is_drawn_by_its_own_random_numbers_alone(
+    monkeypatch, layout, rows_at_once, segment, order
+):
+    """Whatever rows are beside it, ended or not: they share no random number."""
+    monkeypatch.setattr(sampling.generate, "__defaults__", (Layout(), segment, None))
+    generation = dict(temperature=1.0, max_new_tokens=12, eos_ids=[1, 5], pad_id=0)
+    model = tiny_model()
+    torch.manual_seed(0)
+    want = sample(model, PROMPTS, 5, **generation)
+    lengths = want.mask.sum(1)
+    assert lengths.min() < 4 and want.truncated.any() and len(want.completions.unique(dim=0)) > 20
+    torch.manual_seed(0)
+    U = torch.rand(5, 5, 12, dtype=torch.float64)[order].flatten(0, 1)
+    prompts = [PROMPTS[i] for i in order]
+    how = {"layout": layout, "rows_at_once": rows_at_once, "U": U}
+    got = sample(model, prompts, 5, **how, **generation)
+    back = torch.arange(25).view(5, 5)[torch.tensor(order).argsort()].flatten()
+    assert torch.equal(got.mask[back], want.mask)
+    assert torch.equal((got.completions * got.mask)[back], want.completions * want.mask)
+    for name in ("sampler_logprobs", "sampler_entropy"):
+        torch.testing.assert_close(getattr(got, name)[back], getattr(want, name))
+
+
+def test_greedy_sampling_draws_no_random_number():
+    model, before = tiny_model(), torch.get_rng_state()
+    sample(model, PROMPTS, 2, temperature=0, max_new_tokens=4, eos_ids=[1], pad_id=0)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_plain_way_is_the_same():
@@ -352,7 +380,7 @@ def without_segments(model, prompts, n, **generation):
 
 @pytest.mark.parametrize("segment", [1, 3, 8])
 def test_greedy_in_segments_draws_the_same_tokens(monkeypatch, segment):
-    monkeypatch.setattr(sampling.generate, "__defaults__", (Layout(), segment))
+    monkeypatch.setattr(sampling.generate, "__defaults__", (Layout(), segment, None))
     prompts = [[a, b] for a in range(3, 9) for b in range(3, 9)] + PROMPTS
     generation = dict(temperature=0, max_new_tokens=10, eos_ids=[2, 5, 9], pad_id=0)
     want = without_segments(tiny_model(), prompts, 1, **generation)
@@ -367,7 +395,7 @@ def test_greedy_in_segments_draws_the_same_tokens(monkeypatch, segment):
 @pytest.mark.parametrize("segment", [1, 2])
 def test_in_segments_each_completion_has_the_probability_of_the_policy(monkeypatch, segment):
     """All completions of up to three tokens over a vocabulary of 4, of which 1 ends a row."""
-    monkeypatch.setattr(sampling.generate, "__defaults__", (Layout(), segment))
+    monkeypatch.setattr(sampling.generate, "__defaults__", (Layout(), segment, None))
     model, n, temperature = tiny_model(vocab=4), 20_000, 2.0
     generation = dict(temperature=temperature, max_new_tokens=3, eos_ids=[1], pad_id=0)
     torch.manual_seed(0)
@@ -404,16 +432,17 @@ def test_ended_rows_are_not_run_again():
     assert rows[1:] == want and want[-1] < want[0]
 
 
-def test_draw_takes_the_first_token_whose_cumulative_probability_is_above_u(monkeypatch):
+def test_draw_takes_the_first_token_whose_cumulative_probability_is_above_u():
     """Tokens of probability 0 are never drawn, at the ends and in the middle."""
     p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
     largest = 1 - 2.0**-53  # that torch.rand returns
     us = torch.tensor([0.0, 0.2499999, 0.25, 0.7499999, 0.75, largest], dtype=torch.float64)
-    monkeypatch.setattr(torch, "rand", lambda *shape, **kind: us.view(*shape))
-    draw = sampling.Draw(2.0)
+    draw = sampling.Draw(2.0, 6, 1, "cpu", us[:, None])
     scores = draw(None, (2 * p.log() + 3).expand(6, 6))
     assert scores.argmax(1).tolist() == [1, 1, 3, 3, 4, 4]
-    assert draw.logprobs[0].exp().tolist() == pytest.approx([0.25, 0.25, 0.5, 0.5, 0.25, 0.25])
+    assert draw.logprobs.exp().flatten().tolist() == pytest.approx(
+        [0.25, 0.25, 0.5, 0.5, 0.25, 0.25]
+    )
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(share_prompts=True)])

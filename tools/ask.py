@@ -218,9 +218,10 @@ class Model:
         """Draw and print one completion; temperature 0 is greedy. Returns its Stream."""
         import torch
 
-        from trainer.sampling import Draw, generation_config, sampling_settings
+        from trainer.sampling import Draw, generation_config, random_numbers, sampling_settings
 
         most = self.o.max_new_tokens
+        U = random_numbers(1, most) if temperature > 0 else None
         settings = sampling_settings(most, self.eos_ids, self.pad_id)
         ids = torch.tensor([prompt_ids], device=self.policy.device)  # [1, L]
         stream = Stream(self.tokenizer, self.eos_ids)
@@ -229,7 +230,7 @@ class Model:
                 ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=settings,
-                logits_processor=[Draw(temperature)],
+                logits_processor=[Draw(temperature, 1, most, ids.device, U)],
                 streamer=stream,
             )
         return stream

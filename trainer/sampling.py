@@ -3,8 +3,11 @@
 The distribution is softmax(logits / temperature) over the whole vocabulary, without top-k, top-p or
 penalties. The completions of a batch end at different times. `generate` would compute tokens for
 all rows until the longest one has ended. So it is called for SEGMENT tokens at a time, and between
-two calls the rows that have ended leave the batch and the cache of keys and values. A row's
-distribution depends on its own tokens only, so this changes none.
+two calls the rows that have ended leave the batch and the cache of keys and values.
+
+Token t of row i is decided by U[i, t], a random number drawn before the first token. So a
+completion depends on its prompt and its row's random numbers alone: the size of the batches and the
+rows that have ended change it only where rounding decides.
 """
 
 import contextlib
@@ -111,20 +114,25 @@ def sample(
     layout=PLAIN,
     rows_at_once=None,
     progress=None,
+    U=None,
 ):
     """Sample n completions of each prompt; temperature 0 is greedy.
 
     prompts: P lists of token ids. Returns a Rollout of P * n rows, on the model's device. Prompts
-    of similar length are sampled together. layout: what the model allows (see probes.probe); the
-    distribution does not depend on it. rows_at_once: the most rows per generate call; None: all.
+    of similar length are sampled together. layout: what the model allows (see probes.probe).
+    rows_at_once: the most rows per generate call; None: all. Both change a completion only where
+    rounding decides. U: of random_numbers; None: drawn here, unless temperature is 0.
     """
+    if U is None and temperature > 0:
+        U = random_numbers(len(prompts) * n, max_new_tokens)
     settings = sampling_settings(max_new_tokens, eos_ids, pad_id)
     size = len(prompts) if rows_at_once is None else max(1, rows_at_once // n)
     pieces = [None] * len(prompts)  # each prompt's n completions, log-probabilities, entropies
     with packed(model) if layout.packed else contextlib.nullcontext():
         for chosen in batches(prompts, size, layout.equal_lengths):
             batch = [prompts[i] for i in chosen]
-            columns = generate(model, batch, n, temperature, settings, layout)
+            own = None if U is None else U.view(len(prompts), n, -1)[chosen].flatten(0, 1)
+            columns = generate(model, batch, n, temperature, settings, layout, U=own)
             by_prompt = [column.split(n) for column in columns]
             for i, *piece in zip(chosen, *by_prompt, strict=True):
                 pieces[i] = piece
@@ -138,6 +146,15 @@ def sample(
     repeated = [prompt for prompt in prompts for _ in range(n)]
     logprobs, entropy = logprobs.masked_fill(~mask, 0), entropy.masked_fill(~mask, 0)
     return Rollout(repeated, completions, mask, ~ended, logprobs, entropy)
+
+
+def random_numbers(rows, tokens):
+    """U [rows, tokens]: the random number in [0, 1) that decides each token, in fp64.
+
+    fp32 would have 2**24 values: most tokens of a probability below 6e-8 could never be drawn. From
+    torch's CPU generator, so that the draws are the same on every device.
+    """
+    return torch.rand(rows, tokens, dtype=torch.float64)
 
 
 def sampler_weights(rollout, most):
@@ -199,8 +216,8 @@ def batches(prompts, size, equal_lengths):
     return result
 
 
-def generate(model, prompts, n, temperature, settings, layout=PLAIN, segment=SEGMENT):
-    """n completions of each prompt, its rows contiguous; temperature 0 is greedy.
+def generate(model, prompts, n, temperature, settings, layout=PLAIN, segment=SEGMENT, U=None):
+    """n completions of each prompt, its rows contiguous; without U [P * n, T] it is greedy.
 
     Returns (ids, logprobs, entropy), all [P * n, T]: in nats, of the distribution that each token
     was drawn from. What follows a row's first EOS is arbitrary. Rows that have ended are dropped
@@ -208,43 +225,45 @@ def generate(model, prompts, n, temperature, settings, layout=PLAIN, segment=SEG
     """
     ids, real = left_padded(prompts, settings.pad_token_id, model.device)  # [P, L]
     which = torch.arange(len(prompts), device=model.device).repeat_interleave(n)  # [P * n]
+    draw = Draw(temperature, len(which), settings.max_new_tokens, model.device, U)
     with generation_config(model, settings):
-        if not layout.share_prompts:
-            return extend(model, ids[which], real[which], temperature, settings)
-        cache = prefill(model, ids, real, which)
+        if layout.share_prompts:
+            cache = prefill(model, ids, real, which)
         ids, real = ids[which], real[which]
-        if layout.static_cache:
+        if not layout.share_prompts:
+            drawn = extend(model, ids, real, draw, settings)
+        elif layout.static_cache:
             cache = static_cache(model, cache, len(ids), ids.shape[1] + settings.max_new_tokens)
-            return extend(model, ids, real, temperature, settings, cache)
-        return in_segments(model, ids, real, with_room(cache), temperature, settings, segment)
+            drawn = extend(model, ids, real, draw, settings, cache)
+        else:
+            drawn = in_segments(model, ids, real, draw, settings, with_room(cache), segment)
+    # On a GPU generate may run a token further before it sees that all rows have ended.
+    stop = drawn.shape[1]
+    return drawn, draw.logprobs[:, :stop], draw.entropy[:, :stop]
 
 
-def in_segments(model, ids, real, cache, temperature, settings, segment):
-    """`generate` for rows ids [B, L] whose keys and values are in `cache`, without ended rows."""
+def in_segments(model, ids, real, draw, settings, cache, segment):
+    """`extend` for rows ids [B, L] whose keys and values are in `cache`, without ended rows."""
     most, settings = settings.max_new_tokens, copy.copy(settings)
     completions = ids.new_full((len(ids), most), settings.pad_token_id)
-    logprobs = torch.zeros(completions.shape, device=ids.device)
-    entropy = torch.zeros_like(logprobs)
     eos = torch.tensor(settings.eos_token_id or [], device=ids.device)
-    rows = torch.arange(len(ids), device=ids.device)  # those that have not ended
     for start in range(0, most, segment):
         settings.max_new_tokens = min(segment, most - start)
-        new = extend(model, ids, real, temperature, settings, cache)  # each [rows, <= segment]
-        drawn, stop = new[0], start + new[0].shape[1]
-        completions[rows, start:stop], logprobs[rows, start:stop], entropy[rows, start:stop] = new
+        drawn = extend(model, ids, real, draw, settings, cache)  # [rows, <= segment]
+        stop = start + drawn.shape[1]
+        completions[draw.rows, start:stop] = drawn
         going = ~torch.isin(drawn, eos).any(1)
         if not going.any():
             break
         ids, real = torch.cat([ids, drawn], 1), torch.cat([real, torch.ones_like(drawn)], 1)
         if not going.all():
-            rows, ids, real = rows[going], ids[going], real[going]
+            draw.rows, ids, real = draw.rows[going], ids[going], real[going]
             cache.batch_select_indices(going.nonzero()[:, 0])
-    return completions[:, :stop], logprobs[:, :stop], entropy[:, :stop]
+    return completions[:, :stop]
 
 
-def extend(model, ids, real, temperature, settings, cache=None):
-    """One call of model.generate: (new ids, their log-probabilities, entropy), all [B, T]."""
-    draw = Draw(temperature)
+def extend(model, ids, real, draw, settings, cache=None):
+    """One call of model.generate: the new ids, [B, T]."""
     given = {} if cache is None else {cache_argument(model): cache}
     out = model.generate(
         ids,
@@ -253,10 +272,7 @@ def extend(model, ids, real, temperature, settings, cache=None):
         logits_processor=[draw],
         **given,
     )
-    drawn = out[:, ids.shape[1] :]
-    # On a GPU generate may run a token further before it sees that all rows have ended.
-    columns = draw.logprobs[: drawn.shape[1]], draw.entropy[: drawn.shape[1]]
-    return drawn, *(torch.stack(column, 1) for column in columns)
+    return out[:, ids.shape[1] :]
 
 
 class Draw(LogitsProcessor):
@@ -264,25 +280,32 @@ class Draw(LogitsProcessor):
 
     generate calls it with the logits of each token, and takes the token with the largest result.
     Sampling by generate itself draws V random numbers per token, which takes a tenth of a rollout's
-    time or more. Draw needs one, u: the token is the first whose cumulative probability exceeds u.
+    time or more. Draw needs one, U[i, t]: the token is the first whose cumulative probability
+    exceeds it.
     """
 
-    def __init__(self, temperature):
-        self.temperature = temperature  # 0: the most probable token
-        self.logprobs, self.entropy = [], []  # [B] for each token, in nats
+    def __init__(self, temperature, rows, tokens, device, U=None):
+        """U: [rows, tokens] in [0, 1), fp64; None: the most probable token instead."""
+        self.temperature = temperature or 1.0
+        self.U = None if U is None else U.to(device)
+        self.logprobs = torch.zeros(rows, tokens, device=device)  # in nats
+        self.entropy = torch.zeros_like(self.logprobs)  # in nats
+        self.rows = torch.arange(rows, device=device)  # those that generate runs
+        self.t = 0  # tokens drawn so far
 
     def __call__(self, input_ids, logits):
-        logp = (logits / (self.temperature or 1.0)).log_softmax(1)  # [B, V]
+        logp = (logits / self.temperature).log_softmax(1)  # [B, V]
         p = logp.exp()
-        if self.temperature == 0:
+        if self.U is None:
             token = logits.argmax(1, keepdim=True)  # [B, 1]
         else:
             cumulative = p.cumsum(1, dtype=torch.float64)
             cumulative = cumulative / cumulative[:, -1:]  # rounding: the last one may not be 1
-            u = torch.rand(len(p), 1, dtype=torch.float64, device=p.device)  # in [0, 1)
+            u = self.U[self.rows, self.t, None]
             token = torch.searchsorted(cumulative, u, right=True)
-        self.logprobs.append(logp.gather(1, token)[:, 0])
-        self.entropy.append(-(p * logp).sum(1))
+        self.logprobs[self.rows, self.t] = logp.gather(1, token)[:, 0]
+        self.entropy[self.rows, self.t] = -(p * logp).sum(1)
+        self.t += 1
         return logits.scatter(1, token, torch.inf)
 
 
