@@ -106,6 +106,8 @@ def test_evaluate_by_hand(tiny, monkeypatch):
     assert got["n"] == 4 and got["k"] == 2
     lengths = [len(tokenizer(t).input_ids) + (i < 3) for i, t in enumerate(greedy)]
     assert got["length"] == pytest.approx(sum(lengths) / 4)
+    wrong = [n for n, text in zip(lengths, greedy, strict=True) if "#### 3" not in text]
+    assert len(wrong) == 3 and got["length_wrong"] == pytest.approx(sum(wrong) / 3)
 
 
 def test_decode_keeps_all_of_a_completion_that_was_cut(tiny):

@@ -45,19 +45,19 @@ def hand_made():
     batches are 3 and 4 tokens wide.
     """
     first = rollout([1, 3, 1, 3], 3, [1.0, 1, 1, 0], [1.0, 0.38, 0.4, -1], [False] * 4)
-    second = rollout([4, 2], 4, [0.0, 0], [0.0, 0], [True, False])
-    trained = Rollout.join([first.rows(2, 4), second])  # of 1, 3, 4 and 2 tokens
+    second = rollout([4, 3], 4, [0.0, 0], [0.0, 0], [True, False])
+    trained = Rollout.join([first.rows(2, 4), second])  # of 1, 3, 4 and 3 tokens
     trained.entropy = torch.tensor(
-        [[0.5, X, X, X], [0.1, 0.2, 0.3, X], [1.0, 1, 1, 1], [0.4, 0.9, X, X]]
+        [[0.5, X, X, X], [0.1, 0.2, 0.3, X], [1.0, 1, 1, 1], [0.4, 0.9, 0.7, X]]
     )
     trained.advantages = torch.tensor(
-        [[-0.5, X, X, X], [-1.0, 2, -1, 9], [0.0, 0, 0, 0], [-0.5, 0, 9, 9]]
+        [[-0.5, X, X, X], [-1.0, 2, -1, 9], [0.0, 0, 0, 0], [-0.5, 0, 0, 9]]
     )
     trained.old_logprobs = torch.zeros(4, 4)
     trained.measured = torch.tensor([True, True, False, True])
     trained.sampler_logprobs[0] = torch.tensor([-math.log(5), X, X, X])  # pi_old / sampler = 5
     trained.sampler_logprobs[1, 1] = math.log(2)  # a half
-    trained.sampler_logprobs[3, 2:] = X
+    trained.sampler_logprobs[3, 3:] = X
     updates = [
         {"signal": 3, "clipped": 1, "kl": 0.2, "ratio": [1.4, 0.6], "grad_norm": 3.0},
         {"signal": 6, "clipped": 2, "kl": 0.3, "ratio": [1.0], "grad_norm": None},
@@ -72,19 +72,21 @@ EXPECTED = {
     "reward": (1 + 0.38 + 0.4 - 1 + 0 + 0) / 6,  # all sampled
     "accuracy": 3 / 6,  # all sampled
     "accuracy_trained": 1 / 4,
-    "entropy": (0.5 + 0.1 + 0.2 + 0.3 + 4 * 1 + 0.4 + 0.9) / 10,  # tokens of the rows trained on
+    "entropy": (0.5 + 0.1 + 0.2 + 0.3 + 4 * 1 + 0.4 + 0.9 + 0.7)
+    / 11,  # tokens of the rows trained on
     "kl": (0.2 + 0.3 + 0.0) / 10,  # over the tokens with an advantage of all updates
     "clip_frac": (1 + 2 + 0) / 10,
     "ratio_first": (1.4 + 0.6 + 1.0) / 3,
     "ratio_first_max": 0.4,
     "sampler_kl": (5 - 1 - math.log(5) + 0.5 - 1 + math.log(2))
-    / 6,  # without the row that was not measured
+    / 7,  # without the row that was not measured
     "sampler_ratio_max": 5,
     "grad_norm": (3 + 5) / 2,  # of the updates that were made
-    "length": (1 + 3 + 1 + 3 + 4 + 2) / 6,  # all sampled
+    "length": (1 + 3 + 1 + 3 + 4 + 3) / 6,  # all sampled
+    "length_wrong": (3 + 4 + 3) / 3,  # all sampled
     "truncated": 1 / 6,  # all sampled
     "zero_std": 1 / 3,  # all sampled: the last group; the first is all right, its rewards differ
-    "sign_flip": 2 / 10,  # trained on: a right token with A < 0, a wrong one with A > 0
+    "sign_flip": 2 / 11,  # trained on: a right token with A < 0, a wrong one with A > 0
     "skipped": 1,  # an update with two rows to blame is one update
     "prompts": 3,  # all sampled
 }
@@ -106,7 +108,7 @@ def test_no_two_expected_statistics_are_equal_so_none_can_stand_in_for_another()
 def test_sign_flip_of_an_advantage_per_sequence_counts_its_tokens():
     trained, sampled, updates = hand_made()
     trained.advantages = torch.tensor([-0.5, -1.0, 0.0, 2.0])  # row 0 is right, row 3 wrong
-    assert metrics_line(trained, sampled, updates, G)["sign_flip"] == pytest.approx(3 / 10)
+    assert metrics_line(trained, sampled, updates, G)["sign_flip"] == pytest.approx(4 / 11)
 
 
 def test_what_no_update_measured_is_null_and_no_signal_is_0():
@@ -146,8 +148,8 @@ def test_a_sample_line_has_the_tokens_that_are_on_and_correctness_beside_the_rew
         "entropy": [0.5],
         "skipped": True,
     }
-    assert lines[1]["right"] is False and lines[1]["tokens"] == ["<4>", "<5>"]
-    assert lines[1]["logprobs"] == [-1.714286, -1.857143]  # 12 / 7 and 13 / 7, six digits
+    assert lines[1]["right"] is False and lines[1]["tokens"] == ["<4>", "<5>", "<6>"]
+    assert lines[1]["logprobs"] == [-1.714286, -1.857143, -2.0]  # 12 / 7, ..., six digits
     assert lines[1]["old_logprobs"] == [-1.5, -1.625]
     assert lines[1]["entropy"] == pytest.approx([0.4, 0.9])
     assert lines[1]["advantages"] == [-0.5, 0]

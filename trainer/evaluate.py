@@ -6,6 +6,7 @@ import torch
 from tqdm import tqdm
 
 from trainer.grading import Grader
+from trainer.records import length_of_wrong
 from trainer.sampling import sample
 
 # Rows that an evaluation samples at once, of those of a training step: larger batches are faster,
@@ -100,7 +101,7 @@ def accuracy(right, lenient, greedy, k):
     """What `evaluate` says of n greedy completions, from their grades, each 0 or 1.
 
     A dict: accuracy, accuracy_lenient, ci95 (of accuracy), avg_at_k and pass_at_k (None until
-    `at_k` fills them in), k, n, length (mean, in tokens), truncated (proportion).
+    `at_k` fills them in), k, n, length and length_wrong (means in tokens), truncated (proportion).
     """
     n, strict = len(right), sum(right)
     return {
@@ -112,6 +113,7 @@ def accuracy(right, lenient, greedy, k):
         "k": k,
         "n": n,
         "length": greedy.mask.sum(1).float().mean().item(),
+        "length_wrong": length_of_wrong(greedy.mask, right),
         "truncated": greedy.truncated.float().mean().item(),
     }
 

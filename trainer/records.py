@@ -47,6 +47,7 @@ def metrics_line(rollout, sampled, updates, group_size):
         "sampler_ratio_max": sampler_log_ratio.max().exp().item() if measured.any() else None,
         "grad_norm": sum(norms) / len(norms) if norms else None,
         "length": every.mask.sum(1).float().mean().item(),
+        "length_wrong": length_of_wrong(every.mask, every.right),
         "truncated": every.truncated.float().mean().item(),
         "zero_std": constant(groups).float().mean().item(),
         "sign_flip": sign_flip[mask].float().mean().item(),
@@ -54,6 +55,12 @@ def metrics_line(rollout, sampled, updates, group_size):
         "prompts": len(groups),
         **mean_parts(every.parts or []),
     }
+
+
+def length_of_wrong(mask, right):
+    """Mean length in tokens of the completions that are not right; None if all are."""
+    lengths = [n for n, is_right in zip(mask.sum(1).tolist(), right, strict=True) if is_right < 0.5]
+    return fmean(lengths) if lengths else None
 
 
 def mean_parts(parts):
