@@ -150,11 +150,11 @@ def test_a_sample_line_has_the_tokens_that_are_on_and_correctness_beside_the_rew
     }
     assert lines[1]["right"] is False and lines[1]["tokens"] == ["<4>", "<5>", "<6>"]
     assert lines[1]["logprobs"] == [-1.714286, -1.857143, -2.0]  # 12 / 7, ..., six digits
-    assert lines[1]["old_logprobs"] == [-1.5, -1.625]
-    assert lines[1]["entropy"] == pytest.approx([0.4, 0.9])
-    assert lines[1]["advantages"] == [-0.5, 0]
+    assert lines[1]["old_logprobs"] == [-1.5, -1.625, -1.75]
+    assert lines[1]["entropy"] == pytest.approx([0.4, 0.9, 0.7])
+    assert lines[1]["advantages"] == [-0.5, 0, 0]
     trained.advantages = torch.tensor([0.25, 0.0, 0.0, -0.25])
-    assert sample_lines(7, trained, [3], tokenizer)[0]["advantages"] == [-0.25, -0.25]
+    assert sample_lines(7, trained, [3], tokenizer)[0]["advantages"] == [-0.25] * 3
     assert "skipped" not in sample_lines(7, trained, [3], tokenizer)[0]
 
 
