@@ -6,10 +6,8 @@ from conftest import tiny_model
 from test_architectures import build
 
 from trainer import packed as packing
-from trainer.logprobs import Layout
 from trainer.packed import packable, packed
 from trainer.probes import probe
-from trainer.sampling import sample
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
@@ -54,24 +52,6 @@ def test_each_block_packs_the_weights_of_its_time_and_leaves_none():
     with pytest.raises(KeyError), packed(layer):
         raise KeyError
     assert "forward" not in vars(layer)
-
-
-@pytest.mark.parametrize("share_prompts", [False, True])
-def test_sampling_with_packed_weights_draws_the_same(share_prompts):
-    generation = dict(max_new_tokens=10, eos_ids=[1, 2], pad_id=0)
-    for temperature in (0, 1.0):
-        rollouts = []
-        for pack in (False, True):
-            torch.manual_seed(0)
-            layout = Layout(share_prompts=share_prompts, packed=pack)
-            rollout = sample(
-                tiny_model(), PROMPTS, 4, temperature=temperature, layout=layout, **generation
-            )
-            rollouts.append(rollout)
-        want, got = rollouts
-        assert torch.equal(got.completions * got.mask, want.completions * want.mask)
-        torch.testing.assert_close(got.sampler_logprobs, want.sampler_logprobs, rtol=0, atol=1e-5)
-        torch.testing.assert_close(got.sampler_entropy, want.sampler_entropy, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "gpt2", "gpt_neox", "gemma2"])

@@ -11,7 +11,8 @@ from conftest import tiny_model
 from run.algorithm import load_algorithm
 from run.options import fill
 from trainer import update
-from trainer.logprobs import Layout, cache_argument, token_logprobs
+from trainer.cache import cache_argument
+from trainer.logprobs import Layout, token_logprobs
 from trainer.methods import ALGORITHMS
 from trainer.sampling import Rollout
 from trainer.update import Updater, kl_estimate

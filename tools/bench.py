@@ -336,7 +336,7 @@ def rollout(args, device, repeats=2):
 
 def generated_mask(model, prompts, n, generation):
     """The mask of n completions of each prompt, which `generate` draws on its own."""
-    from trainer.logprobs import left_padded
+    from trainer.cache import left_padded
     from trainer.sampling import completion_mask, generation_config, sampling_settings
 
     torch.manual_seed(0)

@@ -6,22 +6,18 @@ the log-probabilities are kept. The G completions of a group share one prompt. W
 its keys and values are the same in every row, so the prompt is run once instead of G times.
 """
 
-import functools
-import inspect
 from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from trainer.cache import PLAIN_LAYERS, cache_argument, left_padded, prefill
 
 # Elements of one chunk of logits, by device: 64 MiB in fp32 on a CPU, 256 MiB on a GPU. Each chunk,
 # [n, V], launches a dozen kernels and goes over the head's whole gradient, [V, D]. With Qwen2.5's
 # vocabulary 2**24 elements are n = 110 rows, fewer than D = 896. On a GPU, where memory traffic
 # takes the time, the gradient would then cost more than the logits: arithmetic, not measured.
 LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**26}
-
-PLAIN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}  # of a cache: keys and values alone
 
 
 @dataclass(frozen=True)
@@ -251,62 +247,3 @@ class PromptsLast(torch.autograd.Function):
         ctx.hidden = ctx.cut = None
         torch.autograd.backward(tensors, grads)
         return None, None, None
-
-
-def prefill(model, ids, real, which):
-    """Run each left-padded prompt without its last token, and copy its keys and values to its rows.
-
-    ids [P, L]: token ids. real [P, L]: 1 for tokens of the prompt, 0 for padding. which [B]: the
-    prompt of each row. Returns the cache of B rows, differentiable; pass it to the model as its
-    argument `cache_argument(model)`.
-    """
-    cache = DynamicCache(config=model.config)
-    if ids.shape[1] > 1:
-        positions = (real.cumsum(1) - 1).clamp(min=0)  # padding would get -1
-        model.base_model(
-            input_ids=ids[:, :-1],
-            attention_mask=real[:, :-1],
-            position_ids=positions[:, :-1],
-            use_cache=True,
-            **{cache_argument(model.base_model): cache},
-        )
-        select_rows(cache, which)
-    return cache
-
-
-def select_rows(cache, which):
-    """Replace the cache's rows by the rows `which` [B], in place.
-
-    cache.batch_select_indices indexes. On a CPU, several threads add up the gradient of an index
-    that occurs more than once, in no fixed order: it would round differently from run to run. The
-    gradient of index_select is added up in order.
-    """
-    for layer in cache.layers:
-        if type(layer) in PLAIN_LAYERS and layer.get_seq_length() > 0:
-            layer.keys = layer.keys.index_select(0, which)
-            layer.values = layer.values.index_select(0, which)
-        else:
-            layer.batch_select_indices(which)
-
-
-def cache_argument(model):
-    """The name of the model's argument for the cache of keys and values.
-
-    transformers 5.24 renamed `past_key_values` to `cache`; 5.40 will drop the old name.
-    """
-    return _cache_argument(type(model))
-
-
-@functools.cache
-def _cache_argument(kind):
-    parameters = inspect.signature(kind.forward).parameters
-    return "cache" if "cache" in parameters else "past_key_values"
-
-
-def left_padded(prompts, pad_id, device):
-    """Pad the prompts on the left: (token ids, 1 for tokens and 0 for padding), both [P, L]."""
-    rows = [torch.tensor(prompt, device=device) for prompt in prompts]
-    real = [torch.ones_like(row) for row in rows]
-    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
-    real = pad_sequence(real, batch_first=True, padding_value=0, padding_side="left")
-    return ids, real

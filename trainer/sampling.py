@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessor, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers import GenerationConfig, LogitsProcessor
 
-from trainer.logprobs import PLAIN, cache_argument, left_padded, prefill
+from trainer.cache import cache_argument, left_padded, prefill, static_cache, with_room
+from trainer.logprobs import PLAIN
 from trainer.packed import packed
 
 SEGMENT = 8  # tokens between two looks at which rows have ended
@@ -307,63 +307,6 @@ class Draw(LogitsProcessor):
         self.entropy[self.rows, self.t] = -(p * logp).sum(1)
         self.t += 1
         return logits.scatter(1, token, torch.inf)
-
-
-class RoomyLayer(DynamicLayer):
-    """A layer's keys and values, with room for more: a new token rarely copies the earlier ones.
-
-    DynamicLayer copies all of them for every token. Here they are views of the first tokens of
-    larger buffers, whose length doubles when they are full.
-    """
-
-    def __init__(self, layer):
-        super().__init__()
-        vars(self).update(vars(layer))
-        self.buffers = {}
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        self.keys = self.append("keys", self.keys, key_states)
-        self.values = self.append("values", self.values, value_states)
-        return self.keys, self.values
-
-    def append(self, name, past, new):
-        """past [B, H, n, D] and new [B, H, k, D] -> [B, H, n + k, D], a view of a buffer."""
-        start, stop = past.shape[2], past.shape[2] + new.shape[2]
-        buffer = self.buffers.get(name)
-        # Another address: rows were selected, so `past` is no longer the start of the buffer.
-        full = buffer is None or buffer.data_ptr() != past.data_ptr() or stop > buffer.shape[2]
-        if full:
-            batch, heads, _, size = new.shape
-            buffer = self.buffers[name] = new.new_empty(batch, heads, 2 * stop, size)
-            buffer[:, :, :start] = past
-        buffer[:, :, start:stop] = new
-        return buffer[:, :, :stop]
-
-
-def with_room(cache):
-    """The cache, with its plain layers as RoomyLayer; others, such as sliding windows, stay."""
-    for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and layer.get_seq_length() > 0:
-            cache.layers[i] = RoomyLayer(layer)
-    return cache
-
-
-def static_cache(model, filled, rows, tokens):
-    """A cache for `rows` rows of `tokens` tokens, with the keys and values of the cache `filled`.
-
-    On CUDA, generate compiles the model if its cache has a fixed shape, and compiles it again for
-    other tensors. So the model keeps this cache, and gets the same one for equal shapes.
-    """
-    tokens = -(-tokens // 128) * 128  # rounded up: fewer shapes
-    shape, cache = vars(model).get("kept_cache", (None, None))
-    if shape != (rows, tokens):
-        cache = StaticCache(config=model.config, max_cache_len=tokens)
-        model.kept_cache = (rows, tokens), cache
-    cache.reset()
-    for i, layer in enumerate(filled.layers):
-        if layer.get_seq_length() > 0:
-            cache.update(layer.keys, layer.values, i)
-    return cache
 
 
 @contextlib.contextmanager
