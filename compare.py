@@ -127,11 +127,10 @@ def data_and_weights(asked):
     # Here, since torch is imported by them: --help, --table and a first comparison do without.
     from run import origin
     from run.start import set_up
-    from trainer.data import checksum
 
     with contextlib.redirect_stdout(io.StringIO()):  # each run says the same in its own output
         model, _, _, problems, held_out = set_up(replace(asked, device="cpu"))
-    data = checksum(problems + held_out)
+    data = origin.data_checksum(problems + held_out)
     return {"checksum": data, "weights": origin.weights_checksum(model)}
 
 

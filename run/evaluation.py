@@ -7,9 +7,8 @@ import torch
 
 from run import checkpoint
 from run.options import flag
-from run.origin import other_inputs, versions, weights_checksum
+from run.origin import data_checksum, other_inputs, versions, weights_checksum
 from run.ownreward import load_reward
-from trainer.data import checksum
 from trainer.evaluate import evaluate, rows_of_evaluation
 from trainer.grading import Grader
 from trainer.policy import sampling_copy
@@ -34,7 +33,7 @@ def evaluate_only(o, out, model, tokenizer, generation, problems):
     other data or options, unless --overwrite was given.
     """
     path = out / "eval.json"
-    origin = {"checksum": checksum(problems), "weights": weights_checksum(model)}
+    origin = {"checksum": data_checksum(problems), "weights": weights_checksum(model)}
     if path.exists() and not o.overwrite:
         refuse_other_results(path, o, origin)
     model = sampling_copy(model, o.dtype)

@@ -59,9 +59,16 @@ class Options:
     )
     data: str = setting(
         "tiny",
-        "tiny (generated), gsm8k, a Hub name[:config], a folder with train.jsonl and test.jsonl, "
-        "or one .jsonl file, whose last tenth (at most 500 problems) is held out",
+        "tiny (generated), gsm8k, a Hub name[:config], a folder with train.* and test.*, or one "
+        "file (.jsonl, .json, .csv, .tsv or .parquet), of which a tenth (at most 500 problems, "
+        "drawn by a fixed seed) is held out",
     )
+    columns: str | None = setting(
+        None,
+        "QUESTION,ANSWER: the two columns of --data; default: question,answer or a known pair, "
+        "such as problem,solution; a.b is the field b of column a",
+    )
+    skip_bad_rows: bool = setting(False, "drop rows of --data whose answer is not one number")
     steps: int = detail(100, "training steps; each is one rollout and its updates", least=1)
     seed: int = detail(0, "seed of the data order and of sampling", most=math.inf)
 
@@ -458,6 +465,8 @@ def check(o):
     check_values(o)
     check_rows(o)
     check_machine(o)
+    if o.data == "tiny" and (o.columns or o.skip_bad_rows):
+        raise ValueError("--columns and --skip-bad-rows have no effect with --data tiny")
     if o.eval_samples and o.k == 0:
         raise ValueError(f"--eval-samples {o.eval_samples} has no effect with --k 0: leave it out")
     if o.eval_samples and o.eval_samples < o.k:
@@ -470,6 +479,8 @@ def check_values(o):
     """`check` of what can be wrong in any preset and on any machine."""
     check_algorithm(o)
     check_bounds(o)
+    if o.columns is not None and not re.fullmatch("[^,]+,[^,]+", o.columns):
+        raise ValueError(f"--columns {o.columns}: two names, QUESTION,ANSWER")
     check_prompt(o)
     if o.reward and not Path(o.reward).is_file():
         raise ValueError(f"--reward {o.reward}: no such file")

@@ -6,6 +6,7 @@ have the same four.
 """
 
 import inspect
+import json
 import platform
 import sys
 import zlib
@@ -16,10 +17,48 @@ import transformers
 
 from run.algorithm import load_algorithm
 from run.ownfile import files_of
+from trainer.data import RESERVED
 from trainer.methods import is_file
 
 ROOT = Path(__file__).resolve().parents[1]
 DECIDES = ("options", "session", "start")  # files of run/ that can change a number of a run
+
+
+def data_checksum(problems, expected=None):
+    """{"problems": checksum of questions and answers, "prompts": of the prompts' token ids}.
+
+    Raises ValueError, with what differs, if it is not `expected`, that of the resumed run.
+    """
+    rows = [[p["question"], p["answer"], *others(p)] for p in problems]
+    ids = [p["prompt_ids"] for p in problems]
+    found = {"problems": crc32_of(rows), "prompts": crc32_of(ids)}
+    if expected is None or found == expected:
+        return found
+    if not isinstance(expected, dict):
+        raise ValueError(
+            "the run was made by an earlier version, which did not record its prompts; it cannot "
+            "be resumed with this one"
+        )
+    if found["problems"] != expected.get("problems"):
+        raise ValueError(
+            "the data are not what they were when the run began; it cannot be resumed with other "
+            "problems"
+        )
+    raise ValueError(
+        "the prompts have other token ids than when the run began, for the same problems: another "
+        "tokenizer, or a chat template that writes today's date (python train.py --show-prompt "
+        "shows it); the run cannot be resumed with other prompts"
+    )
+
+
+def others(problem):
+    """The further fields of a problem, as a list of one dict; [] if it has none."""
+    fields = {name: value for name, value in problem.items() if name not in RESERVED}
+    return [fields] if fields else []
+
+
+def crc32_of(rows):
+    return zlib.crc32(json.dumps(rows, default=str).encode())
 
 
 def weights_checksum(model):

@@ -50,8 +50,8 @@ def read_log(path, size=None):
 
     size: how many bytes of it to read, whole lines; None: all. A torn last line of the whole file
     is left out: the run is writing it, or was killed while it did. Any other line that is not a
-    JSON object raises ValueError. (data.read_jsonl reads problems: it keeps every digit of a
-    number and accepts no torn line.)
+    JSON object raises ValueError. (trainer/sources.py reads problems: it keeps every digit
+    of a number and accepts no torn line.)
     """
     lines = path.read_bytes()[:size].decode(errors="replace").split("\n")
     objects = []

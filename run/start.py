@@ -14,11 +14,12 @@ from run import checkpoint, origin
 from run.algorithm import checked_options
 from run.options import CHANGEABLE_ON_RESUME, Options, check_config, check_name, fill, flag
 from run.ownreward import load_reward
-from trainer.data import checksum, load_problems, offline_without_network, split_overlap
+from trainer.data import load_problems, split_overlap
 from trainer.methods import label
 from trainer.policy import context_length, load_policy, use_threads
 from trainer.probes import probe
 from trainer.prompts import Chat, encode_problems, show, start_line
+from trainer.sources import offline_without_network
 
 # Python's garbage collector need not look through the imported libraries again and again: they
 # stay. This saves half a second of the start.
@@ -136,6 +137,7 @@ def set_up(o):
     if not o.eval_only:
         train, long_train = encode_problems(tokenizer, train, *how)
     held_out, long_held_out = encode_problems(tokenizer, held_out, *how)
+    held_out = held_out[: o.eval_n]  # only now: no training question is among those beyond it
     if overlap or long_train or long_held_out:
         print(
             f"dropped problems: {overlap} of training that are held out too; prompts over "
@@ -169,15 +171,15 @@ def warn_of_slow_bf16(o, cpuinfo="/proc/cpuinfo"):
 def load_data(o):
     """(training problems, held-out problems, how many training problems were held out too).
 
-    No question of the test split is trained on, even if --eval-n leaves it out of the evaluation.
     With --eval-only there are no training problems.
     """
     any_answer = bool(o.reward and load_reward(o.reward).correct)
-    held_out = load_problems(o.data, "test", any_answer)
+    how = any_answer, o.columns, o.skip_bad_rows
+    held_out = load_problems(o.data, "test", *how)
     train, overlap = [], 0
     if not o.eval_only:
-        train, overlap = split_overlap(load_problems(o.data, "train", any_answer), held_out)
-    return train, held_out[: o.eval_n], overlap
+        train, overlap = split_overlap(load_problems(o.data, "train", *how), held_out)
+    return train, held_out, overlap
 
 
 def made_from(o, model, problems, config):
@@ -187,7 +189,7 @@ def made_from(o, model, problems, config):
     have changed; prints a note if the code or the versions have.
     """
     now = {
-        "checksum": checksum(problems, config.get("checksum")),
+        "checksum": origin.data_checksum(problems, config.get("checksum")),
         "weights": origin.weights_checksum(model),
         "code": origin.code_checksums(o.algo, o.reward),
         "versions": origin.versions(),

@@ -1,6 +1,7 @@
 """Errors of the user or the machine: one line that says what to do, status 2, and nothing lost."""
 
 import importlib
+import itertools
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ import train
 from run import checkpoint, start
 from run.options import DEFAULTS, fill
 from tiny.problems import problems
-from trainer import data, grading
+from trainer import data, grading, sources
 from trainer.methods import ALGORITHMS, MORE
 from trainer.policy import load_policy
 from trainer.prompts import Prompts, encode_problems
@@ -116,6 +117,10 @@ def one_line(text):
         ("--micro-batch 0", "--micro-batch 0: a number of rows"),
         ("--sample-batch few", "--sample-batch few"),
         ("--overlong-cache 100 --max-new-tokens 50", "--overlong-cache is over --max-new-tokens"),
+        ("--columns question", "--columns question: two names, QUESTION,ANSWER"),
+        ("--columns a,b,c", "--columns a,b,c: two names"),
+        ("--columns ,b", "--columns ,b: two names"),
+        ("--skip-bad-rows", "--skip-bad-rows have no effect with --data tiny"),
         ("--prompt Solve!", "--prompt must hold {question}"),
         ("--dtype fp16", "--dtype fp16: auto, fp32 or bf16"),
         ("--device tpu", "--device tpu: auto, cpu, cuda or cuda:N"),
@@ -169,97 +174,29 @@ def test_defaults_are_no_nonsense():
             fill({"algo": algo, "preset": preset})
 
 
-# Data
+# Data (tests/test_data.py has the errors of each kind of file)
 
 GOOD = '{"question": "1+1?", "answer": "#### 2"}'
 
 
-@pytest.mark.parametrize(
-    ("rows", "line"),
-    [
-        ([], "holds no problem"),
-        (["", "  ", ""], "holds no problem"),
-        ([GOOD, "", "{question: 1}"], "line 3 is not JSON"),
-        ([GOOD, GOOD[:-3]], "line 2 is not JSON"),
-        ([GOOD, "[" * 100_000], "line 2 is not JSON"),
-        ([GOOD, '{"question": "q", "answer": ' + "9" * 5000 + "}"], "line 2 is not JSON"),
-        ([GOOD, '["1+1?", "2"]'], 'line 2: need {"question": text, "answer": text or number}'),
-        ([GOOD, '{"question": "1+1?"}'], "line 2: need"),
-        ([GOOD, '{"answer": "2"}'], "line 2: need"),
-        ([GOOD, '{"question": "1+1?", "answer": true}'], "line 2: need"),
-        ([GOOD, '{"question": "1+1?", "answer": null}'], "line 2: need"),
-        ([GOOD, '{"question": " ", "answer": "2"}'], "line 2: the question is empty"),
-        (
-            [GOOD, '{"question": "q", "answer": "two"}'],
-            "line 2: no number to compare with in the answer 'two'",
-        ),
-        ([GOOD, '{"question": "q", "answer": "2 or 3"}'], "line 2: no number"),
-        ([GOOD, '{"question": "q", "answer": "2 #### "}'], "line 2: no number"),
-        (
-            [GOOD, r'{"question": "half \ud83d a pair", "answer": "2"}'],
-            r"line 2: '\ud83d' is no character",
-        ),
-        ([GOOD], "holds one problem; two are the least"),
-        ([GOOD, GOOD], "holds one problem; two are the least"),
-    ],
-)
-def test_bad_data(capsys, monkeypatch, tmp_path, rows, line):
+def test_bad_data_are_refused_before_the_model_is_loaded(capsys, monkeypatch, tmp_path):
     too_late = "refused only after the model was loaded"
     monkeypatch.setattr(start, "load_policy", lambda *_: pytest.fail(too_late))
-    path = tmp_path / "bad.jsonl"
-    write(path, rows)
-    found = error_line(capsys, *WORDS, "--data", path, "--out", tmp_path / "run")
-    assert line in found and str(path) in found and len(found) < 400
+    words = [*WORDS, "--out", tmp_path / "run", "--data"]
+    path = tmp_path / "train.jsonl"
+    assert f"cannot read {path}" in error_line(capsys, *words, path)
+    path.write_text(GOOD)
+    assert f"{path} holds one problem; two are the least" in error_line(capsys, *words, tmp_path)
+    write(path, [GOOD, GOOD.replace("2", "two")])
+    assert "line 2: no number to compare with" in error_line(capsys, *words, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def test_data_that_are_no_text(capsys, tmp_path):
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(GOOD.encode("utf-16"))
-    words = [*WORDS, "--data", path, "--out", tmp_path / "run"]
-    assert f"cannot read {path}" in error_line(capsys, *words)
-
-
-def test_data_that_are_not_there(capsys, tmp_path):
-    words = [*WORDS, "--out", tmp_path / "run", "--data"]
-    missing = tmp_path / "no.jsonl"
-    assert f"cannot read {missing}" in error_line(capsys, *words, missing)
-    (tmp_path / "train.jsonl").write_text(GOOD)
-    assert "holds no test.jsonl" in error_line(capsys, *words, tmp_path)
-    (tmp_path / "test.jsonl").write_text(GOOD)
-    assert "all of them are held out too" in error_line(capsys, *words, tmp_path)
-
-
-def test_duplicates_and_overlap(capsys, tmp_path):
-    """Of a repeated question the first is kept, with a note; held-out problems are not trained on.
-
-    Training: 1+1, 2+1, 1+1 again, 3+1, and 1+1 with another answer. Held out: 2+1.
-    """
-    rows = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in (1, 2, 1, 3, 1)]
-    rows[4]["answer"] = "7"
-    write(tmp_path / "train.jsonl", rows)
-    write(tmp_path / "test.jsonl", rows[1:2])
-    words = [*WORDS, "--data", tmp_path, "--steps", "1", "--out", tmp_path / "run"]
-    assert train.main([str(word) for word in words]) == 0
-    printed = capsys.readouterr().out
-    assert "train.jsonl: 2 problems repeat a question; the first of each is kept" in printed
-    assert "dropped problems: 1 of training that are held out too" in printed
-    found = data.load_problems(str(tmp_path), "train")
-    assert [(row["question"], row["answer"]) for row in found] == [
-        ("1+1?", "2"),
-        ("2+1?", "3"),
-        ("3+1?", "4"),
-    ]
-
-
-def test_one_file_is_split_for_good(tmp_path, capsys):
-    """The last tenth of the distinct problems is held out, in both calls; duplicates: one note."""
-    rows = [{"question": f"{n % 30}+1?", "answer": str(n % 30 + 1)} for n in range(40)]
-    write(tmp_path / "all.jsonl", rows)
-    train_rows = data.load_problems(str(tmp_path / "all.jsonl"), "train")
-    test_rows = data.load_problems(str(tmp_path / "all.jsonl"), "test")
-    assert train_rows + test_rows == rows[:30] and len(test_rows) == 3
-    assert capsys.readouterr().out.count("10 problems repeat a question") == 1
+def test_training_problems_that_are_all_held_out(capsys, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(GOOD)
+    line = error_line(capsys, *WORDS, "--data", tmp_path, "--out", tmp_path / "run")
+    assert "all of them are held out too" in line
 
 
 def test_long_prompts_are_dropped_and_counted(capsys, tmp_path):
@@ -500,7 +437,9 @@ def test_no_network(capsys, tmp_path, monkeypatch):
     assert asked == ["huggingface.co"]  # once; then the libraries are switched to offline
     asked.clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    data.offline_without_network("tiny", str(TINY))  # needs nothing from the Hub, so asks nothing
+    sources.offline_without_network(
+        "tiny", str(TINY)
+    )  # needs nothing from the Hub, so asks nothing
     assert not asked and not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
@@ -697,8 +636,9 @@ def spoil(monkeypatch, calls, how):
 
 @pytest.fixture
 def half_right(monkeypatch):
-    """Rewards that differ within the groups, so that every update has a gradient."""
-    monkeypatch.setattr(grading, "correct", child.parity)
+    """Rewards 0, 1, 0, 1, ...: they differ in every group, so that every update has a gradient."""
+    turns = itertools.cycle((0.0, 1.0))
+    monkeypatch.setattr(grading, "correct", lambda *_: next(turns))
 
 
 GRPO = [*WORDS, *"--algo grpo --samples-every 0 --group-size 4 --save-every 1 --lr 0.001".split()]

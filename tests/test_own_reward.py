@@ -146,22 +146,21 @@ def test_a_file_with_correct_decides_accuracy(tmp_path):
 def reward(completion, problem): return {"a": 0.25, "b": -3}
 def correct(completion, problem): return problem["answer"] == "yes"
 """
-    data = write(tmp_path, "", "data.jsonl")
-    rows = [{"question": f"q{i}", "answer": "yes" if i < 12 else "no"} for i in range(20)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    status, folder = run(tmp_path, write(tmp_path, text), "--data", str(data))
+    train_csv = "question,answer\n" + "".join(f"q{i},yes\n" for i in range(8))
+    write(tmp_path, train_csv, "train.csv")
+    write(tmp_path, "question,answer\np,no\nq,no\n", "test.csv")
+    status, folder = run(tmp_path, write(tmp_path, text), "--data", str(tmp_path))
     assert status == 0
     for line in lines(folder, "train"):
         assert (line["reward"], line["reward/a"], line["reward/b"]) == (-2.75, 0.25, -3)
-    held_out = lines(folder, "eval")[0]  # the last two problems, both "no"
+    held_out = lines(folder, "eval")[0]
     assert held_out["accuracy"] == held_out["accuracy_lenient"] == 0 and held_out["n"] == 2
 
 
 def test_the_fields_of_a_line_reach_the_reward(tmp_path):
     path = write(tmp_path, "def reward(completion, problem): return problem['more']['x'][0]\n")
-    data = write(tmp_path, '{"question": "q", "answer": 1, "more": {"x": [0.5, 1]}}\n', "d.jsonl")
-    shutil.copy(data, tmp_path / "train.jsonl")
-    (problem,) = load_problems(str(tmp_path), "train")
+    write(tmp_path, '{"question": "q", "answer": 1, "more": {"x": [0.5, 1]}}\n', "test.jsonl")
+    (problem,) = load_problems(str(tmp_path), "test")
     assert problem == {"question": "q", "answer": "1", "more": {"x": [0.5, 1]}}
     assert grader(path).reward("", {**problem, "prompt_ids": [1]}, 1, False)[1] == 0.5
 

@@ -24,8 +24,8 @@ from transformers import AutoTokenizer
 import train
 from run import start
 from run.options import TYPES, fill, parse
+from run.origin import data_checksum
 from trainer import evaluate
-from trainer.data import checksum
 from trainer.policy import load_policy
 from trainer.prompts import Chat, Prompts, encode_problems, start_line
 from trainer.sampling import Rollout
@@ -343,17 +343,17 @@ def test_a_template_with_todays_date_is_not_resumed_on_another_day(tmp_path, fil
 
 def test_the_checksum_tells_data_from_prompts_and_an_earlier_version():
     problems = [{"question": "1+1?", "answer": "2", "prompt_ids": [3, 4]}]
-    was = checksum(problems)
-    assert checksum(problems, json.loads(json.dumps(was))) == was
+    was = data_checksum(problems)
+    assert data_checksum(problems, json.loads(json.dumps(was))) == was
     for change, line in (
         ({"prompt_ids": [3, 5]}, "other token ids"),
         ({"answer": "3"}, "the data are not what they were"),
         ({"question": "1+2?", "prompt_ids": [5]}, "the data are not what they were"),
     ):
         with pytest.raises(ValueError, match=line):
-            checksum([problems[0] | change], was)
+            data_checksum([problems[0] | change], was)
     with pytest.raises(ValueError, match="earlier version"):
-        checksum(problems, 123456)
+        data_checksum(problems, 123456)
 
 
 # Numbers that are too large, and samples of the first and last step

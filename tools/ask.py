@@ -179,9 +179,9 @@ class Model:
         from run.checkpoint import find_model
         from run.options import fill
         from run.start import warn_of_slow_bf16
-        from trainer.data import offline_without_network
         from trainer.policy import context_length, load_policy, sampling_copy, use_threads
         from trainer.prompts import Chat
+        from trainer.sources import offline_without_network
 
         self.o = o = fill(given)
         offline_without_network(o.model)

@@ -1,88 +1,74 @@
 """Problems with answers that can be checked.
 
-A problem is {"question", "answer"}. The answer is a GSM8K answer (a worked solution that ends in
-`#### n`) or a bare number. Errors in a file are reported in one line, with the line number, before
-a model is loaded.
+A problem is {"question", "answer"}, both text, and the other fields of its row. The answer is a
+GSM8K answer (a worked solution that ends in `#### n`) or a bare number. What is wrong with the data
+is said in one line, with the line of the file, before a model is loaded.
 """
 
-import json
-import os
-import socket
 import unicodedata
-import urllib.request
-import zlib
 from decimal import Decimal
 from pathlib import Path
-from urllib.parse import urlsplit
 
-import huggingface_hub
 import torch
 
 from rewards import true_answer
+from trainer.sources import EXPECTED, find_splits, read_rows
 
 # Training problems of the embedded generator; short runs do not use all of them.
 TINY_TRAIN = 20_000
 RESERVED = ("question", "answer", "prompt_ids")  # the last is filled in later
-FILE_TYPES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip")
+# Columns of a question and its answer: the first pair that a row has is taken. a.b is b within a.
+PAIRS = (
+    *(("question", "answer"), ("problem", "answer"), ("problem", "solution"), ("input", "target")),
+    *(("query", "response"), ("instruction", "output"), ("messages", "messages")),
+    ("prompt", "reward_model.ground_truth"),  # verl's
+)
+ROLES = ("user", "assistant")  # whose turn of a chat is the question, and the answer
 
 
-def load_problems(name, split, any_answer=False):
+def load_problems(name, split, any_answer=False, columns=None, skip_bad_rows=False):
     """The problems of a split, "train" or "test": a list of {"question", "answer"}.
 
-    name: "tiny" (the embedded generator), "gsm8k", another Hub data set with those two fields
-    ("owner/name" or "owner/name:config"), a local folder with train.jsonl and test.jsonl, or one
-    .jsonl file, whose last tenth (at most 500) is then the test split. any_answer: the answer need
-    not hold a number; --reward says what is right. Of problems with the same
-    question only the first is kept; prints how many repeat one. Raises ValueError, in one line.
+    name: "tiny" (the embedded generator), "gsm8k", another data set of the Hub ("owner/name" or
+    "owner/name:config"), one file of sources.FILE_TYPES, or a folder with train.* and test.*. If
+    there is no test split, validation is taken for it, else a tenth of train (at most 500), drawn
+    by a fixed seed. any_answer: the answer need not hold a number; --reward says what is right.
+    columns: "QUESTION,ANSWER", their names, instead of one of PAIRS. skip_bad_rows: drop rows that
+    are no problems. Of problems with the same question only the first is kept. Prints what was
+    chosen, dropped and held out. Raises ValueError, in one line.
     """
     if name == "tiny":
         return tiny_rows(split)  # made here: there is nothing to check
-    path = Path(name)
-    where, one_file = name, False
-    if path.is_dir():
-        where = path / f"{split}.jsonl"
-        if not where.is_file():
-            raise ValueError(
-                f"{path} holds no {split}.jsonl; pass --data a folder with train.jsonl and "
-                f"test.jsonl"
-            )
-        rows = read_jsonl(where)
-    elif path.is_file():
-        where, one_file = path, True
-        rows = read_jsonl(path)
-    elif is_path(name):
-        raise ValueError(
-            f"cannot read {name}: no such file or folder; --data takes a folder with train.jsonl "
-            f"and test.jsonl, one .jsonl, or the name of a data set"
-        )
-    else:
-        rows = hub_rows(name, split)
-    problems = check(rows, where, any_answer)
-    repeats = len(rows) - rows.count(None) - len(problems)
-    # One file serves both splits: print the line for the training split only.
-    if repeats and not (one_file and split == "test"):
-        print(f"{where}: {repeats} problems repeat a question; the first of each is kept")
-    return split_file(path, problems, split) if one_file else problems
+    splits = find_splits(name)
+    held_out = next((other for other in ("test", "validation") if other in splits), "train")
+    used = held_out if split == "test" else "train"
+    if used not in splits:
+        raise ValueError(f"{name} holds no {used} split; {EXPECTED}")
+    where = splits[used] if isinstance(splits[used], Path) else name
+    rows = read_rows(splits[used])
+    problems, notes = check(rows, where, any_answer, columns, skip_bad_rows)
+    if used == "validation":
+        notes.append(f"{name} has no test split: validation is held out")
+    if held_out == "train":
+        problems, note = split_one(problems, where, split)
+        notes = [] if split == "train" else [*notes, note]  # the same for both: printed once
+    for note in notes:
+        print(note)
+    return problems
 
 
-def split_file(path, problems, split):
-    """The training or test split of one file's problems. Raises ValueError if there is only one."""
+def split_one(problems, where, split):
+    """(the training or test problems, a line about both) of what has no test split."""
     if len(problems) < 2:
         raise ValueError(
-            f"{path} holds one problem; two are the least, one to train on and one to hold out"
+            f"{where} holds one problem; two are the least, one to train on and one to hold out"
         )
-    held_out = min(500, max(1, len(problems) // 10))
-    if split == "train":
-        return problems[:-held_out]
-    print(f"{path}: the last {held_out} of its {len(problems)} problems are held out")
-    return problems[-held_out:]
-
-
-def is_path(name):
-    """Whether a name means a file or a folder, there or not, rather than a data set of the Hub."""
-    if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
-        return True
-    return name.lower().endswith(FILE_TYPES)
+    count = min(500, max(1, len(problems) // 10))
+    order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(0)).tolist()
+    drawn = set(order[:count])
+    chosen = [p for at, p in enumerate(problems) if (at in drawn) == (split == "test")]
+    note = f"{where}: {count} of its {len(problems)} problems, drawn by a fixed seed, are held out"
+    return chosen, note
 
 
 def tiny_rows(split):
@@ -100,85 +86,95 @@ def tiny_rows(split):
     return problems(count, seed=0, split=split)
 
 
-def read_jsonl(path):
-    """A list of one JSON value per line; None for a blank line, so that the index counts lines.
+def check(rows, where, any_answer=False, columns=None, skip_bad_rows=False):
+    """(the problems in order, the first of each question only; lines to print) of placed rows.
 
-    Numbers with a decimal point become Decimal, which keeps every digit of the file. Raises
-    ValueError, with the line number.
+    Raises ValueError, with the first places, if a row is no problem or none is.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            rows.append(None)
-            continue
-        try:
-            rows.append(json.loads(line, parse_float=Decimal))
-        except (ValueError, RecursionError) as error:  # deep nesting; thousands of digits
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-    return rows
-
-
-def hub_rows(name, split):
-    """The rows of a data set from the Hub or its cache. Raises ValueError."""
-    import datasets  # here: it takes a second to import, and the preset tiny does not need it
-
-    if name in ("gsm8k", "openai/gsm8k"):
-        name = "openai/gsm8k:main"
-    repo, _, config = name.partition(":")
-    try:
-        return list(datasets.load_dataset(repo, config or None, split=split))
-    except Exception as error:  # a dozen types, of datasets and the Hub
-        why = first_words(error)
-        raise ValueError(
-            f"cannot load the data set {name!r}: {why}. Pass --data FILE.jsonl, one object with "
-            f"question and answer per line, or --data tiny"
-        ) from None
-
-
-def first_words(error):
-    """The first line of an error's text; more of it if the line only announces a list."""
-    text = str(error).strip()
-    line = text.split("\n")[0]
-    return line if not line.endswith(":") else " ".join(text.split())[:300]
-
-
-def check(rows, where, any_answer=False):
-    """The rows as problems, in order, the first of each question only.
-
-    Raises ValueError, with the row's number, if a row is no problem or there is none.
-    """
-    seen = {}
-    for number, row in enumerate(rows, 1):
-        if row is None:
-            continue
-        try:
-            problem = problem_of(row, any_answer)
-        except ValueError as error:
-            raise ValueError(f"{where}, line {number}: {error}") from None
-        seen.setdefault(problem["question"], problem)
-    if not seen:
+    if not rows:
         raise ValueError(f"{where} holds no problem")
-    return list(seen.values())
+    pair, notes = choose_columns(rows, where, columns)
+    found, bad = {}, []
+    for place, row in rows:
+        try:
+            problem = problem_of(row, pair, any_answer)
+        except (ValueError, RecursionError) as error:  # the latter: deep nesting
+            bad.append(f"{place}: {error}")
+            continue
+        found.setdefault(problem["question"], problem)
+    if bad and not found:
+        raise ValueError(f"{where} holds no problem in {' and '.join(pair)}: {'; '.join(bad[:3])}")
+    if bad:
+        count, examples = f"{len(bad)} of its {len(rows)} rows", "; ".join(bad[:3])
+        if not skip_bad_rows:
+            raise ValueError(
+                f"{where}: {count} cannot be used (--skip-bad-rows drops them): {examples}"
+            )
+        notes.append(f"{where}: dropped {count}: {examples}")
+    repeats = len(rows) - len(bad) - len(found)
+    if repeats:
+        notes.append(f"{where}: {repeats} problems repeat a question; the first of each is kept")
+    return list(found.values()), notes
 
 
-def problem_of(row, any_answer=False):
+def choose_columns(rows, where, columns):
+    """((question's column, answer's column), lines to print). Raises ValueError."""
+    for pair in [tuple(columns.split(","))] if columns else PAIRS:
+        asked, answered = pair
+        both = (row for _, row in rows if None not in (cell(row, asked), cell(row, answered)))
+        first = next(both, None)
+        if first is not None:
+            break
+    else:
+        objects = (row for _, row in rows if isinstance(row, dict))
+        there = " ".join(", ".join(next(objects, ["none"])).split())
+        raise ValueError(
+            f"{where}: no row has {columns or 'question and answer'}; its columns: {there[:300]}; "
+            f"--columns QUESTION,ANSWER names two of them"
+        )
+    if pair == PAIRS[0]:
+        return pair, []
+    names = []
+    for column, role in zip(pair, ROLES, strict=True):
+        chat = isinstance(cell(first, column), list)
+        names.append(f"the {role}'s turn in {column}" if chat else column)
+    note = f"{where}: {names[0]} is the question, {names[1]} the answer"
+    if names[0] != asked:
+        note += "; system turns are left out (--system gives one)"
+    if asked == "instruction":
+        note += "; an input follows its instruction"
+    return pair, [note]
+
+
+def cell(row, column):
+    """The value of a row's column, or None; the column may be written in any case, or be a path."""
+    if not isinstance(row, dict):
+        return None
+    if column in row:
+        return row[column]
+    head, *path = column.split(".")
+    named = {name.strip().lower(): value for name, value in row.items()}
+    value = named.get(head.lower())
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def problem_of(row, pair, any_answer=False):
     """{"question", "answer"}, both text, and the row's other fields; the answer may be a number.
 
     Raises ValueError, in one line.
     """
-    fields = row if isinstance(row, dict) else {}
-    question, answer = fields.get("question"), fields.get("answer")
-    number = isinstance(answer, int | float | Decimal) and not isinstance(answer, bool)
-    if number:
+    asked, answered = pair
+    if asked == answered and isinstance(cell(row, asked), str):
+        raise ValueError(f"need the turns of a chat in {asked}: {str(row)[:80]}")
+    question, answer = said(cell(row, asked), "user"), said(cell(row, answered), "assistant")
+    if isinstance(answer, int | float | Decimal) and not isinstance(answer, bool):
         answer = str(answer)
     if not isinstance(question, str) or not isinstance(answer, str):
-        raise ValueError(
-            f'need {{"question": text, "answer": text or number}}, got {str(row)[:80]}'
-        )
+        raise ValueError(f"need text in {asked}, text or a number in {answered}: {str(row)[:80]}")
+    if pair == ("instruction", "output") and cell(row, "input"):
+        question += f"\n{cell(row, 'input')}"
     try:
         (question + answer).encode()
     except UnicodeEncodeError as error:  # JSON may contain half a surrogate pair
@@ -191,8 +187,18 @@ def problem_of(row, any_answer=False):
     return {"question": question, "answer": answer, **others}
 
 
+def said(value, role):
+    """What the only turn of a role says, if the value is a chat: a list of turns."""
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        return value
+    turns = [turn.get("content") for turn in value if turn.get("role") == role]
+    if len(turns) != 1:
+        raise ValueError(f"need one turn of the {role}, not {len(turns)}: {str(value)[:80]}")
+    return turns[0]
+
+
 def plain(value):
-    """A JSON value with float in place of Decimal, which read_jsonl makes of its numbers."""
+    """A JSON value with float in place of Decimal, which read_json makes of numbers."""
     if isinstance(value, Decimal):
         return float(value)
     if isinstance(value, list):
@@ -230,58 +236,3 @@ def split_overlap(train, test):
 def same_question(text):
     """A normal form, equal for questions that split_overlap counts as the same."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def checksum(problems, expected=None):
-    """{"problems": checksum of questions and answers, "prompts": of the prompts' token ids}.
-
-    Raises ValueError, with what differs, if it is not `expected`, that of the resumed run.
-    """
-    rows = [[p["question"], p["answer"], *others(p)] for p in problems]
-    ids = [p["prompt_ids"] for p in problems]
-    found = {"problems": crc32_of(rows), "prompts": crc32_of(ids)}
-    if expected is None or found == expected:
-        return found
-    if not isinstance(expected, dict):
-        raise ValueError(
-            "the run was made by an earlier version, which did not record its prompts; it cannot "
-            "be resumed with this one"
-        )
-    if found["problems"] != expected.get("problems"):
-        raise ValueError(
-            "the data are not what they were when the run began; it cannot be resumed with other "
-            "problems"
-        )
-    raise ValueError(
-        "the prompts have other token ids than when the run began, for the same problems: another "
-        "tokenizer, or a chat template that writes today's date (python train.py --show-prompt "
-        "shows it); the run cannot be resumed with other prompts"
-    )
-
-
-def others(problem):
-    """The further fields of a problem, as a list of one dict; [] if it has none."""
-    fields = {name: value for name, value in problem.items() if name not in RESERVED}
-    return [fields] if fields else []
-
-
-def crc32_of(rows):
-    return zlib.crc32(json.dumps(rows, default=str).encode())
-
-
-def offline_without_network(*names):
-    """Put the Hub's libraries in offline mode if a name is not local and the Hub cannot be reached.
-
-    Otherwise they would retry for a minute before they used their cache.
-    """
-    constants = huggingface_hub.constants
-    local = all(name == "tiny" or Path(name).exists() for name in names)
-    if local or constants.HF_HUB_OFFLINE:
-        return
-    if urllib.request.getproxies():  # a proxy resolves host names itself
-        return
-    try:
-        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        constants.HF_HUB_OFFLINE = True  # as the variable does at import
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries imported later

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as hf_logging
 
-from trainer.data import first_words, is_path
 from trainer.prompts import AUTO, Prompts
+from trainer.sources import first_words, is_path
 
 SMALL_MODEL = 10_000_000  # weights; below this a second thread hardly helps
 
