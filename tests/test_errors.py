@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 import train
 from run import checkpoint, start
+from run.commandline import command
 from run.options import DEFAULTS, fill
 from tiny.problems import problems
 from trainer import data, grading
@@ -610,7 +611,7 @@ def test_full_disk_later(file, tmp_path):
     words = ["--resume", tmp_path / "run", "--steps", "6"]
     status, log = child.run(words, tmp_path / "log", "file_size_limit", 1_000_000)
     assert status == 2 and "Traceback" not in log, log
-    assert f"when that is mended: python train.py --resume {tmp_path / 'run'}" in log
+    assert f"when that is mended: {command('train.py', '--resume', tmp_path / 'run')}" in log
     after = contents(tmp_path / "run")
     assert after.keys() == before.keys()
     grown = {path.name for path in after if after[path] != before[path]}
