@@ -56,7 +56,7 @@ def write(path, rows):
 
 
 def error_line(capsys, *argv, status=2):
-    """The only line on stderr, progress bars aside, of a run that ends with this exit status."""
+    """The only line on stderr, progress aside, of a run that ends with this exit status."""
     capsys.readouterr()
     assert train.main([str(word) for word in argv]) == status
     return one_line(capsys.readouterr().err)
@@ -64,9 +64,9 @@ def error_line(capsys, *argv, status=2):
 
 def one_line(text):
     assert "Traceback" not in text, text
-    # Progress bars, and what a run prints at its start.
-    usual = re.compile(r"^(\s|\x1b\[A)*$|\d+%\||^(prompt|CPU threads|micro-batch): |are held out$")
-    lines = [line for line in re.split("[\r\n]", text) if not usual.search(line)]
+    # Progress, and what a run prints at its start.
+    usual = re.compile(r"^$|^(\S+ )?step \d|^(prompt|CPU threads|micro-batch): |are held out$")
+    lines = [line for line in text.split("\n") if not usual.search(line)]
     assert len(lines) == 1 and lines[0].startswith("train.py: "), lines
     return lines[0]
 
