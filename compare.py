@@ -15,15 +15,18 @@ import os
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, replace
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from plot import Parser, method_name, output_folder, plot_runs
+from plot import method_name, plot_runs
+from run.commandline import Parser, output_folder
 from run.options import algorithm_names, fill, parse
-from run.runs import group, read_runs, write_csv
+from run.progress import Progress
+from run.runs import BAD_VALUE, group, read_folder, read_runs, write_csv
 from trainer.methods import ALGORITHMS, label
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
@@ -48,11 +51,20 @@ EXAMPLES = """examples:
 # The runs
 
 
-def plan(args):
-    """[(run folder, command, whether it is done), ...], all checked before the first is started.
+@dataclass
+class Run:
+    """A run of train.py: its folder and command, its steps, and how many it had before."""
 
-    Raises ValueError.
-    """
+    out: Path
+    command: list
+    steps: int
+    first: int
+    is_done: bool
+    started: float | None = None  # when, in seconds since the epoch
+
+
+def plan(args):
+    """The Runs, all checked before the first is started. Raises ValueError."""
     refuse_our_options(args)
     default_updates = fill(parse(args.rest)).updates
     updates = [["--updates", str(n)] for n in args.off_policy]
@@ -75,7 +87,8 @@ def plan(args):
             refuse_other_origin(out, config, inputs, algo, args.keep)
             done = config["status"] == "done"
             flags = ["--resume", str(out)]
-        runs.append((out, [sys.executable, str(TRAIN), *flags], done))
+        first = last_step(out) if "--resume" in flags else 0
+        runs.append(Run(out, [sys.executable, str(TRAIN), *flags], asked.steps, first, done))
     return runs
 
 
@@ -155,44 +168,75 @@ def refuse_other_origin(out, config, inputs, algo, keep):
 
 
 def train_all(runs, jobs):
-    """Run the commands of `plan`, `jobs` at a time, with a bar.
+    """Train what is not done, `jobs` at a time; show which runs, their steps, and the time left.
 
     Returns the folders of the runs that are done, in the order of the plan.
     """
-    done = [out for out, _, ready in runs if ready]
-    bar = tqdm(total=len(runs), initial=len(done), unit="run", desc=f"{len(done)} done before")
+    done = [run.out for run in runs if run.is_done]
+    first = sum(run.first for run in runs)
     env = dict(os.environ)
     if jobs > 1:
         env["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // jobs))
-    with ThreadPoolExecutor(jobs) as pool:
+    with (
+        ThreadPoolExecutor(jobs) as pool,
+        Progress(f"{len(done)}/{len(runs)} runs", sum(run.steps for run in runs), first) as bar,
+    ):
+        started = {pool.submit(train, run, env): run for run in runs if not run.is_done}
+        waiting = set(started)
         try:
-            waiting = [run for run in runs if not run[2]]
-            started = [pool.submit(train, out, command, env) for out, command, _ in waiting]
-            for future in as_completed(started):
-                out, status, message = future.result()
-                if status == 0:
-                    done.append(out)
-                else:
-                    bar.write(f"{out} failed with exit status {status}: {message}", file=sys.stderr)
-                bar.set_description(out.name)
-                bar.update()
+            while waiting:
+                ended, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    tell_end(started[future], *future.result(), done)
+                show(bar, runs, len(done), [run for f, run in started.items() if f.running()])
         except KeyboardInterrupt:
             # The trainers received it too: each finishes its step, saves and ends.
             pool.shutdown(cancel_futures=True)
             raise
-        finally:
-            bar.close()
-    return [out for out, _, _ in runs if out in done]
+    return [run.out for run in runs if run.out in done]
 
 
-def train(out, command, env):
-    """Run one command. Returns (run folder, exit status, the last line of its stderr)."""
-    result = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
-    message = "no message"
-    for line in result.stderr.replace("\r", "\n").split("\n"):  # progress bars end in \r
-        if line.strip():
-            message = line
-    return out, result.returncode, message
+def train(run, env):
+    """Run one command. Returns (exit status, the last line of its stderr)."""
+    run.started = time.time()
+    result = subprocess.run(run.command, env=env, capture_output=True, text=True, errors="replace")
+    lines = [line for line in result.stderr.split("\n") if line.strip()]
+    return result.returncode, lines[-1] if lines else "no message"
+
+
+def tell_end(run, status, message, done):
+    """Print how a run ended, and add its folder to `done` if it is."""
+    run.first, run.started = step_of(run), None
+    if status:
+        tqdm.write(f"{run.out} failed with exit status {status}: {message}", file=sys.stderr)
+        return
+    done.append(run.out)
+    accuracies = values(read_folder(run.out), "eval", "accuracy")
+    said = f"{run.out.name}: greedy {accuracies[0]:.3f} -> {accuracies[-1]:.3f}"
+    tqdm.write(said, file=sys.stderr)
+
+
+def show(bar, runs, done, running):
+    """Bring the bar up to date."""
+    words = [f"{run.out.name} {step_of(run)}/{run.steps}" for run in running]
+    bar.show(sum(map(step_of, runs)), f"{done}/{len(runs)} runs", words)
+
+
+def step_of(run):
+    """The last step of a run in its metrics.jsonl; what it had before until it has a new line."""
+    path = run.out / "metrics.jsonl"
+    if run.started and path.exists() and path.stat().st_mtime >= run.started:
+        return last_step(run.out)
+    return run.first
+
+
+def last_step(out):
+    """The step of the last line of metrics.jsonl, 0 if there is none."""
+    try:
+        lines = (out / "metrics.jsonl").read_bytes().split(b"\n")
+        return int(json.loads(lines[-2])["step"])  # after its newline nothing, or a torn line
+    except (OSError, *BAD_VALUE, LookupError):
+        return 0
 
 
 # The table

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from run import options
+from run.commandline import Parser, output_file
 from run.runs import ORDER, average, finite, group, read_runs, rows_of
 from run.samples import read_groups
 from trainer.methods import ALGORITHMS, is_file, label
@@ -913,31 +914,6 @@ EXAMPLES = """examples:
   python plot.py --credit runs/tepo-tiny-s0 --step 20
       how each of the seven losses pushes each token of one group; --algos all: all 22
 """
-
-
-class Parser(options.Parser):
-    """Refuses a wrong command line in one line, like every other error, with exit status 2."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def output_file(text):
-    """The path of a file to write. For argparse: raises ArgumentTypeError if none can be there."""
-    path = Path(text)
-    if os.path.isdir(path):
-        raise argparse.ArgumentTypeError(f"{path} is a folder; add the name of a file")
-    output_folder(path.parent)
-    return path
-
-
-def output_folder(text):
-    """The path of a folder to write into, which may not exist yet. Raises ArgumentTypeError."""
-    path = Path(text)
-    existing = [part for part in (path, *path.parents) if os.path.lexists(part)]
-    if existing and not os.path.isdir(existing[0]):
-        raise argparse.ArgumentTypeError(f"{existing[0]} is not a folder; name another one")
-    return path
 
 
 def build_parser():

@@ -14,9 +14,9 @@ from run.options import check_command_line, parse
 
 if __name__ == "__main__":  # before torch is imported, so that --help does not wait for it
     check_command_line()
+    sys.stdout.reconfigure(line_buffering=True)  # a log file has each line when it is printed
 
 import torch
-from tqdm import tqdm
 
 from grpo import constant
 from plot import plot_runs
@@ -25,6 +25,7 @@ from run.algorithm import check_own, load_algorithm, wrong_shape
 from run.evaluation import evaluate_only
 from run.lock import locked
 from run.ownreward import load_reward
+from run.progress import Progress
 from run.session import BAD_STEPS
 from run.symptoms import Watch
 from trainer.data import problems_at
@@ -171,16 +172,14 @@ def loop(trainer, out, held_out, done):
     if session.evaluates(o, done):
         session.write_evaluation(trainer, out, held_out, done)
         draw(out)
-    step, steps = done, range(done + 1, o.steps + 1)
-    bar = tqdm(steps, initial=done, total=o.steps, desc=label(o.algo), unit="step")
+    step = done
+    name = f"{label(o.algo)} step"
+    bar = Progress(f"{name} {done}/{o.steps}", o.steps, done)
     with trainer.tracker, bar:  # closes both before a later message is printed
-        for step in bar:
+        for step in range(done + 1, o.steps + 1):
             line, rollout, bad_rows = trainer.step(step)
             session.write_metrics(trainer, out, line)
-            bar.set_postfix_str(
-                f"accuracy {line['accuracy']:.2f}, entropy {line['entropy']:.2f}, "
-                f"{line['tokens_per_s']:.0f} tokens/s"
-            )
+            bar.show(step, f"{name} {step}/{o.steps}", session.step_in_words(line))
             session.write_samples(trainer, out, step, rollout, bad_rows)
             if trainer.updater.bad_steps == BAD_STEPS:
                 break
@@ -258,7 +257,7 @@ def train_and_save(out, trainer, held_out, config, done, started):
         if status == 0:
             checkpoint.save_pretrained(out / "model", trainer.model, trainer.tokenizer)
             checkpoint.write_json(out / "config.json", {**config, "status": "done"})
-            session.summary(out, time.perf_counter() - started)
+            session.summary(trainer.o, out, time.perf_counter() - started)
         return status
     except (OSError, MemoryError, BadReward, OwnFileError) as error:
         # Others are bugs: show their traceback.

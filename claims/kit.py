@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, in 
 
 from tqdm import tqdm
 
-from plot import Parser, output_file
+from run.commandline import Parser, output_file
 
 
 @contextlib.contextmanager

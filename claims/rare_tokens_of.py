@@ -19,7 +19,7 @@ import torch
 
 from claims import kit
 from claims.rare_tokens import PARTS, by_probability, hidden_norms
-from plot import Parser, output_file
+from run.commandline import Parser, output_file
 from trainer.logprobs import token_logprobs
 
 FLAGS = ["--preset", "gsm8k", "--max-new-tokens", "128", "--dtype", "fp32"]

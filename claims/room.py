@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, whe
 
 import compare
 from claims import kit
-from plot import Parser, output_file, output_folder, plot_runs, style
+from plot import plot_runs, style
+from run.commandline import Parser, output_file, output_folder
 from run.runs import ORDER, is_run, read_runs, write_csv
 from tiny.problems import problems
 from trainer.methods import ALGORITHMS

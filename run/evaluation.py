@@ -9,6 +9,7 @@ from run import checkpoint
 from run.options import flag
 from run.origin import data_checksum, other_inputs, versions, weights_checksum
 from run.ownreward import load_reward
+from run.progress import Evaluation
 from trainer.evaluate import evaluate, rows_of_evaluation
 from trainer.grading import Grader
 from trainer.policy import sampling_copy
@@ -39,19 +40,20 @@ def evaluate_only(o, out, model, tokenizer, generation, problems):
     model = sampling_copy(model, o.dtype)
     rows = rows_of_evaluation(o, o.rows if o.sample_batch == "auto" else int(o.sample_batch))
     try:
-        result = evaluate(
-            model,
-            tokenizer,
-            problems,
-            k=o.k,
-            samples=o.draws,
-            temperature=o.temperature,
-            seed=o.seed + 10_000,
-            rows_at_once=rows,
-            quiet=False,
-            grader=Grader(o, load_reward(o.reward)),
-            **generation,
-        )
+        with Evaluation(problems, o.k) as progress:
+            result = evaluate(
+                model,
+                tokenizer,
+                problems,
+                k=o.k,
+                samples=o.draws,
+                temperature=o.temperature,
+                seed=o.seed + 10_000,
+                rows_at_once=rows,
+                progress=progress,
+                grader=Grader(o, load_reward(o.reward)),
+                **generation,
+            )
     except torch.OutOfMemoryError:
         raise ValueError(
             f"out of GPU memory with {rows} rows at once: pass --sample-batch {max(1, rows // 2)}"

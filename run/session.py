@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shlex
 import signal
 import sys
 import time
@@ -11,6 +10,8 @@ import time
 from tqdm import tqdm
 
 from run import checkpoint
+from run.commandline import command
+from run.progress import Evaluation
 from run.runs import BAD_VALUE, metrics_row, read_log, renamed
 from run.track import Tracker
 from trainer.evaluate import evaluate, rows_of_evaluation
@@ -77,32 +78,53 @@ def write_evaluation(trainer, out, held_out, step):
     k = o.k if step in (0, o.steps) else 0
 
     def work(rows_at_once):
-        return evaluate(
-            sampling_copy(trainer.model, o.dtype, keep=o.cache == "static"),
-            trainer.tokenizer,
-            held_out,
-            k=k,
-            samples=o.draws,
-            temperature=o.temperature,
-            seed=o.seed + 10_000,
-            rows_at_once=rows_of_evaluation(o, rows_at_once),
-            quiet=False,
-            grader=trainer.grader,
-            shown=SHOWN if o.samples_every > 0 else 0,
-            **trainer.generation,
-        )
+        with Evaluation(held_out, k) as progress:
+            return evaluate(
+                sampling_copy(trainer.model, o.dtype, keep=o.cache == "static"),
+                trainer.tokenizer,
+                held_out,
+                k=k,
+                samples=o.draws,
+                temperature=o.temperature,
+                seed=o.seed + 10_000,
+                rows_at_once=rows_of_evaluation(o, rows_at_once),
+                progress=progress,
+                grader=trainer.grader,
+                shown=SHOWN if o.samples_every > 0 else 0,
+                **trainer.generation,
+            )
 
     line = {"phase": "eval", "step": step}
     line.update(trainer.updater.with_smaller_batches("sample_batch", work))
     greedy = [{"step": step, **shown} for shown in line.pop("greedy", [])]
-    write_metrics(trainer, out, line)
+    tqdm.write(evaluation_in_words(line))
     checkpoint.append_lines(out / "held_out.jsonl", greedy)
+    write_metrics(trainer, out, line, greedy)
 
 
-def write_metrics(trainer, out, line):
-    """Append a line to metrics.jsonl, show it in the tracker, print the warnings due with it."""
+def evaluation_in_words(line):
+    """What is printed of an evaluation's line of metrics.jsonl."""
+    low, high = line["ci95"]
+    words = [f"step {line['step']}: greedy {line['accuracy']:.3f} (95% {low:.3f}-{high:.3f})"]
+    if line["k"]:
+        words.append(f"pass@{line['k']} {line['pass_at_k']:.3f}")
+    words += [f"length {line['length']:.1f}", f"{100 * line['truncated']:.3g}% cut off"]
+    return ", ".join(words)
+
+
+def step_in_words(line):
+    """What stands beside the bar of a training step, the least needed last."""
+    accuracy, entropy = line["accuracy"], line["entropy"]
+    return f"acc {accuracy:.2f}", f"H {entropy:.2f}", f"{line['tokens_per_s']:.0f} tok/s"
+
+
+def write_metrics(trainer, out, line, greedy=()):
+    """Append a line to metrics.jsonl, show it in the tracker, print the warnings due with it.
+
+    greedy: the lines of held_out.jsonl that belong to an evaluation.
+    """
     checkpoint.append_lines(out / "metrics.jsonl", [line])
-    trainer.tracker.log(line)
+    trainer.tracker.log(line, greedy)
     for warning in trainer.watch.see(line):
         tqdm.write(warning)
 
@@ -198,11 +220,11 @@ def stopped_by_user(out, step, saved):
 
 
 def resume_command(out):
-    return f"python train.py --resume {shlex.quote(str(out))}"
+    return command("train.py", "--resume", out)
 
 
-def summary(out, seconds):
-    """Print the accuracy before and after training, and where the files are."""
+def summary(o, out, seconds):
+    """Print the accuracy before and after training, where the files are, and what to do next."""
     rows = [row for _, row in read_log(out / "metrics.jsonl")]
     evaluations = [row for row in rows if row["phase"] == "eval"]
     words = []
@@ -215,4 +237,8 @@ def summary(out, seconds):
     )
     files = "curves.png, metrics.jsonl, samples.jsonl, held_out.jsonl, config.json"
     print(f"{out}: {files}, and the trained model in model/")
-    print(f"python tools/view.py {shlex.quote(str(out))} makes a page of what it wrote")
+    print("next:")
+    if o.samples_every > 0:
+        print(f"  {command('tools/view.py', out)}   # a page of it")
+    print(f"  {command('plot.py', out, '--metrics', 'kl,grad_norm')}   # other curves")
+    print(f"  {command('tools/ask.py', out)}   # talk to the model")

@@ -1,12 +1,14 @@
 """Show the metrics in a tracker too: --track tensorboard, trackio or wandb.
 
 metrics.jsonl stays the truth. The tracker gets the same numbers under the same names, those of
-evaluations with the prefix eval/. track.json in the run's folder holds the run's name there, and
-the last step of each phase that was handed over; only a line of a later step is handed over. So a
-resumed run, which repeats the steps after its checkpoint with the same numbers, continues its line
-and shows no step twice. What the tracker lacks of metrics.jsonl is handed over at the start.
+evaluations with the prefix eval/; the options; and, at each evaluation, what held_out.jsonl has of
+it: the greedy completions of a few held-out problems. track.json in the run's folder holds the
+run's name there, and the last step of each phase that was handed over; only a line of a later step
+is handed over. So a resumed run, which repeats the steps after its checkpoint with the same
+numbers, continues its line and shows no step twice. What the tracker lacks of metrics.jsonl is
+handed over at the start.
 
-- tensorboard writes into RUN/tensorboard: `tensorboard --logdir runs`.
+- tensorboard writes into RUN/tensorboard; the command that opens it is printed.
 - trackio writes into its own folder on this machine (TRACKIO_DIR): `trackio show`. It sends nothing
   of the run, unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL is set; if you are logged in to the Hub,
   it asks the Hub for your user name. It stores twice a second, so a run that is killed may lack
@@ -20,11 +22,14 @@ import json
 import math
 import os
 import secrets
+import shlex
+import shutil
 from dataclasses import asdict
 
 from tqdm import tqdm
 
 from run import checkpoint
+from run.commandline import python
 from run.runs import read_log
 
 PROJECT = "grpo"  # the runs of this folder, in trackio and (unless WANDB_PROJECT is set) in wandb
@@ -51,19 +56,29 @@ class Tracker:
             self.send, self.close = START[self.tool](o, out, self.record["name"])
         except Exception as error:  # of any type: not logged in, no server, an old version
             raise ValueError(f"--track {self.tool} does not start: {error}") from None
-        path = out / "metrics.jsonl"
-        for _, line in read_log(path) if path.exists() else []:
-            self.log(line)
+        if self.tool == "tensorboard":
+            found = shutil.which("tensorboard")
+            program = "tensorboard" if found else f"{python()} -m tensorboard.main"
+            print(f"open it with: {program} --logdir {shlex.quote(str(out))}")
+        shown = {}  # {step of an evaluation: its completions}
+        for row in lines(out / "held_out.jsonl"):
+            shown.setdefault(row["step"], []).append(row)
+        for line in lines(out / "metrics.jsonl"):
+            is_evaluation = line["phase"] == "eval"
+            self.log(line, shown.get(line["step"], ()) if is_evaluation else ())
 
-    def log(self, line):
-        """Hand over a line of metrics.jsonl, unless its step has been handed over before."""
+    def log(self, line, greedy=()):
+        """Hand over a line of metrics.jsonl, unless its step has been handed over before.
+
+        greedy: the lines of held_out.jsonl that belong to an evaluation.
+        """
         if self.tool == "none" or line["step"] <= self.record[line["phase"]]:
             return
         self.record[line["phase"]] = line["step"]
         try:
             # First: if the process is killed here, a step is missing, but none comes twice.
             checkpoint.write_json(self.path, self.records)
-            self.send(numbers(line), line["step"])
+            self.send(numbers(line), line["step"], table(greedy))
         except Exception as error:
             self.give_up(error)
 
@@ -108,8 +123,26 @@ def numbers(line):
     return found
 
 
+def lines(path):
+    """The objects of a .jsonl file; none if there is no such file."""
+    return [line for _, line in read_log(path)] if path.exists() else []
+
+
+def table(greedy):
+    """A row of texts, COLUMNS, for each of these lines of held_out.jsonl."""
+    rows = []
+    for line in greedy:
+        row = line["prompt"], "right" if line["right"] else "wrong", line["completion"]
+        # What cannot be encoded, a lone surrogate, would end the tracker.
+        rows.append([text.encode(errors="replace").decode() for text in row])
+    return rows
+
+
 # How to start each tracker: (the run's options, its folder, its name) -> (send, close).
-# send(values, step) hands over {name: number}.
+# send(values, step, rows) hands over {name: number} and the rows of `table`.
+
+COLUMNS = ["problem", "grade", "completion"]
+HELD_OUT = "eval/held_out"
 
 
 def start_tensorboard(o, out, name):
@@ -117,19 +150,36 @@ def start_tensorboard(o, out, name):
 
     writer = SummaryWriter(str(out / "tensorboard"))
 
-    def send(values, step):
+    def write_text(name, text, step):
+        """As a block of code: TensorBoard reads a text as Markdown."""
+        writer.add_text(name, "".join(f"    {line}\n" for line in text.split("\n")), step)
+
+    def send(values, step, rows):
         for key, value in values.items():
             writer.add_scalar(key, value, step)
+        for i, row in enumerate(rows):
+            write_text(f"{HELD_OUT}/{i}", "\n\n".join(row), step)
         writer.flush()  # by itself it writes every two minutes
 
+    write_text("options", json.dumps(asdict(o), indent=1), 0)
     return send, writer.close
+
+
+def send_with_table(log, Table):
+    """The `send` of a tracker that has tables, such as wandb.Table."""
+
+    def send(values, step, rows):
+        more = {HELD_OUT: Table(columns=COLUMNS, data=rows)} if rows else {}
+        log({**values, **more}, step=step)
+
+    return send
 
 
 def start_trackio(o, out, name):
     import trackio
 
     trackio.init(project=PROJECT, name=name, config=asdict(o), resume="allow")
-    return trackio.log, trackio.finish
+    return send_with_table(trackio.log, trackio.Table), trackio.finish
 
 
 def start_wandb(o, out, name):
@@ -145,7 +195,7 @@ def start_wandb(o, out, name):
         resume="allow",
         settings=wandb.Settings(console="off", save_code=False),
     )
-    return run.log, run.finish
+    return send_with_table(run.log, wandb.Table), run.finish
 
 
 START = {"tensorboard": start_tensorboard, "trackio": start_trackio, "wandb": start_wandb}

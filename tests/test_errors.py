@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 import train
 from run import checkpoint, start
+from run.commandline import command
 from run.options import DEFAULTS, fill
 from tiny.problems import problems
 from trainer import data, grading, sources
@@ -56,7 +57,7 @@ def write(path, rows):
 
 
 def error_line(capsys, *argv, status=2):
-    """The only line on stderr, progress bars aside, of a run that ends with this exit status."""
+    """The only line on stderr, progress aside, of a run that ends with this exit status."""
     capsys.readouterr()
     assert train.main([str(word) for word in argv]) == status
     return one_line(capsys.readouterr().err)
@@ -64,9 +65,9 @@ def error_line(capsys, *argv, status=2):
 
 def one_line(text):
     assert "Traceback" not in text, text
-    # Progress bars, and what a run prints at its start.
-    usual = re.compile(r"^(\s|\x1b\[A)*$|\d+%\||^(prompt|CPU threads|micro-batch): |are held out$")
-    lines = [line for line in re.split("[\r\n]", text) if not usual.search(line)]
+    # Progress, and what a run prints at its start.
+    usual = re.compile(r"^$|^(\S+ )?step \d|^(prompt|CPU threads|micro-batch): |are held out$")
+    lines = [line for line in text.split("\n") if not usual.search(line)]
     assert len(lines) == 1 and lines[0].startswith("train.py: "), lines
     return lines[0]
 
@@ -549,7 +550,7 @@ def test_full_disk_later(file, tmp_path):
     words = ["--resume", tmp_path / "run", "--steps", "6"]
     status, log = child.run(words, tmp_path / "log", "file_size_limit", 1_000_000)
     assert status == 2 and "Traceback" not in log, log
-    assert f"when that is mended: python train.py --resume {tmp_path / 'run'}" in log
+    assert f"when that is mended: {command('train.py', '--resume', tmp_path / 'run')}" in log
     after = contents(tmp_path / "run")
     assert after.keys() == before.keys()
     grown = {path.name for path in after if after[path] != before[path]}

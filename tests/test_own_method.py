@@ -17,6 +17,7 @@ import plot
 import train
 from run import origin
 from run.algorithm import load_algorithm, option_defaults
+from run.commandline import command
 from run.options import algorithm_names, fill, method, parse
 from run.runs import group, read_csv, read_folder, read_runs
 from trainer import grading
@@ -437,7 +438,7 @@ def test_an_error_during_training_is_a_line_that_says_where(tmp_path, monkeypatc
     assert train.main(["--algo", str(path), *SMALL, "--steps", "9", "--out", str(out)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"train.py: error: {path}:7: KeyError: 'late'; when that is mended: " in error
-    assert error.endswith(f"python train.py --resume {out}")
+    assert error.endswith(command("train.py", "--resume", out))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pytest
 
 import train
 from run import runs, session, start, track
+from run.commandline import python
 from run.options import TRACKERS, Options
 from run.symptoms import Watch
 
@@ -79,7 +80,7 @@ def fake_trackio(shown):
     current = []
 
     def init(project, name, config, resume):
-        assert project == "grpo" and config["track"] == "trackio"
+        assert project == "grpo" and config["track"] == "trackio"  # it gets the options
         assert resume == "allow"  # with "never" the real one begins a second run of this name
         current[:] = [shown.of(name)]
         current[0].starts.append(resume)
@@ -90,7 +91,7 @@ def fake_trackio(shown):
     def finish():
         current[0].closed += 1
 
-    return {"trackio": {"init": init, "log": log, "finish": finish}}
+    return {"trackio": {"init": init, "log": log, "finish": finish, "Table": dict}}
 
 
 def fake_wandb(shown):
@@ -110,7 +111,7 @@ def fake_wandb(shown):
 
         return SimpleNamespace(log=log, finish=finish)
 
-    return {"wandb": {"init": init, "Settings": dict}}
+    return {"wandb": {"init": init, "Settings": dict, "Table": dict}}
 
 
 def fake_tensorboard(shown):
@@ -118,10 +119,14 @@ def fake_tensorboard(shown):
         def __init__(self, log_dir):
             self.mine = shown.of(log_dir)
             self.mine.starts.append(log_dir)
+            self.mine.texts = {}
             self.waiting = []
 
         def add_scalar(self, name, value, step):
             self.waiting.append((step, {name: value}))
+
+        def add_text(self, name, text, step):
+            self.mine.texts[name, step] = text
 
         def flush(self):
             self.mine.rows += self.waiting
@@ -212,6 +217,45 @@ def test_it_may_begin_later_stop_and_go_on(fake, tmp_path):
     check_held(held(mine.rows), tmp_path)
 
 
+def greedy_of(step):
+    """Lines of held_out.jsonl: two problems, one completion with half a surrogate pair."""
+    texts = ("#### 1", "<b>\n\ud800")
+    line = {"step": step, "prompt": "1 + 1?", "right": step > 0}
+    return [{**line, "completion": text} for text in texts]
+
+
+def test_each_evaluation_hands_over_its_completions(fake, tmp_path):
+    """... those of before the tracker was begun, too; as text that any file can take."""
+    tool, shown = fake
+    go(tmp_path, "none", ("eval", 0), ("train", 1))
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(g) + "\n" for g in greedy_of(0)))
+    tracker = track.Tracker(Options(track=tool), tmp_path)
+    tracker.log(line_of("eval", 2), greedy_of(2))
+    (mine,) = shown.values()
+    for step, grade in ((0, "wrong"), (2, "right")):
+        want = [["1 + 1?", grade, "#### 1"], ["1 + 1?", grade, "<b>\n?"]]
+        if tool == "tensorboard":  # Markdown's blocks of code
+            texts = ["\n\n".join(row) for row in want]
+            texts = ["".join(f"    {line}\n" for line in text.split("\n")) for text in texts]
+            assert [mine.texts[f"eval/held_out/{i}", step] for i in (0, 1)] == texts
+        else:
+            rows = dict(mine.rows if step == 2 else mine.rows[:1])
+            table = rows[step]["eval/held_out"]
+            assert table == {"columns": ["problem", "grade", "completion"], "data": want}
+    assert "eval/held_out" not in str(mine.rows[1])  # of a training step
+    if tool == "tensorboard":
+        assert json.loads(mine.texts["options", 0])["track"] == "tensorboard"
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_the_command_that_opens_tensorboard_is_printed(found, tmp_path, monkeypatch, capsys):
+    put_fake("tensorboard", monkeypatch)
+    monkeypatch.setattr(track.shutil, "which", lambda name: f"/bin/{name}" if found else None)
+    track.Tracker(Options(track="tensorboard"), tmp_path)
+    program = "tensorboard" if found else f"{python()} -m tensorboard.main"
+    assert capsys.readouterr().out == f"open it with: {program} --logdir {tmp_path}\n"
+
+
 def test_a_run_has_a_line_of_its_own_in_each_tracker(tmp_path, monkeypatch):
     shown = {tool: put_fake(tool, monkeypatch) for tool in ("trackio", "wandb")}
     for tool in ("trackio", "wandb", "trackio"):
@@ -240,10 +284,10 @@ def test_train_py_shows_its_metrics_and_resumes(train_py, tmp_path, monkeypatch)
     out = tmp_path / "run"
     write = session.write_metrics
 
-    def full_disk(trainer, out, line):
+    def full_disk(trainer, out, line, *greedy):
         if (line["phase"], line["step"]) == ("train", 4):
             raise OSError("no space left")
-        write(trainer, out, line)
+        write(trainer, out, line, *greedy)
 
     with monkeypatch.context() as patch:
         patch.setattr(session, "write_metrics", full_disk)

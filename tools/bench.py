@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when run as a script
 
-from plot import Parser
+from run.commandline import Parser
 
 PARTS = ("logprobs", "weights", "rollout", "step", "qwen", "run")
 

@@ -20,8 +20,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when run as a script
 
-from plot import NOTES, Parser, is_complete, output_file, push, style, tensors
+from plot import NOTES, is_complete, push, style, tensors
 from run import options
+from run.commandline import Parser, output_file
 from run.runs import ORDER, finite, read_folder
 from run.samples import read_groups
 from trainer.methods import ALGORITHMS, is_file, label

@@ -3,7 +3,6 @@
 import math
 
 import torch
-from tqdm import tqdm
 
 from trainer.grading import Grader
 from trainer.records import length_of_wrong
@@ -56,7 +55,7 @@ def evaluate(
     temperature,
     seed,
     rows_at_once=128,
-    quiet=True,
+    progress=None,
     shown=0,
     grader=None,
     **generation,
@@ -64,16 +63,15 @@ def evaluate(
     """Greedy accuracy, strict and lenient; if k > 0, also avg@k and pass@k from random samples.
 
     problems: with "prompt_ids" and "answer". grader: says what is right; None: rewards.correct.
-    samples: completions per problem for these two. generation: the remaining keyword arguments of
+    samples: completions per problem for these two. progress: hears `update(n)` when n problems are
+    completed, first greedily, then by sampling. generation: the remaining keyword arguments of
     sampling.sample. Restores torch's random state, so evaluation never changes training. Returns
     the dict of `accuracy`, updated by that of `at_k`; "greedy": `greedy_lines` of `shown` problems.
     """
     grader = grader or Grader()
     devices = [model.device] if model.device.type == "cuda" else []
-    total = len(problems) * (2 if k else 1)
-    bar = tqdm(total=total, desc="evaluate", unit="problem", leave=False, disable=quiet)
-    generation.update(rows_at_once=rows_at_once, progress=bar)
-    with torch.random.fork_rng(devices), bar:
+    generation.update(rows_at_once=rows_at_once, progress=progress)
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         greedy, drawn = completions(model, problems, samples if k else 0, temperature, generation)
     texts = decode(tokenizer, greedy)
