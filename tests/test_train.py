@@ -18,8 +18,8 @@ from run import session, start
 from run.algorithm import checked_options, load_algorithm
 from run.options import DEFAULTS, fill, parse
 from trainer import grading
+from trainer.bf16 import sampling_copy
 from trainer.methods import ALGORITHMS, MORE, inputs, keywords
-from trainer.policy import sampling_copy
 
 # A step that takes a second: 2 prompts x 4 completions of 12 tokens, 2 updates of 4 rows each.
 SMALL = """--preset tiny --prompts 2 --group-size 4 --updates 2 --max-new-tokens 12

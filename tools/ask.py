@@ -179,7 +179,8 @@ class Model:
         from run.checkpoint import find_model
         from run.options import fill
         from run.start import warn_of_slow_bf16
-        from trainer.policy import context_length, load_policy, sampling_copy, use_threads
+        from trainer.bf16 import sampling_copy
+        from trainer.policy import context_length, load_policy, use_threads
         from trainer.prompts import Chat
         from trainer.sources import offline_without_network
 

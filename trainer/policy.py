@@ -3,7 +3,6 @@
 sampling.py samples from it, and logprobs.py computes its log-probabilities.
 """
 
-import copy
 import os
 from pathlib import Path
 
@@ -155,37 +154,6 @@ def special_tokens(model, tokenizer, end_of_turn=None):
     pad = tokenizer.pad_token_id
     # An EOS may serve as padding, because completion_mask goes by position.
     return eos, pad if pad in known else eos[0]
-
-
-def sampling_copy(model, dtype, keep=False):
-    """The model to sample from: the model itself for fp32, a bf16 copy for bf16.
-
-    generate reads every weight once per token, and bf16 halves the bytes. Each rollout makes a new
-    copy, so no update has to keep it in memory. The trained weights stay fp32: at a learning rate
-    of 1e-6 an update is smaller than half a bf16 ulp, and would be rounded away.
-
-    What from_pretrained(dtype=bfloat16) leaves in fp32 stays fp32: the buffers that are not saved,
-    such as the frequencies of rotary embeddings.
-
-    keep: keep the copy, and renew its weights at the next call. generate compiles a model for
-    --cache static, and would compile another copy again.
-    """
-    if dtype != "bf16":
-        return model
-    kept = vars(model).get("kept_copy")
-    if keep and kept is not None:
-        kept.load_state_dict(model.state_dict())
-        return kept
-    copies = {}  # {id: copy}, for deepcopy: it takes these and makes no fp32 copy of its own
-    for weight in model.state_dict(keep_vars=True).values():
-        bf16 = weight.detach().to(torch.bfloat16) if weight.is_floating_point() else weight.clone()
-        if isinstance(weight, torch.nn.Parameter):
-            bf16 = torch.nn.Parameter(bf16, requires_grad=False)
-        copies.setdefault(id(weight), bf16)  # a tied weight comes twice
-    copied = copy.deepcopy(model, copies)
-    if keep:
-        vars(model)["kept_copy"] = copied  # not an attribute: it is no part of the model
-    return copied
 
 
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
