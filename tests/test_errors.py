@@ -390,9 +390,21 @@ def no_tokenizer(folder, ran):
         (folder / name).unlink()
 
 
+def with_adapter(folder, ran):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
+def adapter_alone(folder, ran):
+    for path in folder.iterdir():
+        path.unlink()
+    with_adapter(folder, ran)
+
+
 @pytest.mark.parametrize(
     ("spoil", "line"),
     [
+        (with_adapter, "it holds an adapter (adapter_config.json), which would be ignored"),
+        (adapter_alone, "it holds an adapter (adapter_config.json)"),
         (pickle_only, "model.safetensors"),
         (evil_pickle, "model.safetensors"),
         (remote_code, "contains custom code"),

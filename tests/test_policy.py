@@ -249,6 +249,18 @@ def test_a_folder_without_a_model_and_a_model_without_a_tokenizer_say_what_is_mi
     assert "tokenizer" in str(refused.value) and ": Pass" not in str(refused.value)
 
 
+def test_a_model_in_which_nothing_takes_a_gradient_is_refused(monkeypatch):
+    real = policy.AutoModelForCausalLM.from_pretrained
+
+    def frozen(*args, **kwargs):
+        model, found = real(*args, **kwargs)
+        return model.requires_grad_(False), found
+
+    monkeypatch.setattr(policy.AutoModelForCausalLM, "from_pretrained", frozen)
+    with pytest.raises(ValueError, match="none of its weights takes a gradient"):
+        policy.load_policy("tiny")
+
+
 @pytest.mark.parametrize("name", ["./nope", "../a/b", "/nope/model", "~/model", "a/b/c"])
 def test_a_model_path_that_is_not_there_is_called_a_path(name):
     """Not a name of the Hub, whose rules for names would be quoted."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as hf_logging
 
 from trainer.prompts import AUTO, Prompts
@@ -33,8 +34,6 @@ def load_policy(name, device="cpu", chat=AUTO):
         raise ValueError(
             f"cannot load the model {name!r}: no such folder. Pass --model FOLDER, or --preset tiny"
         )
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"{name!r} holds no model: there is no config.json in this folder")
     try:
         model, tokenizer = read_model(name)
     except Exception as error:  # a dozen types, of transformers, safetensors and the Hub
@@ -54,10 +53,17 @@ def load_policy(name, device="cpu", chat=AUTO):
 
 
 def read_model(name):
-    """(model, tokenizer) from a folder or the Hub; ValueError if they are not complete.
+    """(model, tokenizer) from a folder or the Hub; ValueError if they cannot be trained as they are.
 
     Reads weights from safetensors only, and runs no code of the repository.
     """
+    if find_adapter_config_file(name):
+        raise ValueError(
+            "it holds an adapter (adapter_config.json), which would be ignored. Merge it into its "
+            "model first, with PEFT's merge_and_unload."
+        )
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError("it holds no model: there is no config.json.")
     safe = {"trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(name, **safe)
     model, found = AutoModelForCausalLM.from_pretrained(
@@ -71,6 +77,8 @@ def read_model(name):
         raise ValueError(f"its files lack {len(missing)} weights, {min(missing)} among them.")
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise ValueError("some of its weights are not finite.")
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise ValueError("none of its weights takes a gradient, so it cannot be trained.")
     return model, tokenizer
 
 
