@@ -29,7 +29,7 @@ from run.session import BAD_STEPS
 from run.symptoms import Watch
 from trainer.bf16 import sampling_copy
 from trainer.data import problems_at
-from trainer.evaluate import decode
+from trainer.decoding import decode
 from trainer.grading import BadReward, Grader
 from trainer.logprobs import PLAIN
 from trainer.methods import OwnFileError, inputs, label, split_options

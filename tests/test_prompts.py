@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 from prompt_folders import (
     CHATML,
     CLOSES_NOTHING,
@@ -25,10 +24,8 @@ import train
 from run import start
 from run.options import TYPES, fill, parse
 from run.origin import data_checksum
-from trainer import evaluate
 from trainer.policy import load_policy
 from trainer.prompts import Chat, Prompts, encode_problems, start_line
-from trainer.sampling import Rollout
 
 ASKED = "Mia has 3 eggs. How many?"
 # The options of every run here: one step of four short completions.
@@ -126,16 +123,6 @@ def test_the_end_of_a_turn_will_do_where_nothing_else_names_an_eos(tmp_path):
     assert eos_ids == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
     with pytest.raises(ValueError, match="no EOS"):
         load_policy(str(folder), "cpu", Chat("none"))
-
-
-def test_what_is_graded_ends_before_eos_even_if_that_is_not_special():
-    tokenizer = tokenizer_with(CHATML, plain=["<|im_start|>", "<|im_end|>"])
-    rows = [tokenizer(text).input_ids for text in ("#### 18<|im_end|>", "#### 18")]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [5] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[i < len(row) for i in range(width)] for row in rows])
-    rollout = Rollout([[1]] * 2, ids, mask, truncated=torch.tensor([False, True]))
-    assert evaluate.decode(tokenizer, rollout) == ["#### 18", "#### 18"]
 
 
 # The prompt

@@ -394,11 +394,11 @@ def test_a_learning_policy_learns(tmp_path):
     class Tokenizer:
         """The text of a completion is the number of its first token, as a GSM8K answer."""
 
-        chat_template = None
+        chat_template = bos_token_id = pad_token_id = None
 
         @staticmethod
-        def batch_decode(rows, skip_special_tokens):
-            return [f"#### {(row or [1])[0]}\n" for row in rows]
+        def decode(ids, **_):
+            return f"#### {(ids or [1])[0]}\n"
 
     words = "--prompts 4 --group-size 8 --lr 0.01 --max-new-tokens 2 --warmup 0".split()
     o = fill(parse([*SMALL, *words]))

@@ -271,7 +271,9 @@ class Stream:
         print(flush=True)
 
     def decode(self):
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        from trainer.decoding import text_of
+
+        return text_of(self.tokenizer, self.ids)
 
     def show(self, text):
         """Print what `text` has more than what is printed already."""

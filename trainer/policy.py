@@ -53,7 +53,7 @@ def load_policy(name, device="cpu", chat=AUTO):
 
 
 def read_model(name):
-    """(model, tokenizer) from a folder or the Hub; ValueError if they cannot be trained as they are.
+    """(model, tokenizer) from a folder or the Hub; ValueError if they cannot be trained as is.
 
     Reads weights from safetensors only, and runs no code of the repository.
     """
