@@ -206,6 +206,26 @@ def test_the_probe_sees_a_mistake_beyond_the_first_eight_tokens():
     assert probe(model, PROMPTS, 4, 0) == EVERYTHING
 
 
+@pytest.mark.parametrize(("most", "late", "seen"), [(9, 9, True), (40, 32, True), (40, 33, False)])
+def test_the_probe_of_generate_looks_at_a_whole_completion_or_32_tokens(most, late, seen):
+    """A cache whose error begins at token `late` of the longest prompt's completion."""
+    model = loaded("llama")
+    base = model.model.layers[0].forward
+
+    def drifting(hidden, *args, **kwargs):
+        out = base(hidden, *args, **kwargs)
+        from_cache = hidden.shape[1] == 1
+        is_late = kwargs["position_ids"].max() >= len(PROMPTS[0]) + late - 2
+        return out + hidden if from_cache and is_late else out
+
+    model.model.layers[0].forward = drifting
+    if not seen:
+        assert probe(model, PROMPTS, most, 0) == EVERYTHING
+        return
+    with pytest.raises(ValueError, match="generate samples from another distribution"):
+        probe(model, PROMPTS, most, 0)
+
+
 RANDOM = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.5, "layerdrop": 0.5},
     "gpt2": {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5},
