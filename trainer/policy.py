@@ -159,9 +159,27 @@ def special_tokens(model, tokenizer, end_of_turn=None):
             "the model names no EOS token (generation_config.eos_token_id): it could never learn "
             "to stop"
         )
+    warn_of_ordinary(eos, tokenizer)
     pad = tokenizer.pad_token_id
     # An EOS may serve as padding, because completion_mask goes by position.
     return eos, pad if pad in known else eos[0]
+
+
+def warn_of_ordinary(eos, tokenizer):
+    """Print a line for each EOS id that stands for a text, if the tokenizer has an EOS of its own.
+
+    A config whose eos_token_id is a default, made for another vocabulary, may name a digit.
+    """
+    own = tokenizer.eos_token
+    for token in eos:
+        text = tokenizer.convert_ids_to_tokens(token)
+        if own in (None, text) or text is None or token in tokenizer.added_tokens_decoder:
+            continue
+        print(
+            f"warning: a completion ends at every {text!r}: eos_token_id {token} of the model's "
+            f"config.json or generation_config.json is an ordinary token of its tokenizer, whose "
+            f"EOS is {own!r}. Is it a default of another vocabulary? Then correct both files"
+        )
 
 
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
