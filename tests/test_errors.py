@@ -125,7 +125,7 @@ def one_line(text):
         ("--dtype fp16", "--dtype fp16: auto, fp32 or bf16"),
         ("--device tpu", "--device tpu: auto, cpu, cuda or cuda:N"),
         ("--device cpu:x", "--device cpu:x"),
-        ("--device cuda:99", "--device cuda:99: torch sees"),
+        ("--device cuda:99", "--device cuda:99: "),
         ("--preset big", "--preset is auto, tiny or gsm8k, not 'big'"),
         ("--steps many", "argument --steps: invalid int value: 'many'"),
         ("--step 3", "no option --step; did you mean --steps?"),

@@ -188,7 +188,7 @@ def test_every_eos_that_anything_names_stops():
     model.config.eos_token_id = 4
 
     class Tokenizer:
-        eos_token_id, pad_token_id = 3, None
+        eos_token_id, pad_token_id, eos_token = 3, None, None
 
     assert special_tokens(model, Tokenizer) == ([1, 2, 3, 4], 1)
     model.generation_config, model.config.eos_token_id, Tokenizer.eos_token_id = (

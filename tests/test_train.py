@@ -89,6 +89,8 @@ def test_each_algorithm_trains_two_steps(algo, tmp_path):
 def test_a_run_says_why_it_has_its_preset(argv, cuda, told, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(start, "why_no_gpu", lambda: "no CUDA GPU was found")
     start.begun(parse(argv.split()), tmp_path / "run", argv.split())
     assert capsys.readouterr().out.startswith(f"preset {told}")
 
@@ -350,19 +352,6 @@ def test_bf16_samples_from_a_copy_and_trains_fp32(tmp_path):
     assert not torch.equal(before, t.model.lm_head.weight)
     copy = sampling_copy(t.model, t.o.dtype)
     assert torch.equal(copy.lm_head.weight, t.model.lm_head.weight.bfloat16())
-
-
-@pytest.mark.parametrize(
-    ("flags", "slow"),
-    [("fpu avx2", True), ("fpu avx512_bf16", False), ("amx_bf16 fpu", False), (None, False)],
-)
-def test_bf16_without_instructions_for_it_is_said_to_be_slow(flags, slow, tmp_path, capsys):
-    if flags:
-        (tmp_path / "cpuinfo").write_text(f"processor: 0\nflags\t\t: {flags}\nbugs: none\n")
-    for dtype in ("bf16", "fp32"):
-        o = fill(parse(["--dtype", dtype, "--device", "cpu"]))
-        start.warn_of_slow_bf16(o, tmp_path / "cpuinfo")
-        assert ("several times as long" in capsys.readouterr().out) == (slow and dtype == "bf16")
 
 
 def test_options_of_an_algorithm_are_typed_and_known():

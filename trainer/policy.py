@@ -171,9 +171,11 @@ def warn_of_ordinary(eos, tokenizer):
     A config whose eos_token_id is a default, made for another vocabulary, may name a digit.
     """
     own = tokenizer.eos_token
+    if own is None:
+        return
     for token in eos:
         text = tokenizer.convert_ids_to_tokens(token)
-        if own in (None, text) or text is None or token in tokenizer.added_tokens_decoder:
+        if text in (own, None) or token in tokenizer.added_tokens_decoder:
             continue
         print(
             f"warning: a completion ends at every {text!r}: eos_token_id {token} of the model's "
