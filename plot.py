@@ -770,7 +770,7 @@ def plot_credit(path, out, step=None, shown=2, algos=ALGORITHMS):
     rows = read_group(Path(path), step)
     panels = credit_panels(rows, algos)
     picked = pick(rows, shown)
-    lines = sum(lines_of(rows[i]["tokens"]) for i in picked)
+    lines = sum(lines_of(cell_texts(rows[i])) for i in picked)
     cells = 0.19 * lines  # inches; a panel is its title and its lines of cells
     panel = 0.29 + cells
     height = 0.42 + len(panels) * panel + 0.5
@@ -822,20 +822,27 @@ def draw_panel(ax, rows, shade, clipped, colours):
     for i, row in enumerate(rows):
         label = "right" if row["right"] else "WRONG"
         ax.text(-1, y + 0.5, label, ha="right", va="center", fontsize=8)
-        length = len(row["tokens"])
-        values = shade[i, :length].tolist(), clipped[i, :length].tolist()
-        draw_tokens(ax, y, row["tokens"], *values, colormaps[colours])
-        y += lines_of(row["tokens"])
+        texts = cell_texts(row)
+        values = shade[i, : len(texts)].tolist(), clipped[i, : len(texts)].tolist()
+        draw_tokens(ax, y, texts, *values, colormaps[colours])
+        y += lines_of(texts)
 
 
-def cells_of(tokens):
+def cell_texts(row):
+    """What the cells of a row's tokens show. Its EOS, which is not in the completion, is EOS."""
+    texts = [cell_text(token) for token in row["tokens"]]
+    if not row["completion"].endswith(row["tokens"][-1]):
+        texts[-1] = "EOS"
+    return texts
+
+
+def cells_of(texts):
     """(line, place in it, width, text) of each token's cell, in characters; wraps at WIDE.
 
     After MOST_LINES the rest is left out, and the last cell is an ellipsis.
     """
     cells, line, x = [], 0, 0.0
-    for token in tokens:
-        text = cell_text(token)
+    for text in texts:
         width = len(text) + 0.7
         if x + width > WIDE - 2:
             line, x = line + 1, 0.0
@@ -846,19 +853,19 @@ def cells_of(tokens):
     return cells
 
 
-def lines_of(tokens):
+def lines_of(texts):
     """How many lines the cells of a completion take, at least one."""
-    return max([line for line, *_ in cells_of(tokens)], default=0) + 1
+    return max([line for line, *_ in cells_of(texts)], default=0) + 1
 
 
-def draw_tokens(ax, y, tokens, shade, clipped, colours):
+def draw_tokens(ax, y, texts, shade, clipped, colours):
     """Draw one completion as lines of cells, as wide as their text.
 
     shade [T] in -1..1; clipped [T], whose cells are hatched.
     """
     from matplotlib.patches import Rectangle
 
-    cells = zip(cells_of(tokens), shade, clipped, strict=False)  # fewer cells, if some are left out
+    cells = zip(cells_of(texts), shade, clipped, strict=False)  # fewer cells, if some are left out
     for (line, x, width, text), value, hatched in cells:
         if text == "…":
             value = hatched = 0
@@ -878,9 +885,10 @@ def tint(colours, value):
 
 
 def cell_text(token):
-    """A token as its cell shows it: Ġ and Ċ are the space and the newline of byte-level BPE."""
-    text = re.sub("^<.+>$", "EOS", token)
-    text = text.replace("Ġ", " ").replace("Ċ", "\n").replace("\n", "↵").strip()
+    """A token as its cell shows it; ◌ adds no text, as the first part of a character does not."""
+    if not token:
+        return "◌"
+    text = token.replace("\n", "↵").strip()
     return re.sub(UNDRAWABLE, "�", text) or "␣"
 
 

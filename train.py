@@ -28,12 +28,12 @@ from run.ownreward import load_reward
 from run.progress import Progress
 from run.session import BAD_STEPS
 from run.symptoms import Watch
+from trainer.bf16 import sampling_copy
 from trainer.data import problems_at
-from trainer.evaluate import decode
+from trainer.decoding import decode
 from trainer.grading import BadReward, Grader
 from trainer.logprobs import PLAIN
 from trainer.methods import OwnFileError, inputs, label, split_options
-from trainer.policy import sampling_copy
 from trainer.records import metrics_line, peak_mib
 from trainer.sampling import Rollout, corrected, random_numbers, sample
 from trainer.update import Updater

@@ -34,7 +34,7 @@ import gtpo
 import tepo
 import trgrpo
 from rewards import correct
-from trainer.evaluate import decode
+from trainer.decoding import decode
 from trainer.policy import load_policy
 from trainer.prompts import Prompts
 from trainer.sampling import sample

@@ -10,9 +10,9 @@ from run.options import flag
 from run.origin import data_checksum, other_inputs, versions, weights_checksum
 from run.ownreward import load_reward
 from run.progress import Evaluation
+from trainer.bf16 import sampling_copy
 from trainer.evaluate import evaluate, rows_of_evaluation
 from trainer.grading import Grader
-from trainer.policy import sampling_copy
 
 # Besides the model and the data, the results of an evaluation depend on these options.
 RESULTS_DEPEND_ON = (

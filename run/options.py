@@ -128,7 +128,8 @@ class Options:
     # Machine
     device: str = detail("auto", "cpu, cuda, cuda:N, or auto (cuda if there is a GPU)")
     dtype: str = setting(
-        "auto", "dtype of the compute: fp32, bf16, or auto (bf16 on CUDA); weights are always fp32"
+        "auto",
+        "dtype of the compute: fp32, bf16, or auto (bf16 if a GPU has it); weights are always fp32",
     )
     threads: str = detail(
         "auto", "CPU threads; auto: OMP_NUM_THREADS, else 1 below 10 M weights, else torch's choice"
@@ -386,6 +387,7 @@ def fill(given):
     import torch
 
     from run.algorithm import checked_options
+    from run.machine import has_bf16
     from run.ownreward import load_reward
 
     cuda = torch.cuda.is_available()
@@ -401,8 +403,9 @@ def fill(given):
     o.algo = method(o.algo)
     if o.device == "auto":
         o.device = "cuda" if cuda else "cpu"
+    check_device(o.device)
     if o.dtype == "auto":
-        o.dtype = "bf16" if o.device.startswith("cuda") else "fp32"
+        o.dtype = "bf16" if o.device != "cpu" and has_bf16(o.device) else "fp32"
     check(o)
     o.option = checked_options(o.algo, o.option)
     if o.reward:
@@ -633,17 +636,22 @@ def check_track(o):
         raise ValueError(f"--track {o.track}: it is not installed; pip install {o.track}")
 
 
-def check_machine(o):
+def check_device(device):
     import torch
 
-    kind, _, index = o.device.partition(":")
+    from run.machine import why_no_gpu
+
+    kind, _, index = device.partition(":")
     indexed = kind == "cuda" and index.isdecimal()
-    if o.device not in ("cpu", "cuda") and not indexed:
-        raise ValueError(f"--device {o.device}: auto, cpu, cuda or cuda:N")
+    if device not in ("cpu", "cuda") and not indexed:
+        raise ValueError(f"--device {device}: auto, cpu, cuda or cuda:N")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cuda" and int(index or 0) >= gpus:
-        found = f"torch sees {gpus} CUDA GPUs here" if gpus else "torch sees no CUDA GPU here"
-        raise ValueError(f"--device {o.device}: {found}")
+        found = f"torch sees {gpus} CUDA GPUs here" if gpus else why_no_gpu()
+        raise ValueError(f"--device {device}: {found}")
+
+
+def check_machine(o):
     if o.dtype not in ("fp32", "bf16"):
         raise ValueError(f"--dtype {o.dtype}: auto, fp32 or bf16")
     if o.cache not in ("dynamic", "static"):

@@ -4,7 +4,10 @@ from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+
 from run.ownfile import guarded, load_file
+from trainer.grading import Grader
 from trainer.methods import OwnFileError
 
 LARGEST = 1e15  # of a reward: in a standard deviation, the square of more overflows fp32
@@ -28,6 +31,11 @@ def load_reward(path):
     return functions
 
 
+def try_reward(o, functions, problem):
+    """Call the functions once, on a made-up completion of the problem. Raises OwnFileError."""
+    Grader(o, functions).reward("2 + 2 = 4\n#### 4", problem, 2, False)
+
+
 def is_of(function, path):
     """Whether a function is defined in the file, and not imported by it."""
     code = getattr(function, "__code__", None)
@@ -46,12 +54,12 @@ def check_reward(value, *_):
 
 
 def check_number(value, what):
-    if not isinstance(value, Real):
+    if not isinstance(value, Real | np.bool_):
         raise ValueError(f"must return {what}, not a {type(value).__name__}")
     if not abs(value) <= LARGEST:  # NaN fails this test
         raise ValueError(f"must return {what}, finite and at most {LARGEST:g}, not {value}")
 
 
 def check_right(value, *_):
-    if value not in (True, False):
+    if not isinstance(value, Real | np.bool_) or value not in (True, False):
         raise ValueError(f"must return True or False, not {value!r}")

@@ -14,8 +14,8 @@ from run.commandline import command
 from run.progress import Evaluation
 from run.runs import BAD_VALUE, metrics_row, read_log, renamed
 from run.track import Tracker
+from trainer.bf16 import sampling_copy
 from trainer.evaluate import evaluate, rows_of_evaluation
-from trainer.policy import sampling_copy
 from trainer.records import group_to_show, sample_lines
 
 BAD_STEPS = 3  # this many skipped updates in a row stop the run

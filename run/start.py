@@ -12,9 +12,11 @@ import torch
 
 from run import checkpoint, origin
 from run.algorithm import checked_options
+from run.machine import warn_of_slow_bf16, why_no_gpu
 from run.options import CHANGEABLE_ON_RESUME, Options, check_config, check_name, fill, flag
-from run.ownreward import load_reward
+from run.ownreward import load_reward, try_reward
 from trainer.data import load_problems, split_overlap
+from trainer.grading import check_answer
 from trainer.methods import label
 from trainer.policy import context_length, load_policy, use_threads
 from trainer.probes import probe
@@ -54,7 +56,7 @@ def begun(given, out, argv):
     cuda = torch.cuda.is_available()
     why = "as asked"
     if given.get("preset", "auto") == "auto":
-        why = "a CUDA GPU was found" if cuda else "no CUDA GPU was found"
+        why = "a CUDA GPU was found" if cuda else why_no_gpu()
         if o.preset == "gsm8k" and not cuda:
             why = "for --eval-only on GSM8K"
     other = "--preset gsm8k trains Qwen2.5-0.5B on GSM8K, which is slow without a GPU"
@@ -124,9 +126,14 @@ def set_up(o):
     torch.manual_seed(o.seed)
     offline_without_network(o.model, o.data)
     train, held_out, overlap = load_data(o)
+    own = load_reward(o.reward)
+    if own:
+        try_reward(o, own, held_out[0])
 
     chat = Chat(o.chat_template, o.system, o.template_option)
     model, tokenizer, eos_ids, pad_id = load_policy(checkpoint.find_model(o.model), o.device, chat)
+    if not (own and own.correct):
+        check_answer(tokenizer)
     use_threads(o.threads, model)
     warn_of_slow_bf16(o)
 
@@ -150,22 +157,6 @@ def set_up(o):
     generation = {"max_new_tokens": o.max_new_tokens, "eos_ids": eos_ids, "pad_id": pad_id}
     generation["layout"] = layout
     return model, tokenizer, generation, train, held_out
-
-
-def warn_of_slow_bf16(o, cpuinfo="/proc/cpuinfo"):
-    """Print a line if the compute is bf16 on an x86 CPU without instructions for it."""
-    if o.dtype != "bf16" or o.device != "cpu":
-        return
-    try:
-        lines = Path(cpuinfo).read_text().splitlines()
-    except OSError:  # not Linux: unknown
-        return
-    flags = next((line.split() for line in lines if line.startswith("flags")), None)
-    if flags and not {"avx512_bf16", "amx_bf16"} & set(flags):
-        print(
-            "--dtype bf16: this CPU has no instructions for it (avx512_bf16 or amx_bf16), so bf16 "
-            "takes several times as long as fp32"
-        )
 
 
 def load_data(o):

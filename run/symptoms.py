@@ -77,6 +77,7 @@ class Symptom:
     test: Callable
     limit: float | dict  # {dtype: float} where it depends on --dtype
     text: str  # filled with what the test returns
+    in_bf16: str = ""  # what else to try with --dtype bf16
 
 
 SYMPTOMS = (
@@ -137,7 +138,8 @@ SYMPTOMS = (
         high("sampler_kl"),
         {"fp32": 1e-6, "bf16": 5e-3},
         "the policy differs from what sampled by {:.2g} nats per token (sampler_kl), more than "
-        "rounding explains. Try --sampler-correction 2, or --dtype fp32",
+        "rounding explains. Try --sampler-correction 2",
+        in_bf16=", or --dtype fp32",
     ),
 )
 
@@ -172,5 +174,6 @@ class Watch:
             if numbers is not None:
                 self.said.add(symptom.name)
                 text = symptom.text.format(*numbers)
+                text += symptom.in_bf16 if self.dtype == "bf16" else ""
                 warnings.append(f"warning: step {line['step']}: {text}. Printed once")
         return warnings

@@ -77,6 +77,41 @@ def sentencepiece_like(template=None, append_eos=False):
     return tokenizer
 
 
+def fast(backend, decoder, **special):
+    """A tokenizer of transformers around a backend of `tokenizers`."""
+    backend.decoder = decoder
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def byte_fallback():
+    """As Llama 2's: words with a space before them, and bytes for what it has no word for."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    words += ["\u2581", "\u2581is", "\u2581a", "#", "1", "8", "ing"]
+    vocab = {word: i for i, word in enumerate(words)}
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    model = models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True)
+    decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
+    return fast(Tokenizer(model), decoder, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def wordpiece():
+    """As BERT's: parts of words, and a decoder that takes the spaces before "," and "'re" away."""
+    words = ["[UNK]", "[PAD]", "[SEP]", "they", "'", "re", "eat", "##ing", ",", ".", "#", "18"]
+    model = models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "eos_token": "[SEP]"}
+    return fast(backend, decoders.WordPiece(cleanup=True), **special)
+
+
+def wordlevel(*words):
+    """Whole words, "<unk>" for others; without a decoder, so a space stands between any two."""
+    vocab = {word: i for i, word in enumerate(["<unk>", "</s>", *words])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+
+
 def chatml_folder(path, template=CHATML):
     """A model folder as Qwen2.5-0.5B's: ChatML, and an EOS in its config that closes no turn."""
     tokenizer = tokenizer_with(template, "<|im_start|>", "<|im_end|>")

@@ -11,6 +11,7 @@ from conftest import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trainer import probes, sampling
+from trainer.bf16 import named_tensors, sampling_copy
 from trainer.logprobs import Layout, token_logprobs
 from trainer.policy import context_length, load_policy, name_outputs, switch_off_randomness
 from trainer.probes import probe
@@ -205,6 +206,26 @@ def test_the_probe_sees_a_mistake_beyond_the_first_eight_tokens():
     assert probe(model, PROMPTS, 4, 0) == EVERYTHING
 
 
+@pytest.mark.parametrize(("most", "late", "seen"), [(9, 9, True), (40, 32, True), (40, 33, False)])
+def test_the_probe_of_generate_looks_at_a_whole_completion_or_32_tokens(most, late, seen):
+    """A cache whose error begins at token `late` of the longest prompt's completion."""
+    model = loaded("llama")
+    base = model.model.layers[0].forward
+
+    def drifting(hidden, *args, **kwargs):
+        out = base(hidden, *args, **kwargs)
+        from_cache = hidden.shape[1] == 1
+        is_late = kwargs["position_ids"].max() >= len(PROMPTS[0]) + late - 2
+        return out + hidden if from_cache and is_late else out
+
+    model.model.layers[0].forward = drifting
+    if not seen:
+        assert probe(model, PROMPTS, most, 0) == EVERYTHING
+        return
+    with pytest.raises(ValueError, match="generate samples from another distribution"):
+        probe(model, PROMPTS, most, 0)
+
+
 RANDOM = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.5, "layerdrop": 0.5},
     "gpt2": {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5},
@@ -235,6 +256,41 @@ def test_a_loaded_model_is_one_function_and_names_its_outputs(tmp_path):
     model = load_policy(str(tmp_path))[0]
     assert probe(model, PROMPTS, 6, 0) == EVERYTHING
     assert probes.train_mode_agrees(model)
+
+
+EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MLA = {"q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+MLA |= {"v_head_dim": 8, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+ERNIE = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_start_index": 1}
+LFM2 = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LFM2 |= {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]}
+FALCON = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4}
+# Settings of architectures that keep a weight in fp32, by a list of names or as created.
+IN_FP32 = {
+    "deepseek_v3": EXPERTS | MLA,
+    "glm4_moe": EXPERTS | {"first_k_dense_replace": 1},
+    "ernie4_5_moe": ERNIE,
+    "lfm2_moe": LFM2,
+    "nemotron_h": {},
+}
+SETTINGS = {kind: settings for kind, (_, settings) in (KINDS | REFUSED).items()} | IN_FP32
+SETTINGS["falcon_h1"] = FALCON | {"mamba_n_groups": 1}  # casts a buffer that is not saved
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_the_copy_that_samples_has_the_weights_and_dtypes_of_from_pretrained(kind):
+    model = loaded(kind, **SETTINGS[kind])
+    state, drawn = model.state_dict(), torch.get_rng_state()
+    got = dict(named_tensors(sampling_copy(model, "bf16")))
+    assert torch.equal(torch.get_rng_state(), drawn) and model.config.dtype != torch.bfloat16
+    bf16 = {"dtype": torch.bfloat16}
+    want = type(model).from_pretrained(None, config=model.config, state_dict=state, **bf16)
+    dtypes = {name: tensor.dtype for name, tensor in named_tensors(want)}
+    assert {name: tensor.dtype for name, tensor in got.items()} == dtypes
+    kept = torch.float32 in [dtypes.get(name) for name in state]
+    assert kept == (kind in IN_FP32) and torch.bfloat16 in dtypes.values()
+    for name, tensor in named_tensors(want):
+        assert torch.equal(got[name], tensor), name
 
 
 LIMITS = [

@@ -13,7 +13,7 @@ from prompt_folders import chatml_folder
 from transformers import AutoTokenizer
 
 from tools import ask
-from trainer.evaluate import decode
+from trainer.decoding import decode
 from trainer.policy import load_policy
 from trainer.prompts import Prompts
 from trainer.sampling import sample

@@ -126,7 +126,7 @@ def one_line(text):
         ("--dtype fp16", "--dtype fp16: auto, fp32 or bf16"),
         ("--device tpu", "--device tpu: auto, cpu, cuda or cuda:N"),
         ("--device cpu:x", "--device cpu:x"),
-        ("--device cuda:99", "--device cuda:99: torch sees"),
+        ("--device cuda:99", "--device cuda:99: "),
         ("--preset big", "--preset is auto, tiny or gsm8k, not 'big'"),
         ("--steps many", "argument --steps: invalid int value: 'many'"),
         ("--step 3", "no option --step; did you mean --steps?"),
@@ -391,9 +391,21 @@ def no_tokenizer(folder, ran):
         (folder / name).unlink()
 
 
+def with_adapter(folder, ran):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
+def adapter_alone(folder, ran):
+    for path in folder.iterdir():
+        path.unlink()
+    with_adapter(folder, ran)
+
+
 @pytest.mark.parametrize(
     ("spoil", "line"),
     [
+        (with_adapter, "it holds an adapter (adapter_config.json), which would be ignored"),
+        (adapter_alone, "it holds an adapter (adapter_config.json)"),
         (pickle_only, "model.safetensors"),
         (evil_pickle, "model.safetensors"),
         (remote_code, "contains custom code"),

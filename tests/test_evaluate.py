@@ -110,16 +110,6 @@ def test_evaluate_by_hand(tiny, monkeypatch):
     assert len(wrong) == 3 and got["length_wrong"] == pytest.approx(sum(wrong) / 3)
 
 
-def test_decode_keeps_all_of_a_completion_that_was_cut(tiny):
-    """And of one that ended, what stands before EOS."""
-    _, tokenizer, generation = tiny
-    ids = tokenizer("2+2=4").input_ids
-    rows = torch.tensor([[*ids, *ids], [*ids, *generation["eos_ids"], *ids[1:]]])
-    truncated = torch.tensor([True, False])
-    rollout = Rollout([], rows, completion_mask(rows, generation["eos_ids"]), truncated)
-    assert evaluate.decode(tokenizer, rollout) == ["2+2=42+2=4", "2+2=4"]
-
-
 @pytest.fixture
 def by_chance(monkeypatch):
     """About every other text is right, so that the figures depend on what was drawn."""

@@ -11,10 +11,9 @@ from conftest import tiny_model
 from test_architectures import KINDS, loaded
 
 from trainer import memory
-from trainer.bf16 import bf16_compute
+from trainer.bf16 import bf16_compute, sampling_copy
 from trainer.logprobs import token_logprobs
 from trainer.memory import bytes_per_token, bytes_to_come, kept_bytes, rows_that_fit
-from trainer.policy import sampling_copy
 
 MIB = 2**20
 DTYPES = "fp32", "bf16"

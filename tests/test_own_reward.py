@@ -171,12 +171,23 @@ def test_the_overlong_penalty_is_added(tmp_path):
     assert own.reward("", {"question": "q", "answer": "1"}, 10, False) == (0, 1.5, {"x": 2})
 
 
+NUMPY = "__import__('numpy')"
+
+
 @pytest.mark.parametrize(
-    "value", ["1", "True", "0.5", "-10.0**15", "__import__('numpy').float32(2)"]
+    "value", ["1", "True", "0.5", "-10.0**15", f"{NUMPY}.float32(2)", f"{NUMPY}.bool_(True)"]
 )
 def test_numbers_of_any_kind(tmp_path, value):
     path = write(tmp_path, f"def reward(completion, problem): return {value}\n")
     assert grader(path).reward("", {"question": "q", "answer": "1"}, 1, False)[1] == eval(value)
+
+
+@pytest.mark.parametrize("value", ["True", "1", "1.0", f"{NUMPY}.bool_(True)", f"{NUMPY}.int64(1)"])
+def test_what_is_right_is_a_bool_of_any_kind(tmp_path, value):
+    for right in (1, 0):
+        text = f"def reward(c, p): return 0\ndef correct(c, p): return {value} if {right} else 0\n"
+        path = write(tmp_path, text, f"right{right}.py")
+        assert grader(path).reward("", {"question": "q", "answer": "1"}, 1, False)[0] == right
 
 
 def test_grading_a_batch_fills_it_in(tmp_path):
@@ -205,15 +216,23 @@ BROKEN = {  # the file, and what the line must say after FILE
     "def reward(c, p): return {'a\\u2028b': 1}": "printable texts, not 'a\\u2028b'",
     "def reward(c, p): return {'\\ud800': 1}": "printable texts, not '\\ud800'",
     "import itertools\nn = itertools.count()\ndef reward(c, p): return {str(next(n)): 1}": (
-        ":3: reward must return the same parts for every completion; it returned 1 after 0"
+        ":3: reward must return the same parts for every completion; it returned 2 after 1"
     ),
     "def reward(completion): return 1": ":1: TypeError",
     "def reward(c, p): return 1\ndef correct(c, p): return 2": ":2: correct must return True",
+    "def reward(c, p): return 1\ndef correct(c, p): return None": "True or False, not None",
+    "import torch\ndef reward(c, p): return 1\ndef correct(c, p):\n    return torch.ones(2) > 0": (
+        ":3: correct must return True or False, not tensor([True, True])"
+    ),
 }
+LATER = "import itertools"  # wrong only from the second call on
 
 
 @pytest.mark.parametrize("text", BROKEN)
-def test_an_error_names_the_problem_and_the_line(tmp_path, capsys, text):
+def test_an_error_names_the_problem_and_the_line(tmp_path, capsys, monkeypatch, text):
+    """Before the model is loaded, if a first call shows it."""
+    if not text.startswith(LATER):
+        monkeypatch.setattr(train.start, "load_policy", lambda *_: pytest.fail("loaded"))
     path = write(tmp_path, text)
     status, folder = run(tmp_path, path)
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -223,7 +242,7 @@ def test_an_error_names_the_problem_and_the_line(tmp_path, capsys, text):
 
 
 def test_what_is_mended_goes_on(tmp_path, capsys):
-    text = "import itertools\nn = itertools.count()\ndef reward(c, p): return 1 / (12 - next(n))\n"
+    text = "import itertools\nn = itertools.count()\ndef reward(c, p): return 1 / (13 - next(n))\n"
     path = write(tmp_path, text)
     status, folder = run(tmp_path, path)
     assert status == 2 and f"--resume {folder}" in capsys.readouterr().err

@@ -895,6 +895,13 @@ def test_text_that_no_font_has_is_drawn(tmp_path):
     assert plot.cell_text(text) == "a���[31m� b"
 
 
+def test_a_cell_shows_a_part_of_a_character_and_the_eos_and_no_other_special_token_as_eos():
+    row = {"completion": "<b>½\n<think>", "tokens": ["<b>", "", "½", "\n", "<think>"]}
+    assert plot.cell_texts(row) == ["<b>", "◌", "½", "↵", "<think>"]
+    row["tokens"].append("<|endoftext|>")
+    assert plot.cell_texts(row) == ["<b>", "◌", "½", "↵", "<think>", "EOS"]
+
+
 def test_long_rows_are_cut_and_small(tmp_path):
     """Twenty completions of 300 tokens, letters of another script, dollars.
 

@@ -188,7 +188,7 @@ def test_every_eos_that_anything_names_stops():
     model.config.eos_token_id = 4
 
     class Tokenizer:
-        eos_token_id, pad_token_id = 3, None
+        eos_token_id, pad_token_id, eos_token = 3, None, None
 
     assert special_tokens(model, Tokenizer) == ([1, 2, 3, 4], 1)
     model.generation_config, model.config.eos_token_id, Tokenizer.eos_token_id = (
@@ -247,6 +247,18 @@ def test_a_folder_without_a_model_and_a_model_without_a_tokenizer_say_what_is_mi
     with pytest.raises(ValueError, match="cannot load the model") as refused:
         policy.load_policy(str(tmp_path))
     assert "tokenizer" in str(refused.value) and ": Pass" not in str(refused.value)
+
+
+def test_a_model_in_which_nothing_takes_a_gradient_is_refused(monkeypatch):
+    real = policy.AutoModelForCausalLM.from_pretrained
+
+    def frozen(*args, **kwargs):
+        model, found = real(*args, **kwargs)
+        return model.requires_grad_(False), found
+
+    monkeypatch.setattr(policy.AutoModelForCausalLM, "from_pretrained", frozen)
+    with pytest.raises(ValueError, match="none of its weights takes a gradient"):
+        policy.load_policy("tiny")
 
 
 @pytest.mark.parametrize("name", ["./nope", "../a/b", "/nope/model", "~/model", "a/b/c"])

@@ -1,9 +1,10 @@
 """prompts.py: prompts hold the question and do not end in EOS; a chat's end of turn is an EOS."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
-import torch
+from conftest import tiny_model
 from prompt_folders import (
     CHATML,
     CLOSES_NOTHING,
@@ -13,10 +14,13 @@ from prompt_folders import (
     PARTS,
     PHI3,
     PLAIN_WORDS,
+    byte_fallback,
     chatml_folder,
     save,
     sentencepiece_like,
     tokenizer_with,
+    wordlevel,
+    wordpiece,
     write_problems,
 )
 from transformers import AutoTokenizer
@@ -25,10 +29,9 @@ import train
 from run import start
 from run.options import TYPES, fill, parse
 from run.origin import data_checksum
-from trainer import evaluate
-from trainer.policy import load_policy
+from trainer.grading import check_answer
+from trainer.policy import load_policy, special_tokens
 from trainer.prompts import Chat, Prompts, encode_problems, start_line
-from trainer.sampling import Rollout
 
 ASKED = "Mia has 3 eggs. How many?"
 # The options of every run here: one step of four short completions.
@@ -128,14 +131,73 @@ def test_the_end_of_a_turn_will_do_where_nothing_else_names_an_eos(tmp_path):
         load_policy(str(folder), "cpu", Chat("none"))
 
 
-def test_what_is_graded_ends_before_eos_even_if_that_is_not_special():
-    tokenizer = tokenizer_with(CHATML, plain=["<|im_start|>", "<|im_end|>"])
-    rows = [tokenizer(text).input_ids for text in ("#### 18<|im_end|>", "#### 18")]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [5] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[i < len(row) for i in range(width)] for row in rows])
-    rollout = Rollout([[1]] * 2, ids, mask, truncated=torch.tensor([False, True]))
-    assert evaluate.decode(tokenizer, rollout) == ["#### 18", "#### 18"]
+MINE = "</s>"  # the EOS of the tokenizer below
+
+
+@pytest.mark.parametrize(
+    ("named", "warned"),
+    [
+        (2, "'0'"),  # a default of LLaMA's vocabulary
+        ([1, 2], "'0'"),
+        ([3], "'1'"),
+        (1, None),
+        (4, None),  # special
+        (9999, None),  # in the model's vocabulary only
+    ],
+)
+def test_an_eos_of_the_config_that_is_an_ordinary_token_is_warned_of(named, warned, capsys):
+    tokenizer = wordlevel("0", "1")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    assert tokenizer.convert_ids_to_tokens([1, 2, 4]) == [MINE, "0", "<end>"]
+    config = SimpleNamespace(eos_token_id=named)
+    embeddings = SimpleNamespace(weight=range(10_000))
+    model = SimpleNamespace(generation_config=config, config=config)
+    model.get_input_embeddings = lambda: embeddings
+    eos_ids, _ = special_tokens(model, tokenizer)
+    assert set(eos_ids) == {1, *(named if isinstance(named, list) else [named])}
+    told = capsys.readouterr().out
+    assert told.count("\n") == bool(warned)
+    if warned:
+        assert told.startswith(f"warning: a completion ends at every {warned}") and MINE in told
+    tokenizer.eos_token = None
+    special_tokens(model, tokenizer)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "written"),
+    [
+        (tokenizer_with(None), None),
+        (tokenizer_with(None, "####"), None),
+        (sentencepiece_like(), None),
+        (byte_fallback(), None),
+        (wordlevel("####", "1"), "<unk> <unk> <unk> <unk> <unk>"),
+        (wordlevel("#", "18"), "# # # # 18"),
+        (wordlevel("18"), "<unk> <unk> <unk> <unk> 18"),
+        (wordpiece(), "# # # # 18"),
+        (tokenizer_with(None, plain=["#### 1"]), None),
+    ],
+)
+def test_a_tokenizer_that_cannot_write_an_answer_is_refused_in_a_line(tokenizer, written):
+    if written is None:
+        return check_answer(tokenizer)
+    with pytest.raises(ValueError, match="where no answer can be read") as refused:
+        check_answer(tokenizer)
+    assert repr(written)[1:-1] in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_without_a_readable_answer_a_run_needs_a_check_of_its_own(tmp_path, file, capsys):
+    folder = tmp_path / "model"
+    tokenizer = wordlevel("#", "+", "?", *map(str, range(12)))
+    tokenizer.save_pretrained(folder)
+    tiny_model(len(tokenizer)).save_pretrained(folder)
+    own = tmp_path / "own.py"
+    words = ["--model", folder, "--data", file, "--out", tmp_path / "run", "--reward", own]
+    own.write_text("def reward(completion, problem): return len(completion)\n")
+    status, _, error = run(capsys, *words)
+    assert status == 2 and "'#### 18' into" in error and error.count("\n") == 1
+    own.write_text(own.read_text() + "def correct(completion, problem): return False\n")
+    assert run(capsys, *words)[0] == 0
 
 
 # The prompt

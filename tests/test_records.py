@@ -132,7 +132,8 @@ def test_a_sample_line_has_the_tokens_that_are_on_and_correctness_beside_the_rew
     trained.logprobs = torch.arange(16.0).view(4, 4) / -7
     trained.old_logprobs = torch.arange(16.0).view(4, 4) / -8
     trained.rewards[0] = 0.3  # right, and punished
-    tokenizer = SimpleNamespace(decode=lambda ids: f"<{ids[0]}>")
+    tokenizer = SimpleNamespace(bos_token_id=None, pad_token_id=None)
+    tokenizer.decode = lambda ids, **_: "".join(f"<{token}>" for token in ids)
     lines = sample_lines(7, trained, [0, 3], tokenizer, skipped=True)
     assert lines[0] == {
         "step": 7,
@@ -175,11 +176,11 @@ def test_the_group_to_show_is_mixed_by_correctness(right, rows):
 
 
 class Tokenizer:
-    chat_template = None
+    chat_template = bos_token_id = pad_token_id = None
 
     @staticmethod
-    def batch_decode(rows, skip_special_tokens):
-        return [f"#### {row[0]}\n" if row else "" for row in rows]
+    def decode(ids, **_):
+        return f"#### {ids[0]}\n" if ids else ""
 
 
 def trainer(*args):

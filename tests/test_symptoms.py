@@ -83,6 +83,7 @@ def test_both_sides_of_a_limit_of_a_mean(name, dtype, within, beyond):
     said = warnings([step(i, **beyond) for i in range(1, 30)], dtype)
     assert [name_of(text) for text in said] == [name]
     assert said[0].startswith("warning: step 5: ") and "\n" not in said[0]
+    assert ("--dtype fp32" in said[0]) == (name == "sampler differs" and dtype == "bf16")
 
 
 @pytest.mark.parametrize(

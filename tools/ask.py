@@ -85,7 +85,7 @@ def build_parser():
     add("--chat-template", metavar="NAME", help=text)
     add("--system", metavar="TEXT", help="system turn of the chat template (default: the run's)")
     add_template_option(parser)
-    text = "fp32, bf16, or auto (bf16 on CUDA) (default: the run's)"
+    text = "fp32, bf16, or auto (bf16 if a GPU has it) (default: the run's)"
     add("--dtype", metavar="NAME", help=text)
     text = "cpu, cuda, cuda:N, or auto (cuda if there is a GPU)"
     add("--device", default="auto", metavar="NAME", help=text)
@@ -177,9 +177,10 @@ class Model:
         """given: of options_of. Raises ValueError if there is no such model."""
         print("loading torch and transformers", flush=True)
         from run.checkpoint import find_model
+        from run.machine import warn_of_slow_bf16
         from run.options import fill
-        from run.start import warn_of_slow_bf16
-        from trainer.policy import context_length, load_policy, sampling_copy, use_threads
+        from trainer.bf16 import sampling_copy
+        from trainer.policy import context_length, load_policy, use_threads
         from trainer.prompts import Chat
         from trainer.sources import offline_without_network
 
@@ -270,7 +271,9 @@ class Stream:
         print(flush=True)
 
     def decode(self):
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        from trainer.decoding import text_of
+
+        return text_of(self.tokenizer, self.ids)
 
     def show(self, text):
         """Print what `text` has more than what is printed already."""

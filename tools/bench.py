@@ -302,7 +302,7 @@ def rollout(args, device, repeats=2):
     after it; "weights": ms to read every weight once; "ops": of costliest_ops; "rows": completions}
     """
     from run import start
-    from trainer.policy import sampling_copy
+    from trainer.bf16 import sampling_copy
     from trainer.sampling import sample
 
     o = shared_options(args)

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from trainer.decoding import decode, token_texts
 from trainer.grading import Grader
 from trainer.records import length_of_wrong
 from trainer.sampling import sample
@@ -33,16 +34,6 @@ def pass_at_k(n, c, k):
     downwards. Needs k <= n.
     """
     return 1 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def decode(tokenizer, rollout):
-    """The text of each completion, without special tokens, up to its EOS.
-
-    EOS itself is cut here: a tokenizer may not list the template's end of turn as special.
-    """
-    lengths = rollout.mask.sum(1) - (~rollout.truncated).long()  # without EOS
-    rows = zip(rollout.completions.tolist(), lengths.tolist(), strict=True)
-    return tokenizer.batch_decode([ids[:n] for ids, n in rows], skip_special_tokens=True)
 
 
 def evaluate(
@@ -124,12 +115,13 @@ def greedy_lines(tokenizer, texts, right, greedy, problems):
     lines = []
     for i, problem in enumerate(problems):
         n = int(greedy.mask[i].sum())  # tokens
+        ids, ended = greedy.completions[i, :n].tolist(), not greedy.truncated[i]
         line = {
             "prompt": problem["question"],
             "completion": texts[i],
             "answer": problem["answer"],
             "right": right[i] > 0.5,
-            "tokens": [tokenizer.decode([token]) for token in greedy.completions[i, :n].tolist()],
+            "tokens": token_texts(tokenizer, ids, ended),
         }
         columns = {"logprobs": greedy.sampler_logprobs, "entropy": greedy.sampler_entropy}
         for name, values in columns.items():

@@ -19,9 +19,21 @@ import copy
 import torch
 
 from rewards import correct, extract_answer, overlong_penalty, true_answer
+from trainer.decoding import text_of
 from trainer.methods import OwnFileError, named
+from trainer.prompts import ids_of
 
 QUOTED = 60  # characters of a question in an error
+
+
+def check_answer(tokenizer):
+    """Raise ValueError unless `rewards.correct` can read an answer that this tokenizer writes."""
+    text = text_of(tokenizer, ids_of(tokenizer, "#### 18"))
+    if extract_answer(text) != 18:
+        raise ValueError(
+            f"the model's tokenizer turns '#### 18' into {text!r}, where no answer can be read: "
+            f"every reward would be 0. Use another model, or --reward FILE.py with `correct`"
+        )
 
 
 class BadReward(Exception):

@@ -3,12 +3,12 @@
 sampling.py samples from it, and logprobs.py computes its log-probabilities.
 """
 
-import copy
 import os
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as hf_logging
 
 from trainer.prompts import AUTO, Prompts
@@ -34,8 +34,6 @@ def load_policy(name, device="cpu", chat=AUTO):
         raise ValueError(
             f"cannot load the model {name!r}: no such folder. Pass --model FOLDER, or --preset tiny"
         )
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"{name!r} holds no model: there is no config.json in this folder")
     try:
         model, tokenizer = read_model(name)
     except Exception as error:  # a dozen types, of transformers, safetensors and the Hub
@@ -55,10 +53,17 @@ def load_policy(name, device="cpu", chat=AUTO):
 
 
 def read_model(name):
-    """(model, tokenizer) from a folder or the Hub; ValueError if they are not complete.
+    """(model, tokenizer) from a folder or the Hub; ValueError if they cannot be trained as is.
 
     Reads weights from safetensors only, and runs no code of the repository.
     """
+    if find_adapter_config_file(name):
+        raise ValueError(
+            "it holds an adapter (adapter_config.json), which would be ignored. Merge it into its "
+            "model first, with PEFT's merge_and_unload."
+        )
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError("it holds no model: there is no config.json.")
     safe = {"trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(name, **safe)
     model, found = AutoModelForCausalLM.from_pretrained(
@@ -72,6 +77,8 @@ def read_model(name):
         raise ValueError(f"its files lack {len(missing)} weights, {min(missing)} among them.")
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise ValueError("some of its weights are not finite.")
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise ValueError("none of its weights takes a gradient, so it cannot be trained.")
     return model, tokenizer
 
 
@@ -152,40 +159,29 @@ def special_tokens(model, tokenizer, end_of_turn=None):
             "the model names no EOS token (generation_config.eos_token_id): it could never learn "
             "to stop"
         )
+    warn_of_ordinary(eos, tokenizer)
     pad = tokenizer.pad_token_id
     # An EOS may serve as padding, because completion_mask goes by position.
     return eos, pad if pad in known else eos[0]
 
 
-def sampling_copy(model, dtype, keep=False):
-    """The model to sample from: the model itself for fp32, a bf16 copy for bf16.
+def warn_of_ordinary(eos, tokenizer):
+    """Print a line for each EOS id that stands for a text, if the tokenizer has an EOS of its own.
 
-    generate reads every weight once per token, and bf16 halves the bytes. Each rollout makes a new
-    copy, so no update has to keep it in memory. The trained weights stay fp32: at a learning rate
-    of 1e-6 an update is smaller than half a bf16 ulp, and would be rounded away.
-
-    What from_pretrained(dtype=bfloat16) leaves in fp32 stays fp32: the buffers that are not saved,
-    such as the frequencies of rotary embeddings.
-
-    keep: keep the copy, and renew its weights at the next call. generate compiles a model for
-    --cache static, and would compile another copy again.
+    A config whose eos_token_id is a default, made for another vocabulary, may name a digit.
     """
-    if dtype != "bf16":
-        return model
-    kept = vars(model).get("kept_copy")
-    if keep and kept is not None:
-        kept.load_state_dict(model.state_dict())
-        return kept
-    copies = {}  # {id: copy}, for deepcopy: it takes these and makes no fp32 copy of its own
-    for weight in model.state_dict(keep_vars=True).values():
-        bf16 = weight.detach().to(torch.bfloat16) if weight.is_floating_point() else weight.clone()
-        if isinstance(weight, torch.nn.Parameter):
-            bf16 = torch.nn.Parameter(bf16, requires_grad=False)
-        copies.setdefault(id(weight), bf16)  # a tied weight comes twice
-    copied = copy.deepcopy(model, copies)
-    if keep:
-        vars(model)["kept_copy"] = copied  # not an attribute: it is no part of the model
-    return copied
+    own = tokenizer.eos_token
+    if own is None:
+        return
+    for token in eos:
+        text = tokenizer.convert_ids_to_tokens(token)
+        if text in (own, None) or token in tokenizer.added_tokens_decoder:
+            continue
+        print(
+            f"warning: a completion ends at every {text!r}: eos_token_id {token} of the model's "
+            f"config.json or generation_config.json is an ordinary token of its tokenizer, whose "
+            f"EOS is {own!r}. Is it a default of another vocabulary? Then correct both files"
+        )
 
 
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")

@@ -16,6 +16,7 @@ from trainer.packed import packable, packed
 from trainer.sampling import generate, sampling_settings
 
 TOLERANCE = 1e-3  # relative to the range of the compared values; fp32 rounding is below 1e-5
+MOST_TOKENS = 32  # that generate is tried with: some errors grow with the cache
 
 
 class Refused(ValueError):
@@ -61,14 +62,14 @@ def probe(model, prompts, max_new_tokens, pad_id, cache="dynamic"):
     try:
         through_head = head_is_plain(model, rows.pick([1]))
         check_forward(model, rows, through_head)
-        equal_lengths = must_not_be_left_padded(model, rows, pad_id, through_head)
+        share_prompts = through_head and prompts_can_be_shared(model, rows, pad_id)
+        equal_lengths = not share_prompts and must_be_equal(model, rows, pad_id, through_head)
     except Refused:
         raise
     except Exception as error:  # an architecture may fail in any way
         raise Refused(f"cannot run this model: {described(error)}") from None
     if versions != [weight._version for weight in model.parameters()]:
         raise Refused("cannot train this model: its forward pass changes its own weights")
-    share_prompts = through_head and prompts_can_be_shared(model, rows, pad_id)
     layout = Layout(through_head, share_prompts, equal_lengths, cache == "static")
     if layout.static_cache:
         check_static_cache(model, rows, pad_id, layout)
@@ -143,17 +144,16 @@ def logprobs_of(model, rows, through_head, share_prompts=False):
     return logprobs[rows.mask]
 
 
-def must_not_be_left_padded(model, rows, pad_id, through_head):
-    """Whether generate differs from the forward pass for prompts of unequal lengths.
+def must_be_equal(model, rows, pad_id, through_head):
+    """Whether the prompts of a batch must be equally long: left padding changes what is sampled.
 
-    Raises Refused if it differs for a single prompt too.
+    Raises Refused if generate differs from the forward pass for a single prompt too.
     """
-    tokens = min(3, rows.completions.shape[1])
     plain = Layout(through_head)
-    if generate_agrees(model, rows.prompts, tokens, pad_id, plain):
+    if generate_agrees(model, rows, pad_id, plain):
         return False
-    for prompt in rows.prompts:
-        if not generate_agrees(model, [prompt], tokens, pad_id, plain):
+    for i in (0, 1):
+        if not generate_agrees(model, rows.pick([i]), pad_id, plain):
             raise Refused(
                 "generate samples from another distribution than this model's forward pass "
                 "computes (does its cache change the result?): it cannot be trained on its samples"
@@ -165,14 +165,14 @@ def must_not_be_left_padded(model, rows, pad_id, through_head):
     return True
 
 
-def generate_agrees(model, prompts, tokens, pad_id, layout):
+def generate_agrees(model, rows, pad_id, layout):
     """Whether greedy tokens have the same log-probabilities in generate and run row by row."""
-    settings = sampling_settings(tokens, None, pad_id)
-    drawn, got, _ = generate(model, prompts, 2, 0, settings, layout, segment=1)  # [2 P, tokens]
-    mask = torch.ones_like(drawn, dtype=torch.bool)
-    repeated = [prompt for prompt in prompts for _ in range(2)]
-    rows = Rows(repeated, drawn, mask)
-    want = [logprobs_of(model, rows.pick([i]), layout.through_head) for i in range(len(drawn))]
+    settings = sampling_settings(min(MOST_TOKENS, rows.completions.shape[1]), None, pad_id)
+    drawn, got, _ = generate(model, rows.prompts, 2, 0, settings, layout, segment=1)  # [2 P, T]
+    repeated = [prompt for prompt in rows.prompts for _ in range(2)]
+    drawn_rows = Rows(repeated, drawn, torch.ones_like(drawn, dtype=torch.bool))
+    one_by_one = [drawn_rows.pick([i]) for i in range(len(drawn))]
+    want = [logprobs_of(model, row, layout.through_head) for row in one_by_one]
     return agree(got.flatten(), torch.cat(want))
 
 
@@ -181,13 +181,12 @@ def prompts_can_be_shared(model, rows, pad_id):
 
     Not every architecture has a cache of keys and values that can be copied, or accepts positions.
     """
-    tokens = min(3, rows.completions.shape[1])
     try:
         three = rows.pick([0, 1, 1])
         shared = logprobs_of(model, three, True, share_prompts=True)
         same = agree(shared, logprobs_of(model, three, True))
         layout = Layout(through_head=True, share_prompts=True)
-        if same and generate_agrees(model, rows.prompts, tokens, pad_id, layout):
+        if same and generate_agrees(model, rows, pad_id, layout):
             return True
         why = "sharing prompts changes this model's log-probabilities"
     except Exception as error:  # an architecture may fail in any way
@@ -198,10 +197,9 @@ def prompts_can_be_shared(model, rows, pad_id):
 
 def check_static_cache(model, rows, pad_id, layout):
     """Raise Refused if generate with a cache of fixed shape samples from another distribution."""
-    tokens = min(3, rows.completions.shape[1])
     why = "the log-probabilities differ" if layout.share_prompts else "prompts cannot be shared"
     try:
-        if layout.share_prompts and generate_agrees(model, rows.prompts, tokens, pad_id, layout):
+        if layout.share_prompts and generate_agrees(model, rows, pad_id, layout):
             return
     except Exception as error:  # an architecture may fail in any way
         why = described(error)

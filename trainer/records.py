@@ -6,6 +6,7 @@ from statistics import fmean
 import torch
 
 from grpo import constant
+from trainer.decoding import token_texts
 from trainer.sampling import Rollout
 from trainer.update import kl_estimate
 
@@ -104,7 +105,7 @@ def sample_lines(step, rollout, rows, tokenizer, **more):
             "answer": problem["answer"],
             "right": rollout.right[i].item() > 0.5,
             "reward": rollout.rewards[i].item(),
-            "tokens": [tokenizer.decode([token]) for token in ids],
+            "tokens": token_texts(tokenizer, ids, ended=not rollout.truncated[i]),
         }
         for name, values in columns.items():
             line[name] = [round(value, 6) for value in values[i, :n].tolist()]
