@@ -174,6 +174,14 @@ def test_entropy_is_of_the_whole_vocabulary():
     assert (entropy[~MASK] == 0).all()
 
 
+def test_the_entropy_of_a_nearly_certain_token_keeps_its_digits():
+    """One logit is 15 to 40 above the others. GTPO divides by such an entropy."""
+    hidden, weight = torch.diag(torch.tensor([15.0, 20, 25, 30, 40])), torch.eye(24)[:, :5]
+    _, got = logprobs.HeadLogprobs.apply(hidden, weight, None, torch.arange(5), 1.0, True)
+    want = torch.distributions.Categorical(logits=hidden.double() @ weight.double().T).entropy()
+    torch.testing.assert_close(got.double(), want, rtol=0.1, atol=0)
+
+
 def test_what_stands_where_mask_is_off_is_not_read():
     model, other = tiny_model(), COMPLETIONS.clone()
     other[~MASK] = 23

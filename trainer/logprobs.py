@@ -64,8 +64,9 @@ class HeadLogprobs(torch.autograd.Function):
             z = chunk_logits(h[rows], head, bias, temperature)  # [chunk, V]
             lse = logsumexp[rows] = z.logsumexp(1)
             logprobs[rows] = z.gather(1, targets[rows, None])[:, 0] - lse
-            if with_entropy:  # H = - sum p log p = lse - sum p z
-                entropy[rows] = lse - (z - lse[:, None]).exp_().mul_(z).sum(1)
+            if with_entropy:  # H = - sum p log p; lse - sum p z would cancel where H is near 0
+                z -= lse[:, None]
+                entropy[rows] = -z.exp().mul_(z).sum(1)
         ctx.save_for_backward(h, head, bias, targets, logsumexp)
         ctx.chunk, ctx.temperature = chunk, temperature
         ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
