@@ -11,9 +11,8 @@ One step of any method of the GRPO family; the G completions o_i of a prompt are
 grpo.py, tepo.py and the others hold `advantages` and `loss` beside their equations; rewards.py says
 what is right. train.py takes the same steps faster and in less memory, and tests compare the two.
 
-`python minimal.py --algo grpo --model Qwen/Qwen2.5-0.5B --data gsm8k` needs one GPU of 24 GiB, by
-arithmetic: 7.4 for weights, gradients and AdamW's two moments, 1 for bf16 copies of the weights, 6
-for two rows of 512 tokens, most of it logits.
+`python minimal.py --model Qwen/Qwen2.5-0.5B --data gsm8k` needs a GPU of 24 GiB, by arithmetic: 7.4
+for weights, gradients and AdamW's two moments, 1 for bf16 weights, 6 for two rows of 512 tokens.
 """
 
 import argparse
@@ -217,7 +216,6 @@ def main(argv=None):
     embedded = given.get("model", "tiny") == "tiny" and given.get("data") != "gsm8k"
     defaults = {name: tiny if embedded else other for name, tiny, other, _ in OPTIONS}
     o = types.SimpleNamespace(**{**defaults, **given})
-
     torch.manual_seed(o.seed)
     model, tokenizer = load_policy(o.model)
     method = types.ModuleType("method")
@@ -230,16 +228,15 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     held_out = load_problems(o.data, "test")
     train, _ = split_overlap(load_problems(o.data, "train"), held_out)
+    batches = [problems_at(train, o.seed, i * o.prompts, o.prompts) for i in range(o.steps)]
     history = []  # the mean reward of each step
-
     about = {"algo": o.algo, "seed": o.seed}
     with open(o.log, "w", buffering=1) as log:  # line by line
         line = evaluate(model, tokenizer, held_out[: o.eval_n], o)
         print(json.dumps({**about, "phase": "eval", "step": 0, **line}), file=log)
-        bar = tqdm(range(1, o.steps + 1), unit="step")
-        for number in bar:
+        bar = tqdm(batches, unit="step")
+        for number, problems in enumerate(bar, 1):
             optimizer.param_groups[0]["lr"] = o.lr * min(1.0, number / max(1, o.warmup))
-            problems = problems_at(train, o.seed, (number - 1) * o.prompts, o.prompts)
             line = step(model, reference, tokenizer, optimizer, method, problems, history, o)
             history.append(line["reward"])
             print(json.dumps({**about, "phase": "train", "step": number, **line}), file=log)

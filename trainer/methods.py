@@ -49,11 +49,8 @@ def parameters(function):
 
 def keywords(function):
     """{name: inspect.Parameter} of the function's keyword-only parameters."""
-    found = {}
-    for name, parameter in parameters(function).items():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            found[name] = parameter
-    return found
+    takes = parameters(function)
+    return {name: takes[name] for name in takes if takes[name].kind is takes[name].KEYWORD_ONLY}
 
 
 def named(function, values):
