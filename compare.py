@@ -23,8 +23,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from plot import method_name, plot_runs
+from run.checks import fill
 from run.commandline import Parser, output_folder
-from run.options import algorithm_names, fill, parse
+from run.names import algorithm_names
+from run.parser import parse
 from run.progress import Progress
 from run.runs import BAD_VALUE, group, read_folder, read_runs, write_csv
 from trainer.methods import ALGORITHMS, label

@@ -20,8 +20,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from run import options
 from run.commandline import Parser, output_file
+from run.names import algorithm_names
 from run.runs import ORDER, average, finite, group, read_runs, rows_of
 from run.samples import read_groups
 from trainer.methods import ALGORITHMS, is_file, label
@@ -944,7 +944,7 @@ def build_parser():
     text = "with --credit: the group of this step; default: where the policy had moved most"
     parser.add_argument("--step", type=int, metavar="N", help=text)
     text = "with --credit: these methods, or files of your own, or all; default: the seven"
-    parser.add_argument("--algos", type=options.algorithm_names, metavar="A,B", help=text)
+    parser.add_argument("--algos", type=algorithm_names, metavar="A,B", help=text)
     return parser
 
 

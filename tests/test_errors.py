@@ -20,8 +20,9 @@ from transformers import AutoTokenizer
 
 import train
 from run import checkpoint, start
+from run.checks import fill
 from run.commandline import command
-from run.options import DEFAULTS, fill
+from run.options import DEFAULTS
 from tiny.problems import problems
 from trainer import data, grading, sources
 from trainer.methods import ALGORITHMS, MORE

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from run import evaluation
-from run.options import fill
+from run.checks import fill
 from trainer import evaluate, grading
 from trainer.logprobs import Layout
 from trainer.policy import load_policy

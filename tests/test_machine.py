@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from run import machine, start
-from run.options import fill, parse
+from run.checks import fill
+from run.parser import parse
 
 
 @pytest.fixture

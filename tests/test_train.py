@@ -16,7 +16,9 @@ import grpo
 import train
 from run import session, start
 from run.algorithm import checked_options, load_algorithm
-from run.options import DEFAULTS, fill, parse
+from run.checks import fill
+from run.options import DEFAULTS
+from run.parser import parse
 from trainer import grading
 from trainer.bf16 import sampling_copy
 from trainer.methods import ALGORITHMS, MORE, inputs, keywords

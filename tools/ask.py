@@ -18,15 +18,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when run as a script
 
 from rewards import correct, true_answer
-from run.options import (
-    Options,
-    Parser,
-    add_template_option,
-    check_config,
-    check_utf8,
-    check_values,
-    template_options,
-)
+from run.checks import check_config, check_values
+from run.commandline import RaisingParser
+from run.options import Options
+from run.parser import add_option
 
 # The options of train.py that decide how a model is asked.
 ASKED = (
@@ -58,7 +53,7 @@ dtype, unless an option here says otherwise. Any other model gets the question a
 
 
 def build_parser():
-    parser = Parser(
+    parser = RaisingParser(
         prog="ask.py",
         description="Ask a model a question: a greedy completion and some sampled ones.",
         epilog=EPILOG,
@@ -84,7 +79,7 @@ def build_parser():
     text = "auto: the tokenizer's, if it has one; none: plain text (default: the run's)"
     add("--chat-template", metavar="NAME", help=text)
     add("--system", metavar="TEXT", help="system turn of the chat template (default: the run's)")
-    add_template_option(parser)
+    add_option(parser, "template_option")
     text = "fp32, bf16, or auto (bf16 if a GPU has it) (default: the run's)"
     add("--dtype", metavar="NAME", help=text)
     text = "cpu, cuda, cuda:N, or auto (cuda if there is a GPU)"
@@ -107,13 +102,12 @@ def parse(argv):
     if unknown:
         raise ValueError(parser.refusal(unknown[0]))
     if args.template_option is not None:
-        args.template_option = template_options(args.template_option)
+        args.template_option = dict(args.template_option)
     if not 0 <= args.samples <= MOST_SAMPLES:
         raise ValueError(f"--samples {args.samples}: 0 to {MOST_SAMPLES}")
     if args.answer is not None:
         check_answer(args.answer)
     given = options_of(args)
-    check_utf8(given)
     check_values(Options(**given))
     if args.question is None and not sys.stdin.isatty():
         args.question = sys.stdin.read().strip("\r\n")
@@ -177,8 +171,8 @@ class Model:
         """given: of options_of. Raises ValueError if there is no such model."""
         print("loading torch and transformers", flush=True)
         from run.checkpoint import find_model
+        from run.checks import fill
         from run.machine import warn_of_slow_bf16
-        from run.options import fill
         from trainer.bf16 import sampling_copy
         from trainer.policy import context_length, load_policy, use_threads
         from trainer.prompts import Chat

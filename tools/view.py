@@ -21,8 +21,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when run as a script
 
 from plot import NOTES, is_complete, push, style, tensors
-from run import options
 from run.commandline import Parser, output_file
+from run.names import algorithm_names
 from run.runs import ORDER, finite, read_folder
 from run.samples import read_groups
 from trainer.methods import ALGORITHMS, is_file, label
@@ -233,7 +233,7 @@ def build_parser():
     text = "the page to write; default: samples.html in RUN"
     parser.add_argument("--out", metavar="FILE", type=output_file, help=text)
     text = "compute the push under these methods, or all, besides the run's own; default: the seven"
-    kind = {"type": options.algorithm_names, "default": list(ALGORITHMS)}
+    kind = {"type": algorithm_names, "default": list(ALGORITHMS)}
     parser.add_argument("--algos", metavar="A,B", help=text, **kind)
     return parser
 
