@@ -28,15 +28,6 @@ RUN_FILES += ("track.json", "tensorboard", "wandb")  # of --track
 # Folders
 
 
-def check_folder(out):
-    """Raise ValueError if `out` is no folder, or cannot be created or written to."""
-    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise ValueError(f"--out {out}: {nearest} is a file; name a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"--out {out}: no permission to write in {nearest}; name another folder")
-
-
 def refuse_existing(out, eval_only):
     """Raise ValueError if the folder holds a run, or with --eval-only an evaluation."""
     if eval_only and (out / "eval.json").exists():

@@ -22,12 +22,16 @@ def locked(folder):
     """Create the folder and hold its lock during the with block.
 
     A folder that was created here is deleted again if it is empty at the end. Raises ValueError,
-    with the process id, if another process holds the lock; OSError if it cannot be written.
+    with the process id, if another process holds the lock; also if the folder cannot be written.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
-    descriptor = acquire(path) if fcntl else None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = acquire(path) if fcntl else None
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}"
+        raise ValueError(f"cannot write to the folder {folder} ({why})") from None
     try:
         yield
     finally:
@@ -43,10 +47,7 @@ def locked(folder):
 def acquire(path):
     """Lock the file and write this process into it. Returns its descriptor."""
     while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise OSError(f"cannot write the lock {path}: {error.strerror}") from None
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

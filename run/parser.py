@@ -105,7 +105,8 @@ def lasting_path(text):
     return str(Path(text).expanduser().absolute())
 
 
-READ = {"algo": method, "reward": lasting_path}  # how a text is read, where it is no plain text
+# How a text is read, where it is neither a plain text nor one of the choices.
+READ = {"algo": method, "reward": lasting_path, "device": str.lower}
 
 
 def parse(argv):

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import platform
 import re
 import shlex
 from dataclasses import asdict
@@ -13,7 +12,7 @@ import torch
 from run import checkpoint, origin
 from run.algorithm import checked_options
 from run.checks import check_config, fill
-from run.machine import warn_of_slow_bf16, why_no_gpu
+from run.machine import machine_name, warn_of_slow_bf16, why_no_gpu
 from run.names import check_name
 from run.options import CHANGEABLE_ON_RESUME, Options, flag
 from run.ownreward import load_reward, try_reward
@@ -44,22 +43,19 @@ def chosen(given, argv=()):
         parts = [re.sub(r"[^\w.]+", "-", path)[-100:].strip("-.") for path in (o.model, o.data)]
         name = "-".join(["eval", *parts])
     out = Path(o.out or f"runs/{name}-s{o.seed}")
-    checkpoint.check_folder(out)
     command = shlex.join(["python", "train.py", *argv])
     return o, out, {"options": asdict(o), "command": command, "status": "running"}
 
 
 def print_preset(o, given):
     """Print the preset, why it was taken, and how to get the other one."""
-    cuda = torch.cuda.is_available()
-    why = "as asked"
-    if given.get("preset", "auto") == "auto":
-        why = "a CUDA GPU was found" if cuda else why_no_gpu()
-        if o.preset == "gsm8k" and not cuda:
-            why = "for --eval-only on GSM8K"
+    why = "a CUDA GPU was found" if torch.cuda.is_available() else why_no_gpu()
     other = "--preset gsm8k trains Qwen2.5-0.5B on GSM8K, which is slow without a GPU"
     if o.preset == "gsm8k":
         other = "--preset tiny trains the embedded model in minutes, with or without a GPU"
+        why = why if torch.cuda.is_available() else "for --eval-only on GSM8K"
+    if given.get("preset", "auto") != "auto":
+        why = "as asked"
     print(f"preset {o.preset} ({why}): {o.model} on {o.data}; {other}")
 
 
@@ -168,11 +164,7 @@ def made_from(o, model, problems, config):
         "versions": origin.versions(),
     }
     if "weights" not in config:  # a new run
-        machine = f"{platform.processor() or platform.machine()} CPU"
-        machine = f"{machine}, {torch.get_num_threads()} threads"
-        if model.device.type == "cuda":
-            machine = torch.cuda.get_device_name(model.device)
-        return {**now, "machine": machine}
+        return {**now, "machine": machine_name(model.device)}
     if config["weights"] != now["weights"]:
         raise ValueError(
             f"the start model {o.model} is not what it was when the run began; the run cannot be "
