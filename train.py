@@ -171,7 +171,7 @@ def loop(trainer, out, held_out, done):
     interrupted = session.on_interrupt()
     if session.evaluates(o, done):
         session.write_evaluation(trainer, out, held_out, done)
-        draw(out)
+        plot_runs([out], out / "curves.png")
     step = done
     name = f"{label(o.algo)} step"
     bar = Progress(f"{name} {done}/{o.steps}", o.steps, done)
@@ -190,7 +190,7 @@ def loop(trainer, out, held_out, done):
             if session.evaluates(o, step):
                 session.write_evaluation(trainer, out, held_out, step)
             if session.draws(o, out, step):
-                draw(out)
+                plot_runs([out], out / "curves.png")
             if session.saves(o, step, interrupted):
                 session.save(trainer, out, step, sizes)
             if interrupted:
@@ -200,14 +200,6 @@ def loop(trainer, out, held_out, done):
     if interrupted and step < o.steps:
         return session.stopped_by_user(out, step, o.save_every, interrupted[0])
     return 0
-
-
-def draw(out):
-    """Draw the run's curves.png."""
-    try:
-        plot_runs([out], out / "curves.png")
-    except OSError as error:
-        raise OSError(f"cannot write {out / 'curves.png'}: {error}") from None
 
 
 def main(argv=None):

@@ -1,10 +1,13 @@
 """What the commands share: a parser that refuses in one line, paths to write, the next command."""
 
 import argparse
+import contextlib
 import difflib
 import os
+import re
 import shlex
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -29,6 +32,15 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{word!a}: not valid UTF-8, as texts and paths must be")
         return super().parse_known_args(args, namespace)
 
+    def format_help(self):
+        """The help, with the paths of our files as they are from the current folder."""
+
+        def path(match):
+            file = ROOT / match[0]
+            return from_here(file) if file.is_file() else match[0]
+
+        return re.sub(r"[\w/]+\.(py|md|csv|jsonl)\b", path, super().format_help())
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
@@ -49,6 +61,29 @@ class RaisingParser(Parser):
 
     def error(self, message):
         raise ValueError(message)
+
+
+def quit_on_interrupt():
+    """Have Ctrl-C end the process at once, with status 130: for as long as it only imports."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+
+def run_main(main):
+    """Exit with the status of a command's main; Ctrl-C raises KeyboardInterrupt in it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Name the file in the OSError of a write that fails: a full disk's error names none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def output_file(text):

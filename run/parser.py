@@ -2,13 +2,11 @@
 
 import argparse
 import json
-import os
-import signal
 import sys
 from pathlib import Path
 
 from run.checks import check_values
-from run.commandline import RaisingParser
+from run.commandline import RaisingParser, quit_on_interrupt
 from run.names import method
 from run.options import FIELDS, GSM8K, Options, flag
 
@@ -125,7 +123,7 @@ def check_command_line():
     Raises SystemExit for both. Values that depend on the preset or the machine are checked later.
     Until `main` begins there is nothing to tidy up: Ctrl-C ends the process, without a traceback.
     """
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    quit_on_interrupt()
     try:
         given = parse(sys.argv[1:])
         if "resume" not in given:  # else the run's own options come first

@@ -118,7 +118,7 @@ def set_up(o, new=None):
 
     longest = context_length(model) - o.max_new_tokens
     vocabulary = len(model.get_input_embeddings().weight)
-    how = o.prompt, longest, vocabulary, chat, eos_ids
+    how = o.prompt, longest, vocabulary, chat, eos_ids, o.max_new_tokens
     long_train = 0
     if not o.eval_only:
         train, long_train = encode_problems(tokenizer, train, *how)

@@ -437,9 +437,8 @@ def main(argv=None):
         config.generation_kwargs = {"stop_token_ids": eos_ids, **(config.generation_kwargs or {})}
     longest = context_length(model) - o.max_new_tokens
     vocabulary = len(model.get_input_embeddings().weight)
-    problems, dropped = encode_problems(
-        tokenizer, problems, o.prompt, longest, vocabulary, chat, eos_ids
-    )
+    how = o.prompt, longest, vocabulary, chat, eos_ids, o.max_new_tokens
+    problems, dropped = encode_problems(tokenizer, problems, *how)
     if dropped:
         print(f"dropped {dropped} problems with a prompt of over {longest} tokens")
     dataset = rows(tokenizer, problems)

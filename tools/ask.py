@@ -11,6 +11,7 @@ terminal. torch is imported where it is used: --help and a wrong command line do
 
 import argparse
 import json
+import re
 import sys
 import unicodedata
 from pathlib import Path
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, whe
 
 from rewards import correct, true_answer
 from run.checks import check_config, check_values
-from run.commandline import RaisingParser
+from run.commandline import RaisingParser, run_main
 from run.options import Options
 from run.parser import add_option
 
@@ -35,11 +36,13 @@ ASKED = (
 )
 MOST_SAMPLES = 1000
 MOST_TOKENS = 512  # of a model that is no run
-EPILOG = """examples:
-  python tools/ask.py tiny "Sam has 36 cards. He uses 8, wins 1 and loses 8. How many cards now?"
+EXAMPLE = "Sam has 36 cards. He uses 8, wins 1 and loses 8. How many cards now?"
+LEARNED = r"\w+ has \d+ \w+\. .+ How many \w+ now\?"  # the form of tiny's problems
+EPILOG = f"""examples:
+  python tools/ask.py tiny "{EXAMPLE}"
       the embedded model before training
   python tools/ask.py runs/tepo-tiny-s0 --answer 21 \\
-          "Sam has 36 cards. He uses 8, wins 1 and loses 8. How many cards now?"
+          "{EXAMPLE}"
       the same question after training, and whether each completion is right
   python tools/ask.py Qwen/Qwen2.5-0.5B "What is 17 * 23?" --samples 0
       a model of the Hub, greedy only
@@ -162,6 +165,15 @@ def run_options(folder):
         return {}
     check_config({"options": asked}, path)
     return asked
+
+
+def of_tiny(name):
+    """Whether a model is the embedded one, or that of a run that began with it."""
+    try:
+        config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+        return config["options"]["model"] == "tiny"
+    except (OSError, ValueError, KeyError, TypeError):
+        return name == "tiny"
 
 
 class Model:
@@ -347,6 +359,8 @@ def main(argv=None):
         model = Model(given)
         questions = typed_questions() if args.question is None else [args.question]
         for question in questions:
+            if of_tiny(args.model) and not re.fullmatch(LEARNED, question.strip(), re.DOTALL):
+                print(f"note: tiny has only learned problems such as: {EXAMPLE}")
             ask(model, question, args.samples, args.answer)
     except (ValueError, OSError) as error:
         return refuse(error)
@@ -364,4 +378,4 @@ def refuse(error):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -16,12 +16,16 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when run as a script
 
+from run.commandline import Parser, output_file, quit_on_interrupt, run_main, writing
+
+if __name__ == "__main__":
+    quit_on_interrupt()
+
+import numpy as np
+
 from plot import NOTES, is_complete, push, style, tensors
-from run.commandline import Parser, output_file
 from run.names import algorithm_names
 from run.runs import ORDER, finite, read_folder
 from run.samples import read_groups
@@ -196,10 +200,9 @@ def write_page(data, out):
     page = TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", json_text(data))
     part = out.with_name(f".{out.name}.part")
     try:
-        part.write_text(page, encoding="utf-8")
-        os.replace(part, out)
-    except OSError as error:
-        raise OSError(f"cannot write {out}: {error.strerror}") from None
+        with writing(out):
+            part.write_text(page, encoding="utf-8")
+            os.replace(part, out)
     finally:
         if part.is_file():
             part.unlink()
@@ -258,4 +261,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)
