@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -20,11 +21,18 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from run.commandline import Parser, output_folder, quit_on_interrupt, run_main, writing
+
+if __name__ == "__main__":
+    quit_on_interrupt()
+
 from tqdm import tqdm
 
 from plot import method_name, plot_runs
-from run.commandline import Parser, output_folder
-from run.options import algorithm_names, fill, parse
+from run.checks import fill
+from run.names import algorithm_names
+from run.options import FIELDS, flag
+from run.parser import parse
 from run.progress import Progress
 from run.runs import BAD_VALUE, group, read_folder, read_runs, write_csv
 from trainer.methods import ALGORITHMS, label
@@ -416,13 +424,24 @@ def parse_args(argv):
     """The options; `rest` is what follows --. Raises SystemExit."""
     parser = build_parser()
     split = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_args(argv[:split])
+    args, unknown = parser.parse_known_args(argv[:split])
+    if unknown:
+        parser.error(refusal(parser, unknown))
     args.rest = argv[split + 1 :]
     if args.algos is None:
         args.algos = ["tepo"] if args.eps else list(ALGORITHMS)
     if args.jobs < 1:
         parser.error("--jobs is at least 1")
     return args
+
+
+def refusal(parser, unknown):
+    """The error message for words that are no options, which may be options of train.py."""
+    name = unknown[0].split("=")[0]
+    if name not in OURS and name in map(flag, [*FIELDS, "beta"]):
+        words = shlex.join(unknown)
+        return f"{name} is an option of train.py; those go after --: compare.py -- {words}"
+    return parser.refusal(unknown[0])
 
 
 def write_results(args, folders):
@@ -436,8 +455,10 @@ def write_results(args, folders):
     figure, numbers, text = (Path(f"{stem}.{kind}") for kind in ("png", "csv", "md"))
     runs = read_runs(folders)
     plot_runs(runs, figure)
-    write_csv(runs, numbers)
-    text.write_text(table(runs), encoding="utf-8")
+    with writing(numbers):
+        write_csv(runs, numbers)
+    with writing(text):
+        text.write_text(table(runs), encoding="utf-8")
     print(table(runs))
     print(figure, numbers, text, sep="\n")
 
@@ -467,4 +488,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -12,16 +12,19 @@ import argparse
 import math
 import os
 import re
-import sys
 import textwrap
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+from run.commandline import Parser, output_file, quit_on_interrupt, run_main, writing
+
+if __name__ == "__main__":
+    quit_on_interrupt()
+
 import numpy as np
 
-from run import options
-from run.commandline import Parser, output_file
+from run.names import algorithm_names
 from run.runs import ORDER, average, finite, group, read_runs, rows_of
 from run.samples import read_groups
 from trainer.methods import ALGORITHMS, is_file, label
@@ -117,20 +120,20 @@ def save(figure, out):
     A PNG that is too large to commit gets a palette of 256 colours, a third of the size.
     """
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.stem}.part{out.suffix or '.png'}")
-    try:
-        figure.savefig(part, dpi=160)
-        if part.suffix == ".png" and part.stat().st_size > MAX_BYTES:
-            from PIL import Image  # a dependency of matplotlib
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            figure.savefig(part, dpi=160)
+            if part.suffix == ".png" and part.stat().st_size > MAX_BYTES:
+                from PIL import Image  # a dependency of matplotlib
 
-            image = Image.open(part).convert("RGB")
-            image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-                part, optimize=True
-            )
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
+                image = Image.open(part).convert("RGB")
+                look = {"method": Image.Quantize.MAXCOVERAGE, "dither": Image.Dither.NONE}
+                image.quantize(256, **look).save(part, optimize=True)
+            os.replace(part, out)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def stretches(count):
@@ -677,14 +680,18 @@ def read_group(path, step=None):
     mixed = []
     for rows in read_groups(path):
         rows = [row for row in rows if is_complete(row)]
-        right = sum(row["right"] for row in rows)
-        if 0 < right < len(rows) and step in (None, rows[0]["step"]):
+        if 0 < sum(row["right"] for row in rows) < len(rows):
             mixed.append(rows)
+    what = "no group with both right and wrong completions, with tokens and finite numbers"
     if not mixed:
-        at = "" if step is None else f" at step {step}"
-        what = f"both right and wrong completions{at}, with tokens and finite numbers"
-        raise ValueError(f"{path}: no group with {what}")
-    return max(mixed, key=contrast)
+        raise ValueError(f"{path}: {what}")
+    chosen = [rows for rows in mixed if step in (None, rows[0]["step"])]
+    if not chosen:
+        steps = sorted({rows[0]["step"] for rows in mixed})
+        raise ValueError(
+            f"{path}: {what}, at step {step}; at {', '.join(map(str, steps))} it has one"
+        )
+    return max(chosen, key=contrast)
 
 
 def is_complete(row):
@@ -944,7 +951,7 @@ def build_parser():
     text = "with --credit: the group of this step; default: where the policy had moved most"
     parser.add_argument("--step", type=int, metavar="N", help=text)
     text = "with --credit: these methods, or files of your own, or all; default: the seven"
-    parser.add_argument("--algos", type=options.algorithm_names, metavar="A,B", help=text)
+    parser.add_argument("--algos", type=algorithm_names, metavar="A,B", help=text)
     return parser
 
 
@@ -986,4 +993,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -10,7 +10,7 @@ import contextlib
 import sys
 import time
 
-from run.options import check_command_line, parse
+from run.parser import check_command_line, parse
 
 if __name__ == "__main__":  # before torch is imported, so that --help does not wait for it
     check_command_line()
@@ -21,7 +21,7 @@ import torch
 from grpo import constant
 from plot import plot_runs
 from run import checkpoint, session, start
-from run.algorithm import check_own, load_algorithm, wrong_shape
+from run.algorithm import check_advantages, load_algorithm
 from run.evaluation import evaluate_only
 from run.lock import locked
 from run.ownreward import load_reward
@@ -158,7 +158,7 @@ class Trainer:
         filled = inputs(function, rollout, rows, rollout.entropy, self.o.max_new_tokens)
         options = {**filled, **self.advantage_options}
         advantages = function(rollout.rewards, self.o.group_size, **options)
-        check_own(function, wrong_shape(advantages, rollout.mask))
+        check_advantages(function, advantages, rollout.mask)
         return corrected(advantages, rollout, self.o.sampler_correction)
 
 
@@ -171,7 +171,7 @@ def loop(trainer, out, held_out, done):
     interrupted = session.on_interrupt()
     if session.evaluates(o, done):
         session.write_evaluation(trainer, out, held_out, done)
-        draw(out)
+        plot_runs([out], out / "curves.png")
     step = done
     name = f"{label(o.algo)} step"
     bar = Progress(f"{name} {done}/{o.steps}", o.steps, done)
@@ -190,7 +190,7 @@ def loop(trainer, out, held_out, done):
             if session.evaluates(o, step):
                 session.write_evaluation(trainer, out, held_out, step)
             if session.draws(o, out, step):
-                draw(out)
+                plot_runs([out], out / "curves.png")
             if session.saves(o, step, interrupted):
                 session.save(trainer, out, step, sizes)
             if interrupted:
@@ -198,16 +198,8 @@ def loop(trainer, out, held_out, done):
     if trainer.updater.bad_steps == BAD_STEPS:
         return session.stopped_by_bad_steps(out, step)
     if interrupted and step < o.steps:
-        return session.stopped_by_user(out, step, o.save_every)
+        return session.stopped_by_user(out, step, o.save_every, interrupted[0])
     return 0
-
-
-def draw(out):
-    """Draw the run's curves.png."""
-    try:
-        plot_runs([out], out / "curves.png")
-    except OSError as error:
-        raise OSError(f"cannot write {out / 'curves.png'}: {error}") from None
 
 
 def main(argv=None):
@@ -219,12 +211,12 @@ def main(argv=None):
     with contextlib.ExitStack() as stack:
         try:
             given = parse(argv)
-            if given.get("show_prompt"):
-                start.show_prompt(given)
+            o, out, config = start.chosen(given, argv)
+            if o.show_prompt:
+                start.show_prompt(o)
                 return 0
-            out = start.run_folder(given)
             stack.enter_context(locked(out))
-            run = prepare(given, out, argv)
+            run = prepare(o, out, config, "resume" in given)
         except (ValueError, OSError) as error:
             return refuse(error)
         except KeyboardInterrupt:
@@ -234,11 +226,9 @@ def main(argv=None):
         return train_and_save(out, *run, started)
 
 
-def prepare(given, out, argv):
+def prepare(o, out, config, resume):
     """(trainer, held-out problems, config, last finished step); None after --eval-only."""
-    resume = "resume" in given
-    o, config = start.resumed(given, out) if resume else start.begun(given, out, argv)
-    model, tokenizer, generation, problems, held_out = start.set_up(o)
+    model, tokenizer, generation, problems, held_out = start.set_up(o, None if resume else out)
     if o.eval_only:
         evaluate_only(o, out, model, tokenizer, generation, held_out)
         return None
@@ -271,4 +261,5 @@ def refuse(error):
 
 
 if __name__ == "__main__":
+    session.raise_on_signals()
     sys.exit(main())

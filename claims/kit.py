@@ -37,8 +37,8 @@ def trainer(algo, *flags, seed=0):
         argv = ["--preset", "tiny", "--algo", algo, "--seed", str(seed), "--threads", "1"]
         argv += ["--device", "cpu", "--k", "0", "--out", str(out), *flags]
         with contextlib.redirect_stdout(io.StringIO()):  # the lines of a run's start
-            given = train.parse(argv)
-            prepared, held_out, *_ = train.prepare(given, start.run_folder(given), argv)
+            run = start.chosen(train.parse(argv))
+            prepared, held_out, *_ = train.prepare(*run, resume=False)
         yield prepared, held_out
 
 

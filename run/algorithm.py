@@ -3,16 +3,11 @@
 import functools
 import inspect
 import math
-from pathlib import Path
 
 import torch
 
 import grpo
-from run.ownfile import (
-    guarded,
-    load_file,
-    place_of,
-)
+from run.ownfile import guarded, load_file, place_of
 from trainer.methods import (
     OwnFileError,
     is_file,
@@ -34,9 +29,7 @@ MAY_BE_NEGATIVE = ("tau", "mu", "ignore_id")  # every other numeric option is at
 
 def load_algorithm(algo):
     """The module of a method: the file algo.py, more/algo.py, or a file of the user."""
-    if is_file(algo):
-        return load_own(algo)
-    return load_method(algo)
+    return load_own(algo) if is_file(algo) else load_method(algo)
 
 
 def option_defaults(module):
@@ -66,27 +59,22 @@ def checked_options(algo, given):
         if name not in defaults:
             options = ", ".join(f"{known}={default}" for known, default in defaults.items())
             raise ValueError(f"{label(algo)} has no option {name!r}; it has {options or 'none'}")
-        values[name] = converted(name, text, type(defaults[name]))
+        values[name] = converted(name, str(text), type(defaults[name]))
     try_out(module, values, algo)
     return values
 
 
 def converted(name, text, kind):
-    """The text as a bool, float, int or str (kind). Raises ValueError."""
-    if kind is bool:
-        if str(text).lower() not in ("true", "false"):
-            raise ValueError(f"--option {name}={text}: true or false is required")
-        return str(text).lower() == "true"
-    wanted = {float: "a finite number", int: "a whole number", str: "a text"}[kind]
-    signed = name in MAY_BE_NEGATIVE
-    if kind in (float, int) and not signed:
-        wanted += ", not negative"
+    """The text of an option as a bool, float, int or str (kind). Raises ValueError."""
+    wanted = {bool: "true or false", float: "a finite number", int: "a whole number"}.get(kind)
     try:
-        value = kind(text)
-    except (ValueError, OverflowError):
+        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
         raise ValueError(f"--option {name}={text}: {wanted} is required") from None
-    if kind is not str and not (math.isfinite(value) and (signed or value >= 0)):
-        raise ValueError(f"--option {name}={text}: {wanted} is required")
+    if kind in (float, int):
+        least = -math.inf if name in MAY_BE_NEGATIVE else 0
+        if not (abs(value) < math.inf and value >= least):  # NaN fails this test
+            raise ValueError(f"--option {name}={text}: {wanted} of at least {least} is required")
     return value
 
 
@@ -100,14 +88,15 @@ def try_out(module, values, algo):
     filled = {**toy_inputs(module.advantages), **advantage_options}
     advantages = module.advantages(batch.right, 2, **filled)
     if is_file(algo):
-        check_own(module.advantages, wrong_shape(advantages, batch.mask))
-        check_own(module.advantages, not_finite(advantages))
+        check_advantages(module.advantages, advantages, batch.mask)
+        if not advantages.isfinite().all():
+            refuse(module.advantages, f"gave {advantages.tolist()} for rewards of 1, 0, 0, 1")
     old_logprobs = -batch.mask.float()
     logprobs = old_logprobs.clone().requires_grad_(is_file(algo))
     filled = {**toy_inputs(module.loss), **loss_options}
     loss = module.loss(logprobs, old_logprobs, advantages, batch.mask, **filled)
     if is_file(algo):
-        check_own(module.loss, wrong_loss(loss, gradient_of(module.loss, loss, logprobs)))
+        check_loss(module.loss, loss, logprobs)
 
 
 # A file of the user
@@ -119,37 +108,31 @@ def load_own(path):
 
     Its functions raise OwnFileError whatever goes wrong in them. Raises ValueError.
     """
-    module = load_file(Path(path).resolve())
+    module = load_file(path)
     if not hasattr(module, "advantages"):
         module.advantages = grpo.advantages
     for name, arguments in ARGUMENTS.items():
         function = getattr(module, name, None)
-        wanted = f"{name}({', '.join(arguments)}, *, ...)"
+        wanted = f"a method is a function {name}({', '.join(arguments)}, *, ...)"
         if not callable(function):
-            raise OwnFileError(f"{path}: a method is a function {wanted}; there is none")
+            raise OwnFileError(f"{path}: {wanted}; there is none")
         problem = wrong_signature(function, arguments)
         if problem:
-            at = place_of(function, path)
-            raise OwnFileError(f"{at}: {problem}; a method is a function {wanted}")
-        check = check_loss if name == "loss" else check_advantages
-        setattr(module, name, guarded(name, function, path, check))
+            raise OwnFileError(f"{place_of(function, path)}: {problem}; {wanted}")
+        setattr(module, name, guarded(name, function, path))
     return module
 
 
 def wrong_signature(function, arguments):
     """What the trainer cannot call or fill in, in words, or None."""
     try:
-        takes = list(parameters(function).values())
-    except (TypeError, ValueError) as error:  # a builtin, for one
-        return str(error)
-    for parameter in takes[len(arguments) :]:
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
-            return f"put * before {parameter.name}: inputs and options are keyword-only"
-    filled = toy_inputs(function)
-    try:
+        filled = toy_inputs(function)
         inspect.signature(function).bind(*arguments, **filled)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # the latter of a builtin, for one
         return f"it cannot be called: {error}"
+    for place, (name, parameter) in enumerate(parameters(function).items()):
+        if place >= len(arguments) and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+            return f"put * before {name}: inputs and options are keyword-only"
     for name, parameter in keywords(function).items():
         if name not in filled and not isinstance(parameter.default, bool | int | float | str):
             names = ", ".join(known(toy(), slice(None), None, 1))
@@ -160,48 +143,30 @@ def wrong_signature(function, arguments):
     return None
 
 
-def check_advantages(result, rewards, *_):
-    """Raise ValueError unless the advantages of B rewards are a tensor [B] or [B, T]."""
-    B = len(rewards)
-    if not isinstance(result, torch.Tensor):
-        raise ValueError(f"must return a tensor, [B] or [B, T], not a {type(result).__name__}")
-    if result.ndim not in (1, 2) or len(result) != B:
-        shape = list(result.shape)
-        raise ValueError(f"must return [B] or [B, T], and B is {B}; it returned {shape}")
+def check_advantages(function, advantages, mask):
+    """Raise OwnFileError unless `advantages` of a user's file returned a tensor [B] or [B, T]."""
+    if not isinstance(advantages, torch.Tensor):
+        what = type(advantages).__name__
+        refuse(function, f"must return a tensor, [B] or [B, T], not a {what}")
+    if advantages.shape not in (mask.shape, mask.shape[:1]):
+        (B, T), shape = mask.shape, list(advantages.shape)
+        refuse(function, f"must return [B] or [B, T], for B = {B} and T = {T}; it returned {shape}")
 
 
-def check_loss(result, logprobs, *_):
-    """Raise ValueError unless the loss is one number with a gradient."""
-    if not isinstance(result, torch.Tensor):
-        raise ValueError(f"must return a tensor of one number, not a {type(result).__name__}")
-    if result.ndim:
-        raise ValueError(f"must return one number, and not a tensor {list(result.shape)}")
-    if logprobs.requires_grad and not result.requires_grad:
-        raise ValueError("must depend on logprobs, or it has no gradient")
-
-
-def check_own(function, problem):
-    """Raise OwnFileError with the problem, if any, of what a file's function returned."""
-    if problem:
-        raise OwnFileError(f"{function.place}: {function.name} {problem}")
-
-
-def wrong_shape(advantages, mask):
-    if advantages.shape in (mask.shape, mask.shape[:1]):
-        return None
-    (B, T), shape = mask.shape, list(advantages.shape)
-    return f"must return [B] or [B, T], for B = {B} and T = {T}; it returned {shape}"
-
-
-def not_finite(advantages):
-    if not advantages.isfinite().all():
-        return f"gave {advantages.tolist()} for rewards of 1, 0, 0, 1"
-    return None
-
-
-def wrong_loss(loss, gradient):
+def check_loss(function, loss, logprobs):
+    """Raise OwnFileError unless `loss` of a user's file returned one number with a gradient."""
+    if not isinstance(loss, torch.Tensor):
+        refuse(function, f"must return a tensor of one number, not a {type(loss).__name__}")
+    if loss.ndim:
+        refuse(function, f"must return one number, and not a tensor {list(loss.shape)}")
+    if not loss.requires_grad:
+        refuse(function, "must depend on logprobs, or it has no gradient")
+    gradient = gradient_of(function, loss, logprobs)
     if not loss.isfinite():
-        return f"gave {loss.item()} for a batch of four completions"
+        refuse(function, f"gave {loss.item()} for a batch of four completions")
     if not gradient.isfinite().all():
-        return "has a gradient that is not finite, for a batch of four completions"
-    return None
+        refuse(function, "has a gradient that is not finite, for a batch of four completions")
+
+
+def refuse(function, problem):
+    raise OwnFileError(f"{function.place}: {function.name} {problem}")

@@ -8,9 +8,7 @@ complete, unless the disk itself failed; then the one before it is used.
 
 import contextlib
 import json
-import math
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -27,18 +25,20 @@ RUN_FILES = ("config.json", *LINES, "curves.png", "samples.html", "checkpoints",
 RUN_FILES += ("track.json", "tensorboard", "wandb")  # of --track
 
 
-def check_folder(out):
-    """Raise ValueError if `out` is no folder, or cannot be created or written to."""
-    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise ValueError(f"--out {out}: {nearest} is a file; name a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"--out {out}: no permission to write in {nearest}; name another folder")
+# Folders
 
 
-def holds_run(out):
-    """Whether the folder holds any file of a run."""
-    return any((out / name).exists() for name in RUN_FILES)
+def refuse_existing(out, eval_only):
+    """Raise ValueError if the folder holds a run, or with --eval-only an evaluation."""
+    if eval_only and (out / "eval.json").exists():
+        raise ValueError(
+            f"{out} holds an evaluation already: --overwrite replaces it, --out FOLDER leaves it"
+        )
+    if not eval_only and any((out / name).exists() for name in RUN_FILES):
+        raise ValueError(
+            f"{out} holds a run already: --resume {out} continues it, --overwrite deletes it, "
+            f"--out FOLDER leaves it alone"
+        )
 
 
 def clear(out, source):
@@ -60,6 +60,39 @@ def clear(out, source):
 def remove(path):
     """Delete a file or a folder, if it exists."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def model_folder(name):
+    """The folder or Hub name to load for --model.
+
+    A run's folder stands for its trained model, or for its latest checkpoint if the run is not
+    done. Every other name stands for itself. Raises ValueError if a run has no model yet.
+    """
+    run = Path(name)
+    try:
+        status = json.loads((run / "config.json").read_text(encoding="utf-8"))["status"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return name  # not the folder of a run
+    choices = [run / "model", *steps_saved(run).values()]  # the last one that is there is taken
+    if status == "done":
+        choices.append(run / "model")
+    found = [folder for folder in choices if (folder / "config.json").is_file()]
+    if not found:
+        raise ValueError(
+            f"--model {name} is a run without a model or a checkpoint: resume it first"
+        )
+    return str(found[-1])
+
+
+def find_model(name):
+    """model_folder; prints a line if that is not the name itself."""
+    folder = model_folder(name)
+    if folder != name:
+        print(f"--model {name} is a run: taking {folder}")
+    return folder
+
+
+# Files
 
 
 @contextlib.contextmanager
@@ -109,8 +142,10 @@ def write_json(path, value):
 
 def append_lines(path, rows):
     """Append each row as a line of JSON, all rows or none; NaN and infinity are written as null."""
-    lines = [json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows]
-    data = "".join(lines).encode()
+    data = b""
+    for row in rows:
+        finite = json.loads(json.dumps(row), parse_constant=lambda _: None)
+        data += json.dumps(finite, ensure_ascii=False).encode() + b"\n"
     with open(path, "ab", buffering=0) as file:
         size = file.tell()
         try:
@@ -119,15 +154,6 @@ def append_lines(path, rows):
         except OSError as error:
             file.truncate(size)
             raise OSError(f"cannot write {path}: {error}") from None
-
-
-def _finite(x):
-    """x with None in place of each float that is not finite, in dicts and lists too."""
-    if isinstance(x, dict):
-        return {key: _finite(value) for key, value in x.items()}
-    if isinstance(x, list):
-        return [_finite(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def save_pretrained(folder, model, tokenizer):
@@ -152,38 +178,13 @@ def write_model(folder, model, tokenizer):
     tokenizer.save_pretrained(folder)
 
 
-def read_weights(model, folder):
-    """Load the weights of a folder by write_model. Raises if the folder is not complete."""
-    saved, found = type(model).from_pretrained(
-        folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
-    )
-    if found["missing_keys"]:  # transformers fills them in at random
-        raise ValueError(f"it lacks {min(found['missing_keys'])}")
-    model.load_state_dict(saved.state_dict())
-
-
-def rng_state():
-    """The state of every random generator that sampling uses."""
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_rng_state(state):
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+# Checkpoints
 
 
 def steps_saved(run):
     """{step: folder} of the run's checkpoints, in order of their steps."""
-    found = {}
-    for path in (run / "checkpoints").glob("step-*"):
-        name = re.fullmatch(r"step-(\d+)", path.name)
-        if name:
-            found[int(name[1])] = path
-    return dict(sorted(found.items()))
+    folders = [path for path in (run / "checkpoints").glob("step-*") if not path.suffix]
+    return dict(sorted((int(path.name.removeprefix("step-")), path) for path in folders))
 
 
 def line_sizes(run):
@@ -191,57 +192,22 @@ def line_sizes(run):
     return {name: (run / name).stat().st_size for name in LINES if (run / name).exists()}
 
 
-def model_folder(name):
-    """The folder or Hub name to load for --model.
-
-    A run's folder stands for its trained model, or for its latest checkpoint if the run is not
-    done. Every other name stands for itself. Raises ValueError if a run has no model yet.
-    """
-    run = Path(name)
-    try:
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        status = config["status"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return name  # not the folder of a run
-    choices = [*reversed(steps_saved(run).values()), run / "model"]
-    if status == "done":
-        choices.insert(0, run / "model")
-    for folder in choices:
-        if (folder / "config.json").is_file():
-            return str(folder)
-    raise ValueError(f"--model {name} is a run without a model or a checkpoint: resume it first")
-
-
-def find_model(name):
-    """model_folder; prints a line if that is not the name itself."""
-    folder = model_folder(name)
-    if folder != name:
-        print(f"--model {name} is a run: taking {folder}")
-    return folder
-
-
 def save(run, step, model, tokenizer, optimizer, sizes, **counters):
     """Write run/checkpoints/step-NNNNNN, and delete all but the last KEPT checkpoints.
 
     sizes: `line_sizes` after the step's training lines. counters: numbers that `load` returns.
     """
-    run = Path(run)
     root = run / "checkpoints"
     root.mkdir(exist_ok=True)
     for stale in root.glob("*.part"):  # of a process that was killed
         remove(stale)
     for name in sizes:
         sync(run / name)  # a checkpoint must not survive a power failure without its lines
+    state = {"step": step, "optimizer": optimizer.state_dict(), "sizes": sizes, **counters}
+    state["rng"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
     with whole(root / f"step-{step:06}") as part:
         part.mkdir()
         write_model(part, model, tokenizer)
-        state = {
-            "step": step,
-            "optimizer": optimizer.state_dict(),
-            "rng": rng_state(),
-            "sizes": sizes,
-            **counters,
-        }
         # An open file: given a path, torch.save would hide the reason of a failure.
         with open(part / "state.pt", "wb") as file:
             torch.save(state, file)
@@ -252,15 +218,14 @@ def save(run, step, model, tokenizer, optimizer, sizes, **counters):
         remove(saved[known])
 
 
-def load(run, model, optimizer, say, steps):
+def load(run, model, optimizer, steps):
     """Load the latest readable checkpoint, and cut the run's LINES files back to its step.
 
     steps: of the whole run. After the last of them samples.jsonl stays, for nothing is sampled any
     more. Restores the model, the optimizer and the random generators. Returns the checkpoint's
-    counters; those of step 0 if the run has no checkpoint yet. say(line) reports an unreadable
+    counters; those of step 0 if the run has no checkpoint yet. Prints a line for an unreadable
     checkpoint. Raises ValueError if there are checkpoints and none can be read.
     """
-    run = Path(run)
     saved = steps_saved(run)
     state, why = None, "there is none"
     for folder in reversed(saved.values()):
@@ -269,14 +234,14 @@ def load(run, model, optimizer, say, steps):
             break
         except Exception as error:  # truncated zip, broken header, missing file: many types
             why = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
-            say(f"checkpoint {folder.name} cannot be read ({why}); falling back to the one before")
+            print(f"checkpoint {folder.name} cannot be read ({why}); taking the one before")
     if state is None:
         if saved or (run / "model").exists():
             raise ValueError(
                 f"no checkpoint in {run / 'checkpoints'} can be read ({why}); mend that, or start "
                 "again with --overwrite"
             )
-        state = {"step": 0, "cursor": 0, "bad_steps": 0, "sizes": {}}
+        state = {"step": 0, "cursor": 0, "history": [], "bad_steps": 0, "sizes": {}}
     sizes = state.pop("sizes")
     for name in LINES:
         is_whole = name == "samples.jsonl" and state["step"] == steps
@@ -293,7 +258,14 @@ def restore(run, folder, model, optimizer):
             raise ValueError(f"{name} is shorter than it was")
     if "metrics.jsonl" in state["sizes"]:  # what cannot be drawn is found now, not after training
         read_metrics(run / "metrics.jsonl", state["sizes"]["metrics.jsonl"])
-    read_weights(model, folder)
+    saved, found = type(model).from_pretrained(
+        folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
+    )
+    if found["missing_keys"]:  # transformers fills them in at random
+        raise ValueError(f"it lacks {min(found['missing_keys'])}")
+    model.load_state_dict(saved.state_dict())
     optimizer.load_state_dict(state.pop("optimizer"))
-    set_rng_state(state.pop("rng"))
+    rng = state.pop("rng")
+    torch.set_rng_state(rng["cpu"])
+    torch.cuda.set_rng_state_all(rng["cuda"])
     return state

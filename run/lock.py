@@ -22,30 +22,32 @@ def locked(folder):
     """Create the folder and hold its lock during the with block.
 
     A folder that was created here is deleted again if it is empty at the end. Raises ValueError,
-    with the process id, if another process holds the lock; OSError if it cannot be written.
+    with the process id, if another process holds the lock; also if the folder cannot be written.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = _acquire(folder / NAME) if fcntl else None
+    path = folder / NAME
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = acquire(path) if fcntl else None
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}"
+        raise ValueError(f"cannot write to the folder {folder} ({why})") from None
     try:
         yield
     finally:
         if descriptor is not None:
             # Before the lock is released: after that, another process may own the file.
-            (folder / NAME).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             os.close(descriptor)
         with contextlib.suppress(OSError):
             for path in made:
                 path.rmdir()
 
 
-def _acquire(path):
+def acquire(path):
     """Lock the file and write this process into it. Returns its descriptor."""
     while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise OSError(f"cannot write the lock {path}: {error.strerror}") from None
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -57,17 +59,10 @@ def _acquire(path):
             ) from None
         except OSError as error:  # some network file systems have no locks
             print(f"note: cannot lock {path.parent} ({error.strerror}); start no other run there")
-        if _is_at(descriptor, path):
-            break
-        os.close(descriptor)  # its holder deleted it after we opened it
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+        os.close(descriptor)  # its holder deleted the file after we opened it
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return descriptor
-
-
-def _is_at(descriptor, path):
-    """Whether the path still names the open file."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False

@@ -1,12 +1,20 @@
 """What this machine has: a CUDA GPU, or why torch finds none; instructions for bf16."""
 
 import contextlib
+import platform
 import shutil
 from pathlib import Path
 
 import torch
 
 DRIVER = "/proc/driver/nvidia"  # Linux; elsewhere the driver brings nvidia-smi
+
+
+def machine_name(device):
+    """The GPU, or the CPU with its number of threads, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def why_no_gpu():

@@ -5,23 +5,23 @@ other data and other start weights, and compare.py reuses a finished run only if
 have the same four.
 """
 
-import inspect
 import json
 import platform
-import sys
 import zlib
-from pathlib import Path
 
 import torch
 import transformers
 
-from run.algorithm import load_algorithm
+from run.names import ROOT
 from run.ownfile import files_of
 from trainer.data import RESERVED
-from trainer.methods import is_file
+from trainer.methods import MORE, is_file
 
-ROOT = Path(__file__).resolve().parents[1]
-DECIDES = ("options", "session", "start")  # files of run/ that can change a number of a run
+# Files beside those of the trainer and the method that can change a number of a run.
+DECIDE = (
+    *("train.py", "grpo.py", "rewards.py", "tiny/problems.py"),
+    *("run/options.py", "run/checks.py", "run/session.py", "run/start.py"),
+)
 
 
 def data_checksum(problems, expected=None):
@@ -29,32 +29,19 @@ def data_checksum(problems, expected=None):
 
     Raises ValueError, with what differs, if it is not `expected`, that of the resumed run.
     """
-    rows = [[p["question"], p["answer"], *others(p)] for p in problems]
-    ids = [p["prompt_ids"] for p in problems]
+    rows = []
+    for problem in problems:
+        others = {name: value for name, value in problem.items() if name not in RESERVED}
+        rows.append([problem["question"], problem["answer"], *([others] if others else [])])
+    ids = [problem["prompt_ids"] for problem in problems]
     found = {"problems": crc32_of(rows), "prompts": crc32_of(ids)}
     if expected is None or found == expected:
         return found
-    if not isinstance(expected, dict):
-        raise ValueError(
-            "the run was made by an earlier version, which did not record its prompts; it cannot "
-            "be resumed with this one"
-        )
-    if found["problems"] != expected.get("problems"):
-        raise ValueError(
-            "the data are not what they were when the run began; it cannot be resumed with other "
-            "problems"
-        )
-    raise ValueError(
-        "the prompts have other token ids than when the run began, for the same problems: another "
-        "tokenizer, or a chat template that writes today's date (python train.py --show-prompt "
-        "shows it); the run cannot be resumed with other prompts"
-    )
-
-
-def others(problem):
-    """The further fields of a problem, as a list of one dict; [] if it has none."""
-    fields = {name: value for name, value in problem.items() if name not in RESERVED}
-    return [fields] if fields else []
+    why = "another tokenizer, or a chat template that writes today's date (--show-prompt)?"
+    what = f"the prompts' token ids are not what they were when the run began: {why}"
+    if not isinstance(expected, dict) or found["problems"] != expected.get("problems"):
+        what = "the data are not what they were when the run began"
+    raise ValueError(f"{what}; it cannot be resumed with others")
 
 
 def crc32_of(rows):
@@ -80,43 +67,17 @@ def code_checksums(algo, reward=None):
 
     Ours by their path in the project, those of the user by their full path. reward: --reward.
     """
-    names = {"train.py", "rewards.py"}
-    if (ROOT / "tiny" / "problems.py").is_file():  # a checkout may be without it
-        names.add("tiny/problems.py")
-    for path in (ROOT / "trainer").glob("*.py"):
-        names.add(f"trainer/{path.name}")
-    names.update(f"run/{name}.py" for name in DECIDES)
-    names.update(files_of_user(algo) if is_file(algo) else own_files(load_algorithm(algo)))
-    if reward:
-        names.update(files_of_user(reward))
+    files = [*(ROOT / "trainer").glob("*.py"), *map(ROOT.joinpath, DECIDE)]
+    method = algo if is_file(algo) else f"{'more/' * (algo in MORE)}{algo}.py"
+    for own in (method, reward):
+        files += files_of(own) if own else []
     checksums = {}
-    for name in sorted(names):
-        checksums[name] = f"{zlib.crc32((ROOT / name).read_bytes()):08x}"
+    for file in sorted(files):
+        inside = file.is_relative_to(ROOT) and str(file) not in (algo, reward)
+        name = file.relative_to(ROOT).as_posix() if inside else str(file)
+        if file.is_file():  # a checkout may be without tiny/
+            checksums[name] = f"{zlib.crc32(file.read_bytes()):08x}"
     return checksums
-
-
-def files_of_user(algo):
-    """A file of the user under the path that --algo keeps, and the files that it imports."""
-    files = {algo}
-    for path in files_of(Path(algo).resolve())[1:]:
-        inside = path.is_relative_to(ROOT)
-        files.add(path.relative_to(ROOT).as_posix() if inside else str(path))
-    return files
-
-
-def own_files(module):
-    """Our files that a module is made of: its own, and those that it imports from, and so on."""
-    files, waiting = set(), [module.__name__]
-    while waiting:
-        name = waiting.pop()
-        file = name.replace(".", "/") + ".py"
-        if file in files or not (ROOT / file).is_file():
-            continue
-        files.add(file)
-        for value in vars(sys.modules[name]).values():
-            is_module = inspect.ismodule(value)
-            waiting.append(value.__name__ if is_module else getattr(value, "__module__", ""))
-    return files
 
 
 def versions():
@@ -143,12 +104,11 @@ def other_code(held, now):
     """Which of our files and versions differ between two configs, as words; "" if none."""
     words = []
     for kind in ("code", "versions"):
-        before = recorded(held, kind)
-        if before is None:
+        if not held.get(kind):
             words.append(f"{kind} not recorded")
             continue
-        for name in sorted(before.keys() | now[kind].keys()):
-            old, new = before.get(name), now[kind].get(name)
+        for name in sorted(held[kind].keys() | now[kind].keys()):
+            old, new = held[kind].get(name), now[kind].get(name)
             if old != new:
                 words.append(name if kind == "code" else f"{name} {old}, now {new}")
     return "; ".join(words)
@@ -160,22 +120,10 @@ def both(held, now):
     Where they differ, both are recorded ("1, then 2"). This equals no single version, so compare.py
     never reuses such a run.
     """
-    joined = {}
-    for kind in ("code", "versions"):
-        before = recorded(held, kind) or {}
-        joined[kind] = {name: _then(before.get(name), new) for name, new in now[kind].items()}
+    joined = {"code": {}, "versions": {}}
+    for kind, names in joined.items():
+        for name, new in now[kind].items():
+            old = held.get(kind, {}).get(name, "unknown")
+            same = old.split(", then ")[-1] == new
+            names[name] = old if same else f"{old}, then {new}"
     return joined
-
-
-def recorded(held, kind):
-    """The "code" or the "versions" of a config, {name: text}; None if it has none to read."""
-    found = held.get(kind)
-    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
-        return None
-    return found
-
-
-def _then(old, new):
-    if old is None:
-        return f"unknown, then {new}"
-    return old if old.split(", then ")[-1] == new else f"{old}, then {new}"

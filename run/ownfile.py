@@ -1,4 +1,4 @@
-"""Load a Python file of the user's by its path, for --reward FILE.py and the like.
+"""Load a Python file of the user's by its path, for --algo FILE.py and --reward FILE.py.
 
 Every error is a ValueError in one line, which begins with the file and the line it is about.
 """
@@ -11,15 +11,10 @@ import traceback
 import zlib
 from pathlib import Path
 
+from run.names import ROOT
 from trainer.methods import OwnFileError
 
-ROOT = Path(__file__).resolve().parents[1]
 RAISED = (Exception, SystemExit)  # what a file may raise; Ctrl-C stays Ctrl-C
-
-
-def full_path(path):
-    """The absolute path of a file, from a path in the working folder."""
-    return Path(path).expanduser().resolve()
 
 
 def load_file(path):
@@ -31,24 +26,12 @@ def load_file(path):
     ValueError.
     """
     path = ROOT / path
-    source = read_source(path)
-    return run(path, source)
-
-
-def read_source(path):
-    """The bytes of a Python file. Raises ValueError if there is none, or for a syntax error."""
-    path = ROOT / path
     if path.suffix != ".py":
         raise ValueError(f"{path}: not a Python file, whose name ends in .py")
     try:
-        source = path.read_bytes()
+        return run(path, path.read_bytes())
     except OSError as error:
         raise ValueError(f"{path}: cannot read the file: {error.strerror}") from None
-    try:
-        compile(source, str(path), "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # deep nesting
-        raise ValueError(f"{place(error, path)}: {described(error)}") from None
-    return source
 
 
 @functools.cache
@@ -74,18 +57,17 @@ def run(path, source):
 def place(error, path):
     """ "FILE:LINE", where an exception arose: the innermost line in the file or beside it.
 
-    Where the file only calls a library, that is the line of the call. FILE alone if no line is.
+    Where the file only calls a library, that is the line of the call. So it is where the files
+    beside it are ours. FILE alone if no line is there.
     """
-    of_syntax = isinstance(error, SyntaxError) and error.filename and error.lineno
-    if of_syntax and Path(error.filename).parent == path.parent:
-        return f"{error.filename}:{error.lineno}"
+    lines = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        lines.append((error.filename or "", error.lineno))
     found = str(path)
-    trace = error.__traceback__
-    while trace:
-        filename = trace.tb_frame.f_code.co_filename
-        if Path(filename).parent == path.parent:
-            found = f"{filename}:{trace.tb_lineno}"
-        trace = trace.tb_next
+    for file, line in lines:
+        beside = Path(file).parent == path.parent and not path.parent.is_relative_to(ROOT)
+        if file == str(path) or beside:
+            found = f"{file}:{line}"
     return found
 
 
@@ -117,30 +99,33 @@ def files_of(path):
 
 
 def imported_names(file):
-    """The names that the import statements of a file may load: a, a.b of `from a import b`."""
+    """The names that the import statements of a file may load: a, and a.b of `from a import b`."""
     names = set()
     for node in ast.walk(ast.parse(file.read_bytes())):
+        imported = []
         if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-            names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    for name in list(names):  # a package is loaded before its parts
-        parts = name.split(".")
-        names.update(".".join(parts[:i]) for i in range(1, len(parts)))
+            imported = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            imported = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in imported:  # a package is loaded before its parts
+            parts = name.split(".")
+            names.update(".".join(parts[:i]) for i in range(1, len(parts) + 1))
     return names
 
 
-def guarded(name, function, path, check):
+def guarded(name, function, path, check=lambda _: None):
     """The function of a file, with each of its errors told as an OwnFileError.
 
-    check(result, *arguments) raises ValueError for a result that cannot be used: "must ...".
+    check(result) raises ValueError for a result that cannot be used: "must ...".
     """
     import torch  # here: a file is loaded without it
 
+    defined = place_of(function, path)
+
     def explain(what, error):
         """The OwnFileError for an error that arose in `what`, say "the gradient of loss"."""
-        at = place_of_error(error, function, path)
+        at = place(error, Path(path))
+        at = defined if at == path else at
         return OwnFileError(f"{at}: {what}{': ' if what else ''}{described(error)}")
 
     @functools.wraps(function)
@@ -152,31 +137,18 @@ def guarded(name, function, path, check):
         except RAISED as error:
             raise explain("", error) from error
         try:
-            check(result, *args)
+            check(result)
         except ValueError as error:
-            raise OwnFileError(f"{place_of(function, path)}: {name} {error}") from None
+            raise OwnFileError(f"{defined}: {name} {error}") from None
         return result
 
-    call.name, call.place, call.explain = name, place_of(function, path), explain
+    call.name, call.place, call.explain = name, defined, explain
     return call
-
-
-def place_of_error(error, function, path):
-    """FILE:LINE of the last line of the file that an exception came through, if there is one.
-
-    The file may stand beside ours and call them: its own line is what the user can change.
-    """
-    trace = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in trace if frame.filename == str(Path(path).resolve())]
-    if lines:
-        return f"{path}:{lines[-1]}"
-    found = place(error, Path(path))
-    return place_of(function, path) if found == path else found
 
 
 def place_of(function, path):
     """FILE:LINE of a function's `def`; the file alone if it is not in there."""
     code = getattr(function, "__code__", None)
-    if code is None or code.co_filename != str(Path(path).resolve()):
+    if code is None or code.co_filename != path:
         return path
     return f"{path}:{code.co_firstlineno}"

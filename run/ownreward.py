@@ -1,12 +1,11 @@
 """The reward in a file of the user, --reward FILE.py (trainer/grading.py says what it has)."""
 
 from numbers import Real
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
-from run.ownfile import guarded, load_file
+from run.ownfile import guarded, load_file, place_of
 from trainer.grading import Grader
 from trainer.methods import OwnFileError
 
@@ -26,7 +25,7 @@ def load_reward(path):
     functions = SimpleNamespace(correct=None)
     functions.reward = guarded("reward", module.reward, path, check_reward)
     own_check = getattr(module, "correct", None)
-    if is_of(own_check, path):  # not rewards.correct, imported to be called
+    if place_of(own_check, path) != path:  # not rewards.correct, imported to be called
         functions.correct = guarded("correct", own_check, path, check_right)
     return functions
 
@@ -36,21 +35,15 @@ def try_reward(o, functions, problem):
     Grader(o, functions).reward("2 + 2 = 4\n#### 4", problem, 2, False)
 
 
-def is_of(function, path):
-    """Whether a function is defined in the file, and not imported by it."""
-    code = getattr(function, "__code__", None)
-    return code is not None and code.co_filename == str(Path(path).resolve())
-
-
-def check_reward(value, *_):
+def check_reward(value):
     """Raise ValueError unless it is a finite number or a dict of such numbers by name."""
     if not isinstance(value, dict):
-        return check_number(value, "a number, or a dict of numbers by name")
+        check_number(value, "a number, or a dict of numbers by name")
+        return
     for name, part in value.items():
         if not (isinstance(name, str) and name.isprintable()):
             raise ValueError(f"must name its parts by printable texts, not {name!r}")
         check_number(part, f"a number as its part {name!r}")
-    return None
 
 
 def check_number(value, what):
@@ -60,6 +53,6 @@ def check_number(value, what):
         raise ValueError(f"must return {what}, finite and at most {LARGEST:g}, not {value}")
 
 
-def check_right(value, *_):
+def check_right(value):
     if not isinstance(value, Real | np.bool_) or value not in (True, False):
         raise ValueError(f"must return True or False, not {value!r}")

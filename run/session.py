@@ -1,7 +1,5 @@
 """What a run does between its training steps: evaluate, record, save and stop."""
 
-import contextlib
-import json
 import os
 import signal
 import sys
@@ -11,34 +9,19 @@ from tqdm import tqdm
 
 from run import checkpoint
 from run.commandline import command
-from run.progress import Evaluation
-from run.runs import BAD_VALUE, metrics_row, read_log, renamed
+from run.evaluation import evaluated
+from run.runs import read_log
 from run.track import Tracker
 from trainer.bf16 import sampling_copy
-from trainer.evaluate import evaluate, rows_of_evaluation
 from trainer.records import group_to_show, sample_lines
 
 BAD_STEPS = 3  # this many skipped updates in a row stop the run
 SHOWN = 4  # held-out problems whose greedy completions are kept at each evaluation
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and how Slurm and others end a job
 PICTURE_AGE = 60  # seconds until curves.png is drawn again between two evaluations
 
 
-def on_interrupt():
-    """Have Ctrl-C finish the current step. Returns a list that is empty until then.
-
-    A second Ctrl-C ends the process at once.
-    """
-    interrupted = []
-
-    def interrupt(*_):
-        if interrupted:
-            os._exit(130)
-        interrupted.append(True)
-        # os.write, because print is not reentrant: the signal may have interrupted a print.
-        os.write(2, b"\ninterrupted: finishing this step, then saving; once more to stop at once\n")
-
-    signal.signal(signal.SIGINT, interrupt)
-    return interrupted
+# When
 
 
 def evaluates(o, step):
@@ -69,6 +52,34 @@ def saves(o, step, interrupted):
     return bool(interrupted) or step == o.steps or step % o.save_every == 0
 
 
+def raise_on_signals():
+    """Have Ctrl-C and SIGTERM raise KeyboardInterrupt, so that `main` tidies up."""
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler)
+
+
+def on_interrupt():
+    """Have the first of SIGNALS finish the current step; a second one ends the process.
+
+    Returns a list, which holds the number of the signal from then on.
+    """
+    interrupted = []
+
+    def interrupt(number, _):
+        if interrupted:
+            os._exit(128 + number)
+        interrupted.append(number)
+        # os.write, because print is not reentrant: the signal may have interrupted a print.
+        os.write(2, b"\ninterrupted: finishing this step, then saving; once more to stop at once\n")
+
+    for number in SIGNALS:
+        signal.signal(number, interrupt)
+    return interrupted
+
+
+# What is written
+
+
 def write_evaluation(trainer, out, held_out, step):
     """Evaluate, and append the result to metrics.jsonl, and some completions to held_out.jsonl.
 
@@ -76,23 +87,12 @@ def write_evaluation(trainer, out, held_out, step):
     """
     o = trainer.o
     k = o.k if step in (0, o.steps) else 0
+    shown = SHOWN if o.samples_every > 0 else 0
 
-    def work(rows_at_once):
-        with Evaluation(held_out, k) as progress:
-            return evaluate(
-                sampling_copy(trainer.model, o.dtype, keep=o.cache == "static"),
-                trainer.tokenizer,
-                held_out,
-                k=k,
-                samples=o.draws,
-                temperature=o.temperature,
-                seed=o.seed + 10_000,
-                rows_at_once=rows_of_evaluation(o, rows_at_once),
-                progress=progress,
-                grader=trainer.grader,
-                shown=SHOWN if o.samples_every > 0 else 0,
-                **trainer.generation,
-            )
+    def work(rows):
+        model = sampling_copy(trainer.model, o.dtype, keep=o.cache == "static")
+        how = trainer.generation, trainer.grader, rows, k, shown
+        return evaluated(o, model, trainer.tokenizer, held_out, *how)
 
     line = {"phase": "eval", "step": step}
     line.update(trainer.updater.with_smaller_batches("sample_batch", work))
@@ -162,8 +162,11 @@ def save(trainer, out, step, sizes):
     checkpoint.save(out, step, trainer.model, trainer.tokenizer, optimizer, sizes, **counters)
 
 
+# How a run begins and ends
+
+
 def begin(trainer, out, resume):
-    """Clear the run's folder, or take up its run; start the tracker.
+    """Clear the run's folder, or take up its run at the latest checkpoint; start the tracker.
 
     Returns the step after which the run goes on.
     """
@@ -178,45 +181,33 @@ def begin(trainer, out, resume):
 
 def restore(trainer, out):
     """Take up the run at its latest checkpoint. Returns the step after which it goes on."""
-    lines = lines_so_far(out)  # before those of later steps are cut off
-    optimizer, steps = trainer.updater.optimizer, trainer.o.steps
-    state = checkpoint.load(out, trainer.model, optimizer, say=print, steps=steps)
-    trainer.cursor = state["cursor"]
-    trainer.history = state.get("history", [])  # older checkpoints are of methods without it
+    path, steps = out / "metrics.jsonl", trainer.o.steps
+    # Before the lines of later steps are cut off.
+    lines = [line for _, line in read_log(path)] if path.exists() else []
+    state = checkpoint.load(out, trainer.model, trainer.updater.optimizer, steps)
+    trainer.cursor, trainer.history = state["cursor"], state.get("history", [])
     trainer.updater.bad_steps = state["bad_steps"]
     trainer.watch.catch_up(lines, state["step"])
     print(f"resuming {out} after step {state['step']} of {steps}")
     return state["step"]
 
 
-def lines_so_far(out):
-    """The lines of metrics.jsonl that can be read, as a list of dicts."""
-    path = out / "metrics.jsonl"
-    lines = []
-    for text in path.read_text(errors="replace").split("\n") if path.exists() else []:
-        with contextlib.suppress(*BAD_VALUE, RecursionError):  # the last one may be torn
-            line = json.loads(text)
-            metrics_row(renamed(line))
-            lines.append(line)
-    return lines
-
-
 def stopped_by_bad_steps(out, step):
     """Print why the run stopped. Returns the exit status."""
-    kept = "The last good checkpoint is kept." if checkpoint.steps_saved(out) else ""
+    kept = " The last good checkpoint is kept." if checkpoint.steps_saved(out) else ""
     print(
         f"train.py: stopped at step {step}: {BAD_STEPS} updates in a row had a loss or gradient "
-        f"that is not finite; the last lines of {out / 'samples.jsonl'} show where. {kept}".strip(),
+        f"that is not finite; the last lines of {out / 'samples.jsonl'} show where.{kept}",
         file=sys.stderr,
     )
     return 1
 
 
-def stopped_by_user(out, step, saved):
-    """Print how to continue. Returns the exit status."""
+def stopped_by_user(out, step, saved, number):
+    """Print how to continue. number: of the signal. Returns the exit status."""
     hint = f"Go on with: {resume_command(out)}" if saved else "Nothing was saved."
     print(f"stopped after step {step}. {hint}")
-    return 130
+    return 128 + number
 
 
 def resume_command(out):

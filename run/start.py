@@ -2,7 +2,6 @@
 
 import gc
 import json
-import platform
 import re
 import shlex
 from dataclasses import asdict
@@ -12,8 +11,10 @@ import torch
 
 from run import checkpoint, origin
 from run.algorithm import checked_options
-from run.machine import warn_of_slow_bf16, why_no_gpu
-from run.options import CHANGEABLE_ON_RESUME, Options, check_config, check_name, fill, flag
+from run.checks import check_config, fill
+from run.machine import machine_name, warn_of_slow_bf16, why_no_gpu
+from run.names import check_name
+from run.options import CHANGEABLE_ON_RESUME, Options, flag
 from run.ownreward import load_reward, try_reward
 from trainer.data import load_problems, split_overlap
 from trainer.grading import check_answer
@@ -28,85 +29,60 @@ from trainer.sources import offline_without_network
 gc.freeze()
 
 
-def run_folder(given):
-    """The folder of --resume or --out, or one named after the options. Raises ValueError."""
+def chosen(given, argv=()):
+    """(options, folder, config.json so far) of the run that a command line asks for.
+
+    given: of `parse`. Raises ValueError.
+    """
     if "resume" in given:
-        out = Path(given["resume"])
-        if not (out / "config.json").is_file():
-            raise ValueError(f"{out} holds no run to resume (no readable config.json)")
-        return out
+        return resumed(given, Path(given["resume"]))
     o = fill(given)
+    print_preset(o, given)
     name = f"{label(o.algo)}-{o.preset}"
     if o.eval_only:
-        name = f"eval-{path_name(o.model)}-{path_name(o.data)}"
+        parts = [re.sub(r"[^\w.]+", "-", path)[-100:].strip("-.") for path in (o.model, o.data)]
+        name = "-".join(["eval", *parts])
     out = Path(o.out or f"runs/{name}-s{o.seed}")
-    checkpoint.check_folder(out)
-    return out
+    command = shlex.join(["python", "train.py", *argv])
+    return o, out, {"options": asdict(o), "command": command, "status": "running"}
 
 
-def path_name(path):
-    """A path as part of a folder's name; A/model and B/model get different names."""
-    name = re.sub(r"[^\w.]+", "-", path.removesuffix(".jsonl"))
-    return name.strip("-.")[-100:]
-
-
-def begun(given, out, argv):
-    """(options, config) of a new run. Prints its preset, why, and how to get the other preset."""
-    o = fill(given)
-    cuda = torch.cuda.is_available()
-    why = "as asked"
-    if given.get("preset", "auto") == "auto":
-        why = "a CUDA GPU was found" if cuda else why_no_gpu()
-        if o.preset == "gsm8k" and not cuda:
-            why = "for --eval-only on GSM8K"
+def print_preset(o, given):
+    """Print the preset, why it was taken, and how to get the other one."""
+    why = "a CUDA GPU was found" if torch.cuda.is_available() else why_no_gpu()
     other = "--preset gsm8k trains Qwen2.5-0.5B on GSM8K, which is slow without a GPU"
     if o.preset == "gsm8k":
         other = "--preset tiny trains the embedded model in minutes, with or without a GPU"
+        why = why if torch.cuda.is_available() else "for --eval-only on GSM8K"
+    if given.get("preset", "auto") != "auto":
+        why = "as asked"
     print(f"preset {o.preset} ({why}): {o.model} on {o.data}; {other}")
-    if checkpoint.holds_run(out) and not o.overwrite and not o.eval_only:
-        raise ValueError(
-            f"{out} holds a run already: --resume {out} continues it, --overwrite deletes it, "
-            f"--out FOLDER leaves it alone"
-        )
-    command = shlex.join(["python", "train.py", *argv])
-    return o, {"options": asdict(o), "command": command, "status": "running"}
 
 
 def resumed(given, out):
-    """(options, config) of the run to resume. Raises ValueError if an option differs from it."""
-    config = read_config(out)
-    saved, steps = config["options"], config["options"]["steps"]
+    """`chosen`, of --resume. Raises ValueError if an option differs from that of the run."""
+    try:
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        saved, steps = config["options"], config["options"]["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{out} holds no run to resume (no readable config.json)") from None
+    check_config(config, out / "config.json")
     refuse_other_options(given, Options(**saved), out)
     changed = {name: given[name] for name in CHANGEABLE_ON_RESUME if name in given}
     o = fill({**saved, **changed})
     if o.steps < steps:
         raise ValueError(f"--resume {out}: it has {steps} steps, and --steps may only be raised")
-    return o, {**config, "options": asdict(o), "status": "running"}
-
-
-def read_config(out):
-    """The config.json of the run to resume. Raises ValueError if this version cannot use it."""
-    path = out / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["options"]["steps"]  # every run has it
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{out} holds no run to resume (no readable config.json)") from None
-    check_config(config, path)
-    return config
+    return o, out, {**config, "options": asdict(o), "status": "running"}
 
 
 def refuse_other_options(given, run, out):
-    """Raise ValueError if an option of the command line differs from that of the run.
-
-    run: its Options.
-    """
+    """Raise ValueError if an option of the command line differs from that of the run, Options."""
+    check_name(run.algo)
     for name, value in given.items():
         if name in ("resume", *CHANGEABLE_ON_RESUME):
             continue
         own = getattr(run, name)
         if name == "option":
-            check_name(run.algo)
             value = checked_options(run.algo, value)  # its values were texts
         if isinstance(value, dict) and value.items() <= own.items():
             continue  # the run may have further ones
@@ -117,18 +93,21 @@ def refuse_other_options(given, run, out):
             )
 
 
-def set_up(o):
+def set_up(o, new=None):
     """Load what the options name: the data, the model, and how its rows can be run.
 
-    Returns (model, tokenizer, generation, training problems, held-out problems). generation: the
-    remaining keyword arguments of sampling.sample. Each problem has its "prompt_ids".
+    new: the folder of a new run; refused, once the data are read, if it holds one. Returns (model,
+    tokenizer, generation, training problems, held-out problems). generation: the remaining keyword
+    arguments of sampling.sample. Each problem has its "prompt_ids".
     """
     torch.manual_seed(o.seed)
     offline_without_network(o.model, o.data)
-    train, held_out, overlap = load_data(o)
     own = load_reward(o.reward)
+    train, held_out, overlap = load_data(o, any_answer=bool(own and own.correct))
     if own:
         try_reward(o, own, held_out[0])
+    if new and not o.overwrite:
+        checkpoint.refuse_existing(new, o.eval_only)
 
     chat = Chat(o.chat_template, o.system, o.template_option)
     model, tokenizer, eos_ids, pad_id = load_policy(checkpoint.find_model(o.model), o.device, chat)
@@ -139,7 +118,7 @@ def set_up(o):
 
     longest = context_length(model) - o.max_new_tokens
     vocabulary = len(model.get_input_embeddings().weight)
-    how = o.prompt, longest, vocabulary, chat, eos_ids
+    how = o.prompt, longest, vocabulary, chat, eos_ids, o.max_new_tokens
     long_train = 0
     if not o.eval_only:
         train, long_train = encode_problems(tokenizer, train, *how)
@@ -159,12 +138,11 @@ def set_up(o):
     return model, tokenizer, generation, train, held_out
 
 
-def load_data(o):
+def load_data(o, any_answer):
     """(training problems, held-out problems, how many training problems were held out too).
 
     With --eval-only there are no training problems.
     """
-    any_answer = bool(o.reward and load_reward(o.reward).correct)
     how = any_answer, o.columns, o.skip_bad_rows
     held_out = load_problems(o.data, "test", *how)
     train, overlap = [], 0
@@ -185,12 +163,8 @@ def made_from(o, model, problems, config):
         "code": origin.code_checksums(o.algo, o.reward),
         "versions": origin.versions(),
     }
-    processor = platform.processor() or platform.machine()
-    machine = f"{processor} CPU, {torch.get_num_threads()} threads"
-    if model.device.type == "cuda":
-        machine = torch.cuda.get_device_name(model.device)
     if "weights" not in config:  # a new run
-        return {**now, "machine": machine}
+        return {**now, "machine": machine_name(model.device)}
     if config["weights"] != now["weights"]:
         raise ValueError(
             f"the start model {o.model} is not what it was when the run began; the run cannot be "
@@ -202,11 +176,7 @@ def made_from(o, model, problems, config):
     return {**now, **origin.both(config, now)}
 
 
-def show_prompt(given):
+def show_prompt(o):
     """--show-prompt: print the first prompt as the model gets it."""
-    if "resume" in given:
-        o, _ = resumed(given, Path(given["resume"]))
-    else:
-        o = fill(given)
     _, tokenizer, generation, train, held_out = set_up(o)
     print(show(tokenizer, (train or held_out)[0], generation["eos_ids"]))

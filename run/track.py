@@ -1,21 +1,10 @@
-"""Show the metrics in a tracker too: --track tensorboard, trackio or wandb.
+"""Show the metrics in a tracker too: --track tensorboard, trackio or wandb (docs/watching.md).
 
-metrics.jsonl stays the truth. The tracker gets the same numbers under the same names, those of
-evaluations with the prefix eval/; the options; and, at each evaluation, what held_out.jsonl has of
-it: the greedy completions of a few held-out problems. track.json in the run's folder holds the
-run's name there, and the last step of each phase that was handed over; only a line of a later step
+metrics.jsonl stays the truth. The tracker gets its numbers, those of evaluations with the prefix
+eval/, the options, and the completions of held_out.jsonl. track.json in the run's folder holds the
+run's name there and the last step of each phase that was handed over; only a line of a later step
 is handed over. So a resumed run, which repeats the steps after its checkpoint with the same
-numbers, continues its line and shows no step twice. What the tracker lacks of metrics.jsonl is
-handed over at the start.
-
-- tensorboard writes into RUN/tensorboard; the command that opens it is printed.
-- trackio writes into its own folder on this machine (TRACKIO_DIR): `trackio show`. It sends nothing
-  of the run, unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL is set; if you are logged in to the Hub,
-  it asks the Hub for your user name. It stores twice a second, so a run that is killed may lack
-  its last steps there.
-- wandb sends the metrics, the options and what it notes about the machine to its server; with
-  WANDB_MODE=offline it only writes into RUN/wandb, for `wandb sync`. Neither the printed output nor
-  the code is sent. What has not been synced when a run is overwritten is lost.
+numbers, shows no step twice. What the tracker lacks of metrics.jsonl is handed over at the start.
 """
 
 import json
@@ -47,11 +36,9 @@ class Tracker:
         if self.tool == "none":
             return
         self.path = out / "track.json"
-        self.records = read_records(self.path)  # {tool: its record}
-        if self.tool not in self.records:
-            name = f"{out.resolve().name}-{secrets.token_hex(3)}"  # of this run alone
-            self.records[self.tool] = {"name": name, "train": -1, "eval": -1}
-        self.record = self.records[self.tool]
+        self.records = json.loads(self.path.read_text()) if self.path.exists() else {}
+        name = f"{out.resolve().name}-{secrets.token_hex(3)}"  # of this run alone
+        self.record = self.records.setdefault(self.tool, {"name": name, "train": -1, "eval": -1})
         try:
             self.send, self.close = START[self.tool](o, out, self.record["name"])
         except Exception as error:  # of any type: not logged in, no server, an old version
@@ -97,17 +84,6 @@ class Tracker:
             self.close()
         except Exception as error:
             self.give_up(error)
-
-
-def read_records(path):
-    """The content of track.json; {} if there is none, or if it cannot be read."""
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-        for record in records.values():
-            record["name"], record["train"] + 0, record["eval"] + 0
-        return records
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
 
 
 def numbers(line):

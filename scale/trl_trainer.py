@@ -23,21 +23,15 @@ per optimizer step, except the first of a rollout.
 import argparse
 import os
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run.options import (
-    DEFAULTS,
-    Options,
-    Parser,
-    add_option,
-    add_template_option,
-    fill,
-    template_options,
-)
+from run.checks import fill
+from run.commandline import RaisingParser
+from run.options import DEFAULTS
+from run.parser import add_option
 from trainer.methods import label
 
 # The options of train.py that mean the same here.
@@ -49,7 +43,7 @@ OPTIONS = [
 
 
 def build_parser():
-    parser = Parser(
+    parser = RaisingParser(
         prog="trl_trainer.py",
         description=__doc__.split("\n")[0],
         epilog="Every other --flag is a field of TRL's GRPOConfig, such as --use_vllm true.",
@@ -57,16 +51,12 @@ def build_parser():
     )
     text = "the defaults, as in train.py (default gsm8k)"
     parser.add_argument("--preset", choices=tuple(DEFAULTS), default="gsm8k", help=text)
-    for about in fields(Options):
-        if about.name in OPTIONS:
-            add_option(parser, about)
+    for name in (*OPTIONS, "option", "template_option"):
+        add_option(parser, name)
     text = "rows per forward pass of a process, or auto: up to 8 (default auto)"
     parser.add_argument("--micro-batch", metavar="STR", help=text)
     text = "folder of the trained model (default runs/trl-<algo>-<preset>-s<seed>)"
     parser.add_argument("--out", metavar="STR", help=text)
-    text = "an option of the algorithm, such as eps_high=0.3; repeatable"
-    parser.add_argument("--option", action="append", metavar="NAME=VALUE", help=text)
-    add_template_option(parser)
     return parser
 
 
@@ -370,8 +360,8 @@ def parse(argv):
     parser = build_parser()
     given, rest = parser.parse_known_args(argv)
     given = vars(given)
-    given["template_option"] = template_options(given.get("template_option", []))
-    given["option"] = dict(text.partition("=")[::2] for text in given.get("option", []))
+    for name in ("option", "template_option"):
+        given[name] = dict(given.get(name, []))
     o = fill(given)
     config_parser = ConfigParser(GRPOConfig, allow_abbrev=False)
     config_parser.set_defaults(**config_defaults(o))
@@ -447,9 +437,8 @@ def main(argv=None):
         config.generation_kwargs = {"stop_token_ids": eos_ids, **(config.generation_kwargs or {})}
     longest = context_length(model) - o.max_new_tokens
     vocabulary = len(model.get_input_embeddings().weight)
-    problems, dropped = encode_problems(
-        tokenizer, problems, o.prompt, longest, vocabulary, chat, eos_ids
-    )
+    how = o.prompt, longest, vocabulary, chat, eos_ids, o.max_new_tokens
+    problems, dropped = encode_problems(tokenizer, problems, *how)
     if dropped:
         print(f"dropped {dropped} problems with a prompt of over {longest} tokens")
     dataset = rows(tokenizer, problems)

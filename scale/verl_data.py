@@ -38,9 +38,10 @@ def rows(name, split, problems, prompt, system=None):
 
 def parse_args(argv):
     """Raises ValueError on a wrong command line."""
-    from run.options import DEFAULTS, Parser
+    from run.commandline import RaisingParser
+    from run.options import DEFAULTS
 
-    parser = Parser("verl_data.py", description=__doc__.split("\n")[0])
+    parser = RaisingParser("verl_data.py", description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="gsm8k", help="as in train.py (default gsm8k)")
     prompt = DEFAULTS["gsm8k"]["prompt"]
     text = "as in train.py (default: that of its preset gsm8k)"

@@ -2,8 +2,11 @@
 
 import copy
 import os
+import signal
 import sys
 from pathlib import Path
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -47,3 +50,25 @@ def tiny_model(vocab=24, seed=0):
         if type(module).__name__ == "LlamaRMSNorm":
             model.set_submodule(name, copy.deepcopy(norm))
     return model
+
+
+@pytest.fixture
+def quiet_run(monkeypatch):
+    """train.main without pictures; afterwards the signals' handlers are those of pytest again."""
+    import train
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(train, "plot_runs", lambda *_: None)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Twelve problems of the embedded generator."""
+    from small import write
+
+    from tiny.problems import problems
+
+    return write(tmp_path / "problems.jsonl", problems(12, 0, "train"))

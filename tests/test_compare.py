@@ -20,7 +20,8 @@ from test_plot import check_picture, write_run
 import compare
 import plot
 from run import origin
-from run.options import fill, parse
+from run.checks import fill
+from run.parser import parse
 from run.runs import ORDER, group, read_csv, read_runs
 from trainer.methods import ALGORITHMS, MORE
 

@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT
 
 from run import start
-from run.options import fill, parse
+from run.checks import fill
+from run.parser import parse
 from scale import verl_data
 from trainer import data, sources
 

@@ -10,11 +10,10 @@ import pytest
 import torch
 from child import parity
 from conftest import ROOT
-from safetensors.torch import load_file, save_file
 
 import train
-from run import evaluation
-from run.options import fill
+from run import evaluation, start
+from run.checks import fill
 from trainer import evaluate, grading
 from trainer.logprobs import Layout
 from trainer.policy import load_policy
@@ -179,53 +178,29 @@ def test_eval_only(tiny, by_chance, test_set, tmp_path, capsys):
     )
 
 
-def test_figures_of_another_evaluation_are_not_overwritten(test_set, tmp_path, monkeypatch, capsys):
-    """A/model and B/model have folders of their own; a named folder keeps one model's figures."""
+def test_an_evaluation_is_replaced_only_if_asked_for(test_set, tmp_path, monkeypatch, capsys):
+    """... and refused before the model is loaded. A/model and B/model have folders of their own."""
     monkeypatch.chdir(tmp_path)
-    models = []
     for name in "AB":
-        folder = tmp_path / name / "model"
         ignore = shutil.ignore_patterns("*.py", "__pycache__")
-        models.append(shutil.copytree(ROOT / "tiny", folder, ignore=ignore))
-    weights = load_file(models[1] / "model.safetensors")
-    weights["model.norm.weight"] *= 1.01
-    save_file(weights, models[1] / "model.safetensors", {"format": "pt"})
-    words = ["--eval-only", "--preset", "tiny", "--k", "0", "--eval-n", "2"]
-    words += ["--max-new-tokens", "8", "--data", "data"]
+        shutil.copytree(ROOT / "tiny", tmp_path / name / "model", ignore=ignore)
+    words = "--eval-only --preset tiny --k 0 --eval-n 2 --max-new-tokens 8 --data data".split()
     for name in "AB":
         assert train.main([*words, "--model", f"./{name}/model"]) == 0
-    found = sorted(path.parent.name for path in (tmp_path / "runs").glob("*/eval.json"))
-    assert found == ["eval-A-model-data-s0", "eval-B-model-data-s0"]
-
-    words += ["--out", "same"]
-    assert train.main([*words, "--model", "A/model"]) == 0
-    (tmp_path / "same" / "notes.txt").write_text("mine")
-    before = (tmp_path / "same" / "eval.json").read_bytes()
-    other = tmp_path / "other.jsonl"
-    other.write_text((test_set / "test.jsonl").read_text())
-    shutil.copytree("A/model", "C")
-    assert train.main([*words, "--model", "C"]) == 0  # the same model, the same figures
-    for more, told in (
-        (["--model", "B/model"], "other start weights"),
-        (["--model", "A/model", "--data", "other.jsonl"], "other data"),
-        (["--model", "A/model", "--max-new-tokens", "9"], "--max-new-tokens 8, not 9"),
-        (["--model", "A/model", "--temperature", "0.5"], "--temperature 1.0, not 0.5"),
-    ):
-        capsys.readouterr()
-        with monkeypatch.context() as patch:
-            patch.setattr(evaluation, "evaluate", lambda *_, **__: pytest.fail("it was evaluated"))
-            assert train.main([*words, *more]) == 2
-        line = capsys.readouterr().err
-        assert line.count("\n") == 1 and told in line and "--overwrite" in line
-    held = json.loads((tmp_path / "same" / "eval.json").read_text())
-    assert held["options"]["model"] == "C" and held["accuracy"] == json.loads(before)["accuracy"]
-    assert train.main([*words, "--model", "B/model", "--overwrite"]) == 0
-    held = json.loads((tmp_path / "same" / "eval.json").read_text())
-    assert held["options"]["model"] == "B/model"
-    assert (tmp_path / "same" / "notes.txt").exists()
-    (tmp_path / "same" / "eval.json").write_text("[]")
-    assert train.main([*words, "--model", "B/model"]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    found = sorted((tmp_path / "runs").glob("*/eval.json"))
+    names = [path.parent.name for path in found]
+    assert names == ["eval-A-model-data-s0", "eval-B-model-data-s0"]
+    (found[0].parent / "notes.txt").write_text("mine")
+    words += ["--out", str(found[0].parent), "--model", "B/model"]
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(start, "load_policy", lambda *_: pytest.fail("the model was loaded"))
+        assert train.main(words) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "holds an evaluation already: --overwrite" in line
+    assert train.main([*words, "--overwrite"]) == 0
+    assert json.loads(found[0].read_text())["options"]["model"] == "B/model"
+    assert (found[0].parent / "notes.txt").exists()
 
 
 def test_eval_only_out_of_gpu_memory_is_one_line(test_set, tmp_path, monkeypatch, capsys):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from run import machine, start
-from run.options import fill, parse
+from run.checks import fill
+from run.parser import parse
 
 
 @pytest.fixture
@@ -55,9 +56,9 @@ NOT_SEEN = "finds no GPU: is CUDA_VISIBLE_DEVICES set, or the driver older than 
         ({"built": "12.8", "driver": True, "smi": True}, NOT_SEEN),
     ],
 )
-def test_a_torch_without_cuda_is_no_machine_without_a_gpu(given, line, pretend, tmp_path, capsys):
+def test_a_torch_without_cuda_is_no_machine_without_a_gpu(given, line, pretend, capsys):
     pretend(**given)
-    start.begun({}, tmp_path / "run", [])
+    start.chosen({})
     told = capsys.readouterr().out
     assert told.startswith("preset tiny (") and line in told and told.count("\n") == 1
     assert (torch.__version__ in told) == (line != NONE)

@@ -17,8 +17,10 @@ import plot
 import train
 from run import origin
 from run.algorithm import load_algorithm, option_defaults
+from run.checks import fill
 from run.commandline import command
-from run.options import algorithm_names, fill, method, parse
+from run.names import algorithm_names, method
+from run.parser import parse
 from run.runs import group, read_csv, read_folder, read_runs
 from trainer import grading
 from trainer.methods import label

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from run.ownfile import ROOT, files_of, full_path, load_file, place, read_source
+from run.names import ROOT
+from run.ownfile import files_of, load_file, place
 
 
 @pytest.fixture(autouse=True)

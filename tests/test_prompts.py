@@ -27,8 +27,10 @@ from transformers import AutoTokenizer
 
 import train
 from run import start
-from run.options import TYPES, fill, parse
+from run.checks import fill
+from run.options import TYPES
 from run.origin import data_checksum
+from run.parser import parse
 from trainer.grading import check_answer
 from trainer.policy import load_policy, special_tokens
 from trainer.prompts import Chat, Prompts, encode_problems, start_line

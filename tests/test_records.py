@@ -10,7 +10,8 @@ from conftest import tiny_model
 
 import gtpo
 import train
-from run.options import fill, parse
+from run.checks import fill
+from run.parser import parse
 from trainer import records, update
 from trainer.logprobs import token_logprobs
 from trainer.records import group_to_show, metrics_line, peak_mib, sample_lines

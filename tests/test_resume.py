@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 
 import train
 from run import start
-from run.options import fill, parse
+from run.checks import fill
+from run.parser import parse
 from tiny.problems import problems
 
 STEPS = 12

@@ -16,7 +16,9 @@ import grpo
 import train
 from run import session, start
 from run.algorithm import checked_options, load_algorithm
-from run.options import DEFAULTS, fill, parse
+from run.checks import fill
+from run.options import DEFAULTS
+from run.parser import parse
 from trainer import grading
 from trainer.bf16 import sampling_copy
 from trainer.methods import ALGORITHMS, MORE, inputs, keywords
@@ -86,12 +88,12 @@ def test_each_algorithm_trains_two_steps(algo, tmp_path):
         ("--preset gsm8k", False, "gsm8k (as asked)"),
     ],
 )
-def test_a_run_says_why_it_has_its_preset(argv, cuda, told, tmp_path, monkeypatch, capsys):
+def test_a_run_says_why_it_has_its_preset(argv, cuda, told, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(start, "why_no_gpu", lambda: "no CUDA GPU was found")
-    start.begun(parse(argv.split()), tmp_path / "run", argv.split())
+    start.chosen(parse(argv.split()))
     assert capsys.readouterr().out.startswith(f"preset {told}")
 
 

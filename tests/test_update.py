@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_model
 
 from run.algorithm import load_algorithm
-from run.options import fill
+from run.checks import fill
 from trainer import update
 from trainer.cache import cache_argument
 from trainer.logprobs import Layout, token_logprobs

@@ -11,6 +11,7 @@ terminal. torch is imported where it is used: --help and a wrong command line do
 
 import argparse
 import json
+import re
 import sys
 import unicodedata
 from pathlib import Path
@@ -18,15 +19,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when run as a script
 
 from rewards import correct, true_answer
-from run.options import (
-    Options,
-    Parser,
-    add_template_option,
-    check_config,
-    check_utf8,
-    check_values,
-    template_options,
-)
+from run.checks import check_config, check_values
+from run.commandline import RaisingParser, run_main
+from run.options import Options
+from run.parser import add_option
 
 # The options of train.py that decide how a model is asked.
 ASKED = (
@@ -40,11 +36,13 @@ ASKED = (
 )
 MOST_SAMPLES = 1000
 MOST_TOKENS = 512  # of a model that is no run
-EPILOG = """examples:
-  python tools/ask.py tiny "Sam has 36 cards. He uses 8, wins 1 and loses 8. How many cards now?"
+EXAMPLE = "Sam has 36 cards. He uses 8, wins 1 and loses 8. How many cards now?"
+LEARNED = r"\w+ has \d+ \w+\. .+ How many \w+ now\?"  # the form of tiny's problems
+EPILOG = f"""examples:
+  python tools/ask.py tiny "{EXAMPLE}"
       the embedded model before training
   python tools/ask.py runs/tepo-tiny-s0 --answer 21 \\
-          "Sam has 36 cards. He uses 8, wins 1 and loses 8. How many cards now?"
+          "{EXAMPLE}"
       the same question after training, and whether each completion is right
   python tools/ask.py Qwen/Qwen2.5-0.5B "What is 17 * 23?" --samples 0
       a model of the Hub, greedy only
@@ -58,7 +56,7 @@ dtype, unless an option here says otherwise. Any other model gets the question a
 
 
 def build_parser():
-    parser = Parser(
+    parser = RaisingParser(
         prog="ask.py",
         description="Ask a model a question: a greedy completion and some sampled ones.",
         epilog=EPILOG,
@@ -84,7 +82,7 @@ def build_parser():
     text = "auto: the tokenizer's, if it has one; none: plain text (default: the run's)"
     add("--chat-template", metavar="NAME", help=text)
     add("--system", metavar="TEXT", help="system turn of the chat template (default: the run's)")
-    add_template_option(parser)
+    add_option(parser, "template_option")
     text = "fp32, bf16, or auto (bf16 if a GPU has it) (default: the run's)"
     add("--dtype", metavar="NAME", help=text)
     text = "cpu, cuda, cuda:N, or auto (cuda if there is a GPU)"
@@ -107,13 +105,12 @@ def parse(argv):
     if unknown:
         raise ValueError(parser.refusal(unknown[0]))
     if args.template_option is not None:
-        args.template_option = template_options(args.template_option)
+        args.template_option = dict(args.template_option)
     if not 0 <= args.samples <= MOST_SAMPLES:
         raise ValueError(f"--samples {args.samples}: 0 to {MOST_SAMPLES}")
     if args.answer is not None:
         check_answer(args.answer)
     given = options_of(args)
-    check_utf8(given)
     check_values(Options(**given))
     if args.question is None and not sys.stdin.isatty():
         args.question = sys.stdin.read().strip("\r\n")
@@ -170,6 +167,15 @@ def run_options(folder):
     return asked
 
 
+def of_tiny(name):
+    """Whether a model is the embedded one, or that of a run that began with it."""
+    try:
+        config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+        return config["options"]["model"] == "tiny"
+    except (OSError, ValueError, KeyError, TypeError):
+        return name == "tiny"
+
+
 class Model:
     """A model, and how it is asked."""
 
@@ -177,8 +183,8 @@ class Model:
         """given: of options_of. Raises ValueError if there is no such model."""
         print("loading torch and transformers", flush=True)
         from run.checkpoint import find_model
+        from run.checks import fill
         from run.machine import warn_of_slow_bf16
-        from run.options import fill
         from trainer.bf16 import sampling_copy
         from trainer.policy import context_length, load_policy, use_threads
         from trainer.prompts import Chat
@@ -353,6 +359,8 @@ def main(argv=None):
         model = Model(given)
         questions = typed_questions() if args.question is None else [args.question]
         for question in questions:
+            if of_tiny(args.model) and not re.fullmatch(LEARNED, question.strip(), re.DOTALL):
+                print(f"note: tiny has only learned problems such as: {EXAMPLE}")
             ask(model, question, args.samples, args.answer)
     except (ValueError, OSError) as error:
         return refuse(error)
@@ -370,4 +378,4 @@ def refuse(error):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

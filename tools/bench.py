@@ -283,7 +283,9 @@ def backward(model, batch, push, size, autocast=False, through_head=True):
 
 def shared_options(args):
     """train.py's Options for the work that --model and the other options describe."""
-    from run.options import fill, flag, parse
+    from run.checks import fill
+    from run.options import flag
+    from run.parser import parse
 
     if args.model == "tiny":
         return fill(parse(["--preset", "tiny", "--dtype", args.dtype, "--algo", "grpo"]))
@@ -457,7 +459,8 @@ def qwen(args, device, prompts=4, group_size=8, prompt_tokens=100, most_tokens=2
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     import train
-    from run.options import fill, parse
+    from run.checks import fill
+    from run.parser import parse
     from trainer.logprobs import Layout
     from trainer.packed import packable
 

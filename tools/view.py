@@ -16,13 +16,17 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when run as a script
 
+from run.commandline import Parser, output_file, quit_on_interrupt, run_main, writing
+
+if __name__ == "__main__":
+    quit_on_interrupt()
+
+import numpy as np
+
 from plot import NOTES, is_complete, push, style, tensors
-from run import options
-from run.commandline import Parser, output_file
+from run.names import algorithm_names
 from run.runs import ORDER, finite, read_folder
 from run.samples import read_groups
 from trainer.methods import ALGORITHMS, is_file, label
@@ -196,10 +200,9 @@ def write_page(data, out):
     page = TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", json_text(data))
     part = out.with_name(f".{out.name}.part")
     try:
-        part.write_text(page, encoding="utf-8")
-        os.replace(part, out)
-    except OSError as error:
-        raise OSError(f"cannot write {out}: {error.strerror}") from None
+        with writing(out):
+            part.write_text(page, encoding="utf-8")
+            os.replace(part, out)
     finally:
         if part.is_file():
             part.unlink()
@@ -233,7 +236,7 @@ def build_parser():
     text = "the page to write; default: samples.html in RUN"
     parser.add_argument("--out", metavar="FILE", type=output_file, help=text)
     text = "compute the push under these methods, or all, besides the run's own; default: the seven"
-    kind = {"type": options.algorithm_names, "default": list(ALGORITHMS)}
+    kind = {"type": algorithm_names, "default": list(ALGORITHMS)}
     parser.add_argument("--algos", metavar="A,B", help=text, **kind)
     return parser
 
@@ -258,4 +261,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -195,27 +195,29 @@ def _bare(text):
     return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def encode_problems(tokenizer, problems, prompt, longest, vocabulary=2**31, chat=AUTO, eos_ids=()):
+def encode_problems(
+    tokenizer, problems, prompt, longest, vocabulary=2**31, chat=AUTO, eos_ids=(), most=0
+):
     """(problems, each with its "prompt_ids", how many were dropped for their length).
 
     Prompts over `longest` tokens are dropped, not cut: a cut question is another question. Problems
     that the tokenizer cannot represent are dropped too, with a printed line. vocabulary: number of
-    tokens that the model knows. Raises ValueError if no problem is left, if a prompt ends in an
+    tokens that the model knows. most: --max-new-tokens, for an error. Raises ValueError if no problem is left, if a prompt ends in an
     EOS, or if it contains a token that the model does not know.
     """
     if not problems:
         raise ValueError("no problem is left to train on: all of them are held out too")
-    if longest < 1:
-        raise ValueError(
-            "--max-new-tokens leaves no room for a prompt in the model's context: lower it"
-        )
     ids = Prompts(tokenizer, prompt, chat).encode([p["question"] for p in problems])
     encoded = [{**p, "prompt_ids": own} for p, own in zip(problems, ids, strict=True)]
     kept = [p for p in encoded if 0 < len(p["prompt_ids"]) <= longest]
     if not kept:
+        context, lengths = longest + most, [len(p["prompt_ids"]) for p in encoded]
+        if context <= min(lengths):
+            raise ValueError(f"every prompt fills the model's context of {context} tokens")
         raise ValueError(
-            f"every prompt is over {longest} tokens, the model's context less --max-new-tokens: "
-            "lower --max-new-tokens"
+            f"--max-new-tokens {most} leaves no room for a prompt in the model's context of "
+            f"{context} tokens: the most for the shortest prompt is {context - min(lengths)}, for "
+            f"the longest {context - max(lengths)}"
         )
     for p in kept:
         check_ids(tokenizer, p, vocabulary, eos_ids)

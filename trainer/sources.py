@@ -22,6 +22,8 @@ EXPECTED = (
     "--data takes a .jsonl, .json, .csv, .tsv or .parquet file, a folder with train.* and test.*, "
     "or the name of a data set on the Hub"
 )
+# How `datasets` names the cause where the Hub is not reached.
+OFFLINE = re.compile(r"\((OfflineModeIsEnabled|\w*(Connect|Timeout)\w*)\)")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -76,7 +78,7 @@ def hub_splits(name):
 
 def first_words(error):
     """The first line of an error's text; more of it if the line only announces a list."""
-    text = str(error).strip()
+    text = OFFLINE.sub("(no network, or HF_HUB_OFFLINE is set)", str(error).strip())
     line = text.split("\n")[0]
     return line if not line.endswith(":") else " ".join(text.split())[:300]
 
