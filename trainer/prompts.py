@@ -202,7 +202,8 @@ def encode_problems(
 
     Prompts over `longest` tokens are dropped, not cut: a cut question is another question. Problems
     that the tokenizer cannot represent are dropped too, with a printed line. vocabulary: number of
-    tokens that the model knows. most: --max-new-tokens, for an error. Raises ValueError if no problem is left, if a prompt ends in an
+    tokens that the model knows. most: --max-new-tokens, for an error. Raises ValueError if no
+    problem is left, if a prompt ends in an
     EOS, or if it contains a token that the model does not know.
     """
     if not problems:
