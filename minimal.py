@@ -113,7 +113,7 @@ def sample(model, tokenizer, problems, o, greedy=False):
     rollout.attention = torch.cat([prompt.attention_mask, rollout.mask], 1)  # [B, L + T]
     rollout.truncated = ~is_eos.any(1)  # [B]
     kept = zip(completions, rollout.mask & ~is_eos, strict=True)
-    rollout.texts = tokenizer.batch_decode([row[on] for row, on in kept], skip_special_tokens=True)
+    rollout.texts = tokenizer.batch_decode([row[on] for row, on in kept])  # with special tokens
     graded = zip(rollout.texts, problems, rollout.truncated.tolist(), strict=True)
     right = [correct(text, problem["answer"], cut) for text, problem, cut in graded]
     rollout.right = torch.tensor(right, device=DEVICE)  # [B]

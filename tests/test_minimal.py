@@ -45,11 +45,12 @@ class Correct:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Twelve problems; the last is held out."""
-    path = tmp_path_factory.mktemp("data") / "problems.jsonl"
-    rows = [*problems(11, seed=1, split="train"), HELD_OUT]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    """A folder of eleven problems and one that is held out."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, rows in {"train": problems(11, seed=1, split="train"), "test": [HELD_OUT]}.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(text)
+    return folder
 
 
 @pytest.fixture(scope="module")
