@@ -4,8 +4,8 @@ r"""Rewards for problems whose answer is one number: GSM8K, and data in its form
    inside of the last `\boxed{...}`. A truncated completion must have ended that line or box.
 2. Strip what means nothing: $...$  \(...\)  **...**  quotes or brackets around the whole,
    \left( \right), \text{...} and its sisters, `x =`, and one closing . , ; or :
-3. All that is left must be one number: sign, currency, size, percent sign and unit, of which only
-   the size is needed. Nothing searches for a number inside: x^{2}, 3 or 4, and 10, 000 are None.
+3. All that is left must be one number: sign, currency, size, percent and unit, of which only the
+   size is needed. Nothing searches for a number inside: x^{2}, 3 or 4, and 10, 000 are None.
 
    sign             5  +5  -5  - 5, with any Unicode minus or hyphen
    currency         $5  -$5  $-5  USD 5  5 €
@@ -14,9 +14,8 @@ r"""Rewards for problems whose answer is one number: GSM8K, and data in its form
    decimal          18.5  .5  1,234.5  1e-3; the exponent has at most three digits
    fraction         3/4  \frac{3}{4}  \dfrac34  \cfrac{-3}{4}, of two whole numbers: 84/2 is 42
    mixed number     2 2/3  2\frac{2}{3}; the fraction is below 1
-   percent          50% is 50
-   unit             18 eggs  $5/hour  9 (apples)  762 M&Ms  25 cm^2  18m³  90°: words, but none that
-                    makes another number: 5 million, 3 pi, 2 and a half
+   percent, unit    50% is 50  18 eggs  $5/hour  9 (apples)  762 M&Ms  25 cm^2  18m³  90°: words,
+                    but none that makes another number: 5 million, 3 pi, 2 and a half
    None, e.g.       12 000 with a plain space, 0,500  12,34  1'000  (1,2)  5!  2x  3-5  x > 5  ½
 
 Lenient: if there is no such answer, the last number that stands free in the text. The text is cut
@@ -128,10 +127,10 @@ def inside(text):
 THIN = "\u2009"  # a space that may group digits
 # A quantifier with + after it (*+, ++) never gives characters back: that keeps the time linear.
 GAP = rf"[ \t{THIN}]*+"
-ARGUMENT = rf"(?:\{{{GAP}([-,\d{THIN}]++){GAP}\}}|(\d))"  # {-12}  {1,234}  3
+ARGUMENT = rf"(?:\{{{GAP}([-,\d{THIN}]++){GAP}\}}|(\d))"  # of \frac: {-12}  {1,234}  3
 STYLE = r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:bf|it|rm|sf|tt)|[fhm]box|boxed|boldsymbol|bm|emph)"
 STYLED = (rf"{STYLE}\s*+\{{([^{{}}]*+)\}}", r"\1")
-MEANINGS = [  # (pattern, what it means)
+MEANINGS = [  # (pattern, what it means), one after the other
     (r"[^\D0-9]", lambda digit: str(int(digit[0]))),  # digits of other scripts
     ("[！-～]", lambda char: chr(ord(char[0]) - 0xFEE0)),  # full-width ASCII
     ("[\u2010-\u2013\u2212\u02d7\u2796\ufe63]", "-"),
@@ -143,15 +142,16 @@ MEANINGS = [  # (pattern, what it means)
     ("[⁄∕]", "/"),
     ("’", "'"),
     ("[“”]", '"'),
-    (r"\{,\}|,\\!\s*+", ","),
-    (r"\\(?:[,;: ]|thinspace(?![a-zA-Z]))|~(?=[\\a-zA-Z])", THIN),
-    (r"\\(?:q?quad|displaystyle|bf)(?![a-zA-Z])|\\[()\[\]]", " "),
+    (r"\{,\}|,\\!\s*+", ","),  # 1{,}234  1,\!234
+    (r"\\(?:[,;: ]|thinspace(?![a-zA-Z]))|~(?=[\\a-zA-Z])", THIN),  # 1\,234  5~\text{cm}
+    (r"\\(?:q?quad|displaystyle|bf)(?![a-zA-Z])|\\[()\[\]]", " "),  # \(...\)
     (r"\\(?:left|right|[bB]igg?[lr]?)(?=[()\[\]])", ""),
     (r"\\([$%&])", r"\1"),
-    (r"\$([^$]*+)\$(?!\d)", r" \1 "),  # not the money of $5 and $6
+    (r"\$([^$]*+)\$(?!\d)", r" \1 "),  # $...$, not the money of $5 and $6
     (r"\*\*([^*]*+)\*\*", r" \1 "),
     STYLED,
     STYLED,  # one in another
+    (r"([-+])\{\s*+([^{}]*+)\}", r"\1\2"),  # -{5}
     (r"\^\s?(?:\\circ|\{\\circ\})", "°"),
     (rf"([-+]?)\\[cdt]?frac{GAP}{ARGUMENT}{GAP}{ARGUMENT}", r" \1\2\3/\4\5 "),
 ]
@@ -185,7 +185,7 @@ DECIMAL = rf"(?P<decimal>(?:{WHOLE}(?:\.\d++)?|\.\d++)(?:[eE][-+]?\d{{1,3}}(?!\d
 MIXED = rf"(?P<mixed>{WHOLE})[ \t{THIN}]++(?=\d{{1,2}}{GAP}/{GAP}\d{{1,3}}(?!\d))"  # not 2 100/3
 FRACTION = rf"(?:{MIXED})?+(?P<top>{WHOLE}){GAP}/{GAP}(?P<bottom>{WHOLE})"
 FORM = re.compile(
-    rf"(?:[a-zA-Z]?{GAP}={GAP})?(?P<sign>[-+]?){GAP}(?:{CODE}{GAP})?\$?{GAP}"
+    rf"(?:[a-zA-Z]?{GAP}={GAP})?\$?(?P<sign>[-+]?){GAP}(?:{CODE}{GAP})?\$?{GAP}"
     rf"(?!0[xXbBoO])(?:{FRACTION}|{DECIMAL})(?:{GAP}%)?(?P<unit>.*)",
     re.DOTALL,
 )
@@ -215,7 +215,7 @@ SHORT = (
     "g|gm|kgs?|mg|l|L|ml|mL|cl|lbs?|oz|qt|pt|sq|s|secs?|mins?|h|hrs?|days?|[ap]m|[ap]\\.m|mph|kph"
     "|k?Hz|kWh?|[KMGT]B|pcs|°|°C|°F|st|nd|rd|th|[A-Z]+s|of|in|at|on|to|by|is|as|it"
 )
-LISTED = re.compile(rf"(?:{LENGTH})(?:[²³]|\^[23]|\^\{{[23]\}})?|(?:{SHORT})\.?")
+LISTED = re.compile(rf"(?:{LENGTH})(?:[²³]|\^[23]|\^\{{[23]\}})?|(?:{SHORT})\.?|{CODE}")
 LETTER = "[a-zà-öø-ɏ]"  # only Latin ones: of other languages no words that scale are known here
 NUMBER_WORD = (  # makes another number of the one beside it
     "(?:(?:hundred|thousand|million|billion|trillion|milliard|lakh|crore|dozen|squared|cubed)[a-z]*"
@@ -232,11 +232,10 @@ WORD = re.compile(  # has three letters in a row and a vowel, or an &
 
 def is_unit(text):
     """Whether the text after a number is nothing, or words that leave its value as it is."""
-    if not text.strip():
-        return True
-    bare_text = re.sub(r"\((.+)\)", r"\1", text.strip()).removeprefix("/").strip()
-    words = re.split(r"\s*/\s*|\s+", bare_text)
-    if text[0].isalpha() and len(words[0]) < 4 and not LISTED.fullmatch(words[0]):  # 2abc
+    words = re.split(r"\s*/\s*|\s+", re.sub(r"\(\s*(.+)\)", r"\1", text).strip())
+    if words[0] == "":  # nothing, or /hour
+        words = words[1:]
+    elif text[0].isalpha() and len(words[0]) < 4 and not LISTED.fullmatch(words[0]):  # 2abc
         return False
     return all(LISTED.fullmatch(word) or WORD.fullmatch(word) for word in words)
 
@@ -245,9 +244,9 @@ def is_unit(text):
 
 JOINED = r"(?<=\d\s)(?:and|plus|times|over)\s++(?![b-z])"  # 2 and 1/2
 CUT = re.compile(
-    rf"{LINE_END}|##++|<<[^<>]*+>>|</?\w++>|(?<![!<>=:])=(?![=>])"
+    rf"{LINE_END}|#++|<<[^<>]*+>>|</?\w++>|(?<![!<>=:])=(?![=>])"
     rf"|(?<!\S)[(\"'*_]*+(?!(?:{NUMBER_WORD}|{CODE})\b|{JOINED})"  # a word
-    rf"(?:{LETTER}{{2,}}+(?:[-']{LETTER}++)*+|a)[^\w\s]*+(?!\S)",
+    rf"(?:{LETTER}{{2,}}+(?:[-']{LETTER}++)*+|a)[)\"'*_.,:;!?]*+(?!\S)",
     re.IGNORECASE,
 )
 

@@ -4,7 +4,7 @@ r"""Answers beyond one number, such as \sqrt{2} or (1, 2]: the package math-veri
     python train.py --preset gsm8k --reward examples/math_verify_reward.py \
         --data examples/latex.jsonl --prompt "{question} Put the final answer in \boxed{}."
 
-The answer of a problem is LaTeX without dollar signs. A completion's answer is its last \boxed{...}.
+The answer of a problem is LaTeX without dollar signs, that of a completion its last \boxed{...}.
 They need not be written alike: 2^{1/2} is \sqrt{2}. Most comparisons take a few hundredths of a
 second; one that takes more than a second counts as wrong.
 """
@@ -27,7 +27,7 @@ def reward(completion, problem):
 
 
 def correct(completion, problem):
-    """Whether the last box holds what the answer says. Raises ValueError if that is not LaTeX."""
+    """Whether the last box equals the answer. Raises ValueError if the answer cannot be read."""
     truth = expression(problem["answer"])
     if not truth:
         raise ValueError(f"math-verify cannot read the answer {problem['answer']!r}")
@@ -37,4 +37,4 @@ def correct(completion, problem):
 
 def expression(latex):
     """What math-verify makes of it: a list, empty if it cannot be read."""
-    return parse(f"${latex}$", parsing_timeout=1)
+    return parse(f"${latex}$", fallback_mode="no_fallback", parsing_timeout=1)
