@@ -1,54 +1,36 @@
 r"""Rewards for problems whose answer is one number: GSM8K, and data in its format.
 
-Answers are compared as exact `Fraction`s: 18.00 equals 18, and 15 is not 5. Training teaches the
-policy to exploit the reward. So nothing in a completion is evaluated or raises an exception, and
-the time is linear in its length.
+1. Find the place of the answer: the rest of the line after the last `####`; if there is none, the
+   inside of the last `\boxed{...}`. A truncated completion must have ended that line or box.
+2. Strip what means nothing: $...$  \(...\)  **...**  quotes or brackets around the whole,
+   \left( \right), \text{...} and its sisters, `x =`, and one closing . , ; or :
+3. All that is left must be one number: sign, currency, size, percent and unit, of which only the
+   size is needed. Nothing searches for a number inside: x^{2}, 3 or 4, and 10, 000 are None.
 
-Where the answer is looked for (strict):
-- after the last `####`, up to the end of that line; more than four hashes are one marker;
-- if there is no `####`: in the last `\boxed{...}` with balanced braces, which may span lines.
-The first numeral there decides. If it cannot be read, the answer is None: nothing else is tried.
-Lenient: the strict answer, else the last readable numeral of the text's last 100,000 characters.
-Truncated (no EOS): the marker's line needs its line end, the box its closing brace, and a lenient
-numeral needs a line end or a whole word after it. What is cut might have gone on.
+   sign             5  +5  -5  - 5, with any Unicode minus or hyphen
+   currency         $5  -$5  $-5  USD 5  5 €
+   whole number     72  007, in the digits of any script
+   groups of three  1,234  1{,}234  1,\!234, or with no-break, thin or LaTeX spaces: 1\,234
+   decimal          18.5  .5  1,234.5  1e-3; the exponent has at most three digits
+   fraction         3/4  \frac{3}{4}  \dfrac34  \cfrac{-3}{4}, of two whole numbers: 84/2 is 42
+   mixed number     2 2/3  2\frac{2}{3}; the fraction is below 1
+   percent, unit    50% is 50  18 eggs  $5/hour  9 (apples)  762 M&Ms  25 cm^2  18m³  90°: words,
+                    but none that makes another number: 5 million, 3 pi, 2 and a half
+   None, e.g.       12 000 with a plain space, 0,500  12,34  1'000  (1,2)  5!  2x  3-5  x > 5  ½
 
-A numeral is read whole or not at all. Read are:
-- decimals             72  .5  1,234.5  1e-3
-- groups of thousands  1,234  1{,}234  1,\!234; 12 000 with a no-break, thin or LaTeX space
-- fractions            3/4  \frac{3}{4}  \dfrac34  \frac{-3}{4}, of two whole numbers
-- mixed numbers        2 2/3  2\frac{2}{3}
-- signs                +5  -5  -{5}, with any Unicode minus or hyphen
-- currencies           $5  -$5  $-5  USD18
-- units                18kg  18 eggs  $5/hour  50% (is 50)  90° (is 90)
-- digits               of any script; the Arabic separators
-So 84/2 earns what 42 earns. That is our choice: its value is exact, fractions are written so, and
-no longer calculation is read.
+Lenient: if there is no such answer, the last number that stands free in the text. The text is cut
+at its words and at `=`; a piece counts if all of it is a number by the same rules.
 
-None, because more belongs to the number:
-- mathematics          \sqrt{51}  3\pi  2x  x15  x^2  5!  101_2  5²  2½
-- repeating digits     0.333...  0.\overline{3}
-- words that scale     5 million  5k  5万
-- part of a whole      a calculation, a power, a date, a ratio 3:4, a range 3-5, 1.5 \times 10^3
-- not one value        ±5  x ≥ 5
-
-None, because it is ambiguous or too large:
-- separators           12 000 with a plain space, 12,34  1.234,5  1_000  1'000
-- signs                - 5  --5  GPT-4  -(5)  negative 5
-- fractions            a mixed number whose fraction is not below 1, a zero denominator
-- size                 an exponent of over three digits, more than 100 digits
-
-`=` ends a numeral: 16 - 3 = 13 holds an unreadable numeral, then 13. Words do not matter: "at
-least 5" is 5. Nor does < or > without spaces, because <b>5</b> and ->5 have them.
+Training teaches the policy to exploit the reward. So nothing in a completion is evaluated or raises
+an exception, and the time is linear in its length: what is longer than 300 characters is no number.
+Answers are compared as exact fractions: 18.00 equals 18, and 15 is not 5. Our choice: a truth of
+more than six decimals counts as rounded, and a relative error of 1e-6 is right.
 """
 
 import re
-import unicodedata
 from fractions import Fraction
-from itertools import islice
 
-MARKER = "####"
-BOX = r"\boxed{"
-LENIENT_WINDOW = 100_000  # characters
+LONGEST = 300  # characters of an answer
 
 # ---- the rewards --------------------------------------------------------------------------------
 
@@ -59,7 +41,7 @@ def correct(completion: str, answer: str, truncated: bool = False) -> float:
     Raises ValueError if `answer` is not one number: wrong data, not a wrong completion.
     """
     truth = true_answer(answer)
-    return float(extract_answer(completion, truncated=truncated) == truth)
+    return float(equal(extract_answer(completion, truncated=truncated), truth))
 
 
 def overlong_penalty(length: int, max_length: int, cache: int) -> float:
@@ -83,8 +65,8 @@ def extract_answer(text: str, lenient: bool = False, truncated: bool = False) ->
 
     truncated: the completion was cut at the length limit, before its EOS.
     """
-    place = answer_place(text, truncated)
-    answer = None if place is None else first_number(place)
+    lines, boxes = places(text, truncated)
+    answer = number(plain((lines or boxes or [""])[-1]))
     if answer is None and lenient:
         answer = last_number(text, truncated)
     return answer
@@ -93,321 +75,192 @@ def extract_answer(text: str, lenient: bool = False, truncated: bool = False) ->
 def true_answer(answer: str) -> Fraction:
     """The number in a problem's answer: GSM8K's field (it ends in `#### 72`), or 72, $1,234, 7 cm.
 
-    Raises ValueError unless the place of the answer holds exactly one numeral, which can be read.
+    Raises ValueError unless it is one number, the same after every `####` and in every box.
     """
-    marked = MARKER in answer or BOX in answer
-    place = answer_place(answer) if marked else answer
-    truth = None if place is None else only_number(place)
-    if truth is None:
+    lines, boxes = places(answer)
+    numbers = {number(plain(place)) for place in set(lines + boxes) or {answer}}
+    if len(numbers) > 1 or None in numbers:
         shown = answer if len(answer) <= 80 else answer[:40] + " ... " + answer[-40:]
         expected = "expected one number, '#### 72' at its end or '72'"
         raise ValueError(f"no number to compare with in the answer {shown!r}: {expected}")
-    return truth
+    return numbers.pop()
 
 
-# ---- where the answer is ------------------------------------------------------------------------
+def equal(answer: Fraction | None, truth: Fraction) -> bool:
+    """Whether an answer is right: exact, but 1e-6 of a truth that has more than six decimals."""
+    if answer is None:
+        return False
+    decimal = pow(10, 2000, truth.denominator) == 0  # 1/3 is none
+    rounded = decimal and pow(10, 6, truth.denominator) != 0
+    return abs(answer - truth) <= (abs(truth) / 10**6 if rounded else 0)
 
-LINE_END = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+
+# ---- 1. the place -------------------------------------------------------------------------------
+
+LINE_END = "[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"
 
 
-def answer_place(text, truncated=False):
-    """The rest of the last marker's line, or what the last box holds; None if missing or cut."""
-    marker = text.rfind(MARKER)
-    if marker >= 0:
-        start = marker + len(MARKER)
-        end = LINE_END.search(text, start)
-        if end is None:
-            return None if truncated else text[start:]
-        return text[start : end.start()]
-    box = text.rfind(BOX)
-    depth = 0
-    for brace in re.finditer("[{}]", text[box:] if box >= 0 else ""):
+def places(text, truncated=False):
+    """(what stands after each ####, what stands in each box): texts, "" where too long or cut."""
+    lines, boxes = [], []
+    for marker in re.finditer("#{4,}", text):
+        rest = text[marker.end() : marker.end() + LONGEST + 1]
+        line, *more = re.split(LINE_END, rest, maxsplit=1)
+        lines.append("" if len(line) > LONGEST or (truncated and not more) else line)
+    for box in re.finditer(r"\\boxed\s*+\{", text):
+        boxes.append(inside(text[box.end() : box.end() + LONGEST + 1]))
+    return lines, boxes
+
+
+def inside(text):
+    """The text up to the brace that closes the box; the box's own opening brace is before it."""
+    depth = 1
+    for brace in re.finditer("[{}]", text):
         depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return text[box + len(BOX) : box + brace.start()]
-    return None
+            return text[: brace.start()]
+    return ""
 
 
-def first_number(place):
-    """The first numeral of the place, or None if there is none or it cannot be read."""
-    found = list(islice(numerals(plain(place)), 2))
-    if not found:
-        return None
-    right = found[1] if len(found) == 2 else None
-    return read(found[0], right=right)
+# ---- 2. what means nothing ----------------------------------------------------------------------
 
-
-def only_number(place):
-    """The numeral of the place, or None if it has none or more, or if it may be an inequality."""
-    found = list(islice(numerals(plain(place)), 2))
-    if len(found) != 1 or "<" in place or ">" in place:
-        return None
-    return read(found[0])
-
-
-def last_number(text, truncated=False):
-    """The last readable numeral of the text, or None; if truncated, one that cannot be cut."""
-    window = plain(text[-LENIENT_WINDOW:])
-    found = list(numerals(window))
-    if len(text) > LENIENT_WINDOW:
-        found = found[1:]  # the first may be the end of a longer numeral
-    whole_lines = max((match.end() for match in LINE_END.finditer(window)), default=0)
-    lefts, rights = [None, *found], [*found[1:], None]
-    for match, left, right in reversed(list(zip(found, lefts, rights, strict=False))):
-        end = match.end()
-        if truncated and end >= whole_lines and not A_WORD.match(window, end):
-            continue
-        number = read(match, left, right)
-        if number is not None:
-            return number
-    return None
-
-
-# ---- the grammar of one numeral -----------------------------------------------------------------
-# \d, int and Fraction know the digits of every script. A quantifier with + after it (*+, ++, {}+)
-# never gives characters back: that keeps the time linear.
-
-THIN = "\u2009"  # a space that may group digits; `plain` turns no-break and thin spaces into it
-SPACES = f" \t{THIN}"  # within a line
-GAP = rf"[{SPACES}]*+"  # spaces or nothing
-SPACE = rf"[{SPACES}]++"  # at least one
-
-
-def any_of(*patterns):
-    """A pattern that matches any of `patterns`; the first that fits decides."""
-    return "(?:" + "|".join(patterns) + ")"
-
-
-COMMAS = r"(?:,\d{3}){1,33}+"  # ,234,567; at most 33 groups, so that a failed match costs little
-THINS = rf"(?:{THIN}\d{{3}}){{1,33}}+"  # the same with thin spaces
-GROUPED = rf"\d{{1,3}}{any_of(COMMAS, THINS)}(?!\d)"  # 1,234
-WHOLE = any_of(GROUPED, r"\d++")  # 1,234  1234
-EXPONENT = r"[eE][-+]?\d{1,3}(?!\d)"  # e-3
-DIGIT_FIRST = rf"{WHOLE}(?:\.\d++)?"  # 1,234  1,234.5
-POINT_FIRST = r"(?<![\w.])\.\d++"  # .5, but not the end of x.5 or 1..5
-DECIMAL = rf"{any_of(DIGIT_FIRST, POINT_FIRST)}(?:{EXPONENT})?"  # 1,234.5e-3
-FRACTION = rf"(?P<top>{WHOLE})/(?P<bottom>{WHOLE})"  # 3/4
-PROPER = r"(?P<part>\d{1,2})/(?P<of>\d{1,3})(?!\d)"  # 2/3
-MIXED = rf"(?P<mixed>{WHOLE}){SPACE}{PROPER}"  # 2 2/3
-# Found like numerals, but never read: they have no digits.
-UNREAD = "²³¹¼-¾⁰-₉⅐-↋①-⒛"
-NUMERAL = re.compile(any_of(FRACTION, MIXED, rf"(?P<decimal>{DECIMAL})", f"[{UNREAD}]"))
-FIRST = re.compile(rf"[\d{UNREAD}]")  # one class of characters: `search` is fast
-
-
-def numerals(text):
-    """Matches of everything that may be a number, in order. `text` is plain."""
-    end = 0
-    while first := FIRST.search(text, end):
-        start = first.start()
-        with_point = NUMERAL.match(text, start - 1) if start > end else None  # .5
-        match = with_point or NUMERAL.match(text, start)
-        end = match.end()
-        yield match
-
-
-def value(match):
-    """The Fraction of a match of NUMERAL by itself, or None. At most 100 digits: cheap."""
-    if len(match[0]) > 250 or sum(map(str.isdecimal, match[0])) > 100:
-        return None
-    parts = {name: ungrouped(part) for name, part in match.groupdict().items() if part}
-    if "decimal" in parts:
-        return Fraction(parts["decimal"])
-    if "top" in parts:
-        return ratio(parts["top"], parts["bottom"])
-    if "mixed" in parts:
-        size = ratio(parts["part"], parts["of"])
-        return None if size is None or size >= 1 else int(parts["mixed"]) + size
-    return None
-
-
-def ratio(top, bottom):
-    return Fraction(int(top), int(bottom)) if int(bottom) else None
-
-
-def ungrouped(digits):
-    return digits.replace(",", "").replace(THIN, "")
-
-
-# ---- plain text: one character for each meaning -------------------------------------------------
-
-MEANINGS = {
-    "-": "\u2010\u2011\u2012\u2013\u2212\u02d7\u2796\ufe63",  # hyphens, en dash, minus signs
-    THIN: "\u00a0\u2005\u2006\u2007\u2008\u200a\u202f",  # no-break and thin spaces
-    " ": "\u2000\u2001\u2002\u2003\u2004\u205f\u3000",  # wide spaces
-    "": "\xad\u061c\u200b\u200c\u200d\u200e\u200f\u2060\ufeff",  # invisible characters
-    ".": "٫",
-    ",": "٬",
-    "/": "⁄∕",
-    "'": "’",
-    ":": "∶",
-}
-TABLE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width forms of ASCII
-for meaning, characters in MEANINGS.items():
-    TABLE.update(dict.fromkeys(map(ord, characters), meaning))
-
-LATEX_SPACE = re.compile(r"\\(?:[,;: ]|thinspace(?![a-zA-Z]))")  # \,  \thinspace
-BRACED_NUMBER = re.compile(rf"([-+])\{{{GAP}([\d.,]++){GAP}\}}")  # -{5}
-TOP = rf"(?:\{{{GAP}(-?{WHOLE}){GAP}\}}|(\d))"  # {-12}  3
-BOTTOM = rf"(?:\{{{GAP}({WHOLE}){GAP}\}}|(\d))"  # {4}  4
-NO_MORE_DIGITS = rf"(?!{GAP}\.?\d)"
-LATEX_FRACTION = re.compile(  # \frac{3}{4}  \dfrac34
-    rf"(?<![.,'/])\\[dt]?frac{GAP}{TOP}{GAP}{BOTTOM}{NO_MORE_DIGITS}"
-)
+THIN = "\u2009"  # a space that may group digits
+# A quantifier with + after it (*+, ++) never gives characters back: that keeps the time linear.
+GAP = rf"[ \t{THIN}]*+"
+ARGUMENT = rf"(?:\{{{GAP}([-,\d{THIN}]++){GAP}\}}|(\d))"  # of \frac: {-12}  {1,234}  3
+STYLE = r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:bf|it|rm|sf|tt)|[fhm]box|boxed|boldsymbol|bm|emph)"
+STYLED = (rf"{STYLE}\s*+\{{([^{{}}]*+)\}}", r"\1")
+MEANINGS = [  # (pattern, what it means), one after the other
+    (r"[^\D0-9]", lambda digit: str(int(digit[0]))),  # digits of other scripts
+    ("[！-～]", lambda char: chr(ord(char[0]) - 0xFEE0)),  # full-width ASCII
+    ("[\u2010-\u2013\u2212\u02d7\u2796\ufe63]", "-"),
+    ("[\u00a0\u2005-\u2008\u200a\u202f]", THIN),  # no-break and thin spaces
+    ("[\xad\u061c\u200b-\u200f\u2060\ufeff]", ""),  # invisible characters
+    ("[\xa2-\xa5\u058f\u060b\u09f2\u09f3\u0e3f\u17db\u20a0-\u20cf\ufdfc\uffe0-\uffe6]", "$"),
+    ("[٫。]", "."),
+    ("٬", ","),
+    ("[⁄∕]", "/"),
+    ("’", "'"),
+    ("[“”]", '"'),
+    (r"\{,\}|,\\!\s*+", ","),  # 1{,}234  1,\!234
+    (r"\\(?:[,;: ]|thinspace(?![a-zA-Z]))|~(?=[\\a-zA-Z])", THIN),  # 1\,234  5~\text{cm}
+    (r"\\(?:q?quad|displaystyle|bf)(?![a-zA-Z])|\\[()\[\]]", " "),  # \(...\)
+    (r"\\(?:left|right|[bB]igg?[lr]?)(?=[()\[\]])", ""),
+    (r"\\([$%&])", r"\1"),
+    (r"\$([^$]*+)\$(?!\d)", r" \1 "),  # $...$, not the money of $5 and $6
+    (r"\*\*([^*]*+)\*\*", r" \1 "),
+    STYLED,
+    STYLED,  # one in another
+    (r"([-+])\{\s*+([^{}]*+)\}", r"\1\2"),  # -{5}
+    (r"\^\s?(?:\\circ|\{\\circ\})", "°"),
+    (rf"([-+]?)\\[cdt]?frac{GAP}{ARGUMENT}{GAP}{ARGUMENT}", r" \1\2\3/\4\5 "),
+]
 
 
 def plain(text):
-    """Characters and LaTeX that mean a sign, a separator or a fraction become ASCII or THIN."""
-    text = text.replace("{,}", ",").replace(r",\!", ",")
-    text = LATEX_SPACE.sub(THIN, text)
-    if not text.isascii():
-        text = text.translate(TABLE)
-    text = BRACED_NUMBER.sub(r"\1\2", text)
-    return LATEX_FRACTION.sub(slashed, text)
+    r"""LaTeX and Unicode as plain text: \text{−5} is -5, 2\frac{2}{3} is 2 2/3."""
+    for pattern, meaning in MEANINGS:
+        text = re.sub(pattern, meaning, text)
+    return text
 
 
-def slashed(fraction):
-    r"""\frac{3}{4} as 3/4, and after a digit with THIN before it: 2\frac{3}{4} is 2 3/4."""
-    top = fraction[1] or fraction[2]
-    bottom = fraction[3] or fraction[4]
-    start = fraction.start()
-    after_digit = start > 0 and fraction.string[start - 1].isdecimal()
-    return f"{THIN if after_digit else ''}{top}/{bottom}"
+def bare(text):
+    """Plain text without what means nothing around the whole. (20,100) is a pair: it stays."""
+    before = None
+    while text != before:
+        before = text
+        text = text.strip().strip("$").removeprefix("**").removesuffix("**")
+        ends = text[:1] + text[-1:]
+        brackets = ends in ("()", "[]", "{}") and "," not in text
+        if brackets or ends in ("''", '""', "``", "**", "__"):
+            text = text[1:-1]
+    return text
 
 
-# ---- a numeral among its neighbours -------------------------------------------------------------
+# ---- 3. the number ------------------------------------------------------------------------------
 
-CONTEXT = 40  # characters on either side that decide whether a numeral is whole
+CODE = r"(?:USD|EUR|GBP|JPY|CNY|RMB|INR|CAD|AUD|CHF|[A-Z]{1,2}(?=\$)|Rs\.?)"
+WHOLE = rf"(?:[1-9]\d{{0,2}}(?:(?:,\d{{3}})++|(?:{THIN}\d{{3}})++)|\d++)"
+DECIMAL = rf"(?P<decimal>(?:{WHOLE}(?:\.\d++)?|\.\d++)(?:[eE][-+]?\d{{1,3}}(?!\d))?)"
+MIXED = rf"(?P<mixed>{WHOLE})[ \t{THIN}]++(?=\d{{1,2}}{GAP}/{GAP}\d{{1,3}}(?!\d))"  # not 2 100/3
+FRACTION = rf"(?:{MIXED})?+(?P<top>{WHOLE}){GAP}/{GAP}(?P<bottom>{WHOLE})"
+FORM = re.compile(
+    rf"(?:[a-zA-Z]?{GAP}={GAP})?\$?(?P<sign>[-+]?){GAP}(?:{CODE}{GAP})?\$?{GAP}"
+    rf"(?!0[xXbBoO])(?:{FRACTION}|{DECIMAL})(?:{GAP}%)?(?P<unit>.*)",
+    re.DOTALL,
+)
 
 
-def read(match, left=None, right=None):
-    """The Fraction a numeral stands for, None unless all of it is read; left, right: neighbours."""
-    if (left and joined(left, match)) or (right and joined(match, right)):
+def number(text):
+    """The Fraction that all of a plain text stands for, or None."""
+    if len(text) > LONGEST:
         return None
-    start = max(match.start() - CONTEXT, left.end() if left else 0)
-    sign, before = signed(match.string[start : match.start()])
-    after = match.string[match.end() : match.end() + CONTEXT]
-    if sign == 0 or continued(before, match[0], after):
+    text = bare(re.sub("[.,;:]$", "", bare(text)))
+    form = FORM.fullmatch(text)
+    if form is None or not is_unit(form["unit"]):
         return None
-    size = value(match)
-    return None if size is None else sign * size
+    part = {name: re.sub(f"[,{THIN}]", "", group) for name, group in form.groupdict("0").items()}
+    size = Fraction(part["decimal"])
+    if form["top"]:
+        whole, top, bottom = int(part["mixed"]), int(part["top"]), int(part["bottom"])
+        if bottom == 0 or (form["mixed"] and top >= bottom):
+            return None
+        size = whole + Fraction(top, bottom)
+    return -size if form["sign"] == "-" else size
 
 
-TIGHT = re.compile(r"[^\w\s=<>]{0,4}|\.?[A-Za-z_]+[-+]?")  # 12/25/2023  5,6  3x4  1_000
-SPACED = re.compile(
-    any_of(
-        rf"{GAP}(?:[-+*/^·]|\*\*){GAP}-?",  # 5 - 3  2 ** 10
-        rf"{SPACE}[:xX%]{SPACE}",  # 3 : 4  3 x 4
-        SPACE,  # 12 000
-    )
+# Units of one or two letters or without a vowel, and little words; others are read as they come.
+LENGTH = "mm|cm|dm|km|m|in|inch|inches|ft|foot|feet|yd|yards?|mi|miles?|[a-z]*met(?:er|re)s?|units?"
+SHORT = (
+    "g|gm|kgs?|mg|l|L|ml|mL|cl|lbs?|oz|qt|pt|sq|s|secs?|mins?|h|hrs?|days?|[ap]m|[ap]\\.m|mph|kph"
+    "|k?Hz|kWh?|[KMGT]B|pcs|°|°C|°F|st|nd|rd|th|[A-Z]+s|of|in|at|on|to|by|is|as|it"
+)
+LISTED = re.compile(rf"(?:{LENGTH})(?:[²³]|\^[23]|\^\{{[23]\}})?|(?:{SHORT})\.?|{CODE}")
+LETTER = "[a-zà-öø-ɏ]"  # only Latin ones: of other languages no words that scale are known here
+NUMBER_WORD = (  # makes another number of the one beside it
+    "(?:(?:hundred|thousand|million|billion|trillion|milliard|lakh|crore|dozen|squared|cubed)[a-z]*"
+    "|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth)s?|half|halves|mil|mille|[bmt]n|grand"
+    "|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|[a-z]+teen|twenty|thirty|forty"
+    "|fifty|sixty|seventy|eighty|ninety|minus|negative|point|pi|sqrt|root|log|ln|sin|cos|tan|mod)"
+)
+WORD = re.compile(  # has three letters in a row and a vowel, or an &
+    rf"(?!(?:{NUMBER_WORD}|and|or|plus)\Z)(?=.*{LETTER}{{3}}|.*&)(?=.*[aeiouà-ɏ&])"
+    rf"{LETTER}+(?:[-&']{LETTER}+)*'?",
+    re.IGNORECASE,
 )
 
 
-def joined(left, right):
-    """Whether two neighbouring numerals are parts of one thing: 5-3, 1.2.3, 12 000, 3x4."""
-    gap = left.string[left.end() : right.start()]
-    if TIGHT.fullmatch(gap):
-        return True
-    if gap.strip().lower() == "and":
-        return "/" in right[0]  # 2 and 1/2
-    if not SPACED.fullmatch(gap):
+def is_unit(text):
+    """Whether the text after a number is nothing, or words that leave its value as it is."""
+    words = re.split(r"\s*/\s*|\s+", re.sub(r"\(\s*(.+)\)", r"\1", text).strip())
+    if words[0] == "":  # nothing, or /hour
+        words = words[1:]
+    elif text[0].isalpha() and len(words[0]) < 4 and not LISTED.fullmatch(words[0]):  # 2abc
         return False
-    if gap.strip() or THIN in gap or "/" in right[0] or not right[0][-1].isdecimal():
-        return True
-    last_group = left[0].rpartition(",")[2]
-    return len(last_group) <= 3 and re.match(r"\d{3}(?!\d)", right[0]) is not None  # 12 000
+    return all(LISTED.fullmatch(word) or WORD.fullmatch(word) for word in words)
 
 
-# What makes a sign an operator or a hyphen: GPT-4  a+1  --5, and after a variable x -5
-BEFORE_SIGN = re.compile(rf"(?:[\w)\]}}|+-]|(?<!\w)[b-zB-HJ-Z]{SPACE})\Z")
+# ---- lenient ------------------------------------------------------------------------------------
 
-
-def signed(before):
-    """(1, -1, or 0 for a sign that may not be the numeral's; what is before sign and currency)."""
-    bare = before.rstrip(SPACES)
-    if bare and unicodedata.category(bare[-1]) == "Sc":
-        before = bare[:-1].removesuffix("\\")
-    if before[-1:] not in ("-", "+"):
-        return 1, before
-    sign = -1 if before[-1] == "-" else 1
-    before = before[:-1]
-    return (0 if BEFORE_SIGN.search(before) else sign), before
-
-
-# ---- what stands beside a numeral and belongs to it ---------------------------------------------
-
-WORD_END = r"(?![^\W_])"  # no letter and no digit follows
-WORD_START = r"(?<![^\W_])"
-FORMAT = r"(?:text\w*|math[a-z]+|mbox|boxed|q?quad|degree|end|approx|implies|Rightarrow)"
-COMMAND = rf"\\(?!{FORMAT}(?![a-zA-Z]))[a-zA-Z]+"  # LaTeX that does more than format: \sqrt
-VARIABLE = rf"[eijnxyzEIJNXYZ]{WORD_END}"
-OPERAND = any_of(r"[({√]", r"\\\(", COMMAND, VARIABLE)  # what may follow an operator
-SCALE = rf"(?:(?i:(?:hundred|thousand|million|billion|trillion)s?|bn|mn)|[kKM]){WORD_END}"
-# Symbols that do not belong to a numeral, or are handled below.
-HARMLESS = "+<=>|~≈→⇒⟹∴∵"
-
-BEFORE = any_of(
-    rf"[/^·]{GAP}",  # x/5  x^5
-    r"[^\W_]_+",  # x_5
-    rf"[^\W_]\*{GAP}",  # x*5
-    rf"\S{SPACE}\*{SPACE}",  # x * 5
-    rf"[-+]{SPACE}",  # - 5
-    r"-[^\w\s>]{1,3}",  # -(5)
-    rf"-{GAP}\\\w+{GAP}[{{(]?{GAP}",  # -\text{5}
-    rf"(?<!\w)-[^\W\d_]{{1,4}}\.?{GAP}",  # -USD 5
-    rf"{COMMAND}{GAP}[{{(\[]?{GAP}",  # \sqrt{5}
-    rf"[\]}}]{GAP}\{{",  # \frac{x}{5}
-    r"\w[(\[]",  # f(5)
-    rf"\S{SPACE}[<>]=?{SPACE}",  # x > 5
-    r"(?<!\w)(?:minus|negative|sqrt|log|ln)\W{0,3}",  # negative 5
-    rf"{WORD_START}(?:pi|π){GAP}",  # pi 5
-    rf"{WORD_START}{VARIABLE}",  # x5
+JOINED = r"(?<=\d\s)(?:and|plus|times|over)\s++(?![b-z])"  # 2 and 1/2
+CUT = re.compile(
+    rf"{LINE_END}|#++|<<[^<>]*+>>|</?\w++>|(?<![!<>=:])=(?![=>])"
+    rf"|(?<!\S)[(\"'*_]*+(?!(?:{NUMBER_WORD}|{CODE})\b|{JOINED})"  # a word
+    rf"(?:{LETTER}{{2,}}+(?:[-']{LETTER}++)*+|a)[)\"'*_.,:;!?]*+(?!\S)",
+    re.IGNORECASE,
 )
-AFTER = any_of(
-    rf"{GAP}\^(?!\{{?\\circ)",  # 5^2, but not 90^\circ
-    rf"{GAP}!",  # 5!
-    r"_(?:[^\W_]|\{)",  # 5_2  5_{10}
-    rf"{GAP}\+",  # 5+
-    r"-(?![\w>])",  # 5-, but not 5-foot or 5->
-    rf"{GAP}[-*/·]{GAP}{OPERAND}",  # 5/x
-    r"\*[^\W_]",  # 5*x
-    rf"\({OPERAND}",  # 5(x)
-    r"\.\(",  # 0.(3)
-    rf"[.,]?{GAP}{COMMAND}",  # 3\pi  0.\overline{3}
-    rf"(?:[{SPACES}-]|\\(?:text|math)\w*\{{)*+{SCALE}",  # 5 million  5k
-    rf"{SPACE}(?i:and{SPACE}a{SPACE}half)",  # 2 and a half
-    rf"{GAP}(?:π|(?i:pi){WORD_END})",  # 3π
-    r"[xX][0-9A-Fa-f]",  # 0xFF
-    VARIABLE,  # 2x
-    rf"{SPACE}[nxyz]{WORD_END}",  # 2 x
-    rf"{SPACE}[<>]=?[ ]",  # 5 < x
-)
-BELONGS_BEFORE = re.compile(rf"{BEFORE}\Z", re.IGNORECASE)
-BELONGS_AFTER = re.compile(AFTER)
-A_WORD = re.compile(rf"{SPACE}(?!and\b)[^\W\d]+\s")  # after a numeral, shows that it is complete
 
 
-def continued(before, numeral, after):
-    """Whether what stands before or after a numeral belongs to it, so that it is not whole."""
-    if symbol(before.rstrip(SPACES)[-1:]) or BELONGS_BEFORE.search(before):
-        return True
-    if before and unicodedata.category(before[-1]) == "Pd":  # an em dash is no minus
-        return True
-    letters = before[-1:] + after[:1]  # H2O
-    if len(letters) == 2 and letters.isascii() and letters.isalpha():
-        return True
-    if "." in numeral and after.startswith(("..", "…")):  # 0.333...
-        return True
-    if after and unicodedata.category(after[0])[0] == "M":  # a bar over the last digit
-        return True
-    after = after.lstrip(")]}")
-    return symbol(after.lstrip(SPACES)[:1]) or BELONGS_AFTER.match(after) is not None
-
-
-def symbol(char):
-    """Whether it is a mathematical symbol, or a number that has no digits (², 万)."""
-    if not char or char.isdecimal():
-        return False
-    if char.isnumeric():
-        return True
-    return unicodedata.category(char) == "Sm" and char not in HARMLESS
+def last_number(text, truncated):
+    """The last number that stands free in the text, or None."""
+    text = plain(text)
+    if truncated:  # the last word may have been cut, and a number before it may go on
+        text = text.removesuffix(re.split(r"\s", text)[-1])
+    pieces = CUT.split(text)
+    for piece in reversed(pieces[:-1] if truncated else pieces):
+        if re.match(r"\s*[-+]\s|\D*\Z", piece):  # eggs - 5, or no digit at all
+            continue
+        found = number(piece)
+        if found is not None:
+            return found
+    return None

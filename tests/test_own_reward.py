@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 from conftest import ROOT
 
 import train
-from run import origin
+from run import origin, ownfile
 from run.options import Options
 from run.ownfile import load_file
 from run.ownreward import load_reward
@@ -125,6 +126,38 @@ def test_the_countdown_problems_are_those_of_its_generator_and_can_be_solved():
             calculate = module.OPERATIONS.values()
             reached = {f(a, number) for a in reached for f in calculate}
         assert int(problem["answer"]) in reached
+
+
+LATEX = ["--data", str(EXAMPLES / "latex.jsonl")]
+
+
+def test_the_reward_by_math_verify_says_in_one_line_that_the_package_is_missing(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    ownfile.run.cache_clear()
+    status, folder = run(tmp_path, EXAMPLES / "math_verify_reward.py", *LATEX)
+    error = capsys.readouterr().err
+    assert status == 2 and error.count("\n") == 1 and not folder.exists()
+    assert "math_verify_reward.py:" in error and "pip install math-verify" in error
+
+
+def test_the_reward_by_math_verify_with_the_real_package(tmp_path):
+    pytest.importorskip("math_verify")
+    ownfile.run.cache_clear()
+    grade = grader(EXAMPLES / "math_verify_reward.py").right
+    problems = [json.loads(line) for line in (EXAMPLES / "latex.jsonl").read_text().splitlines()]
+    for problem, other in zip(problems, problems[1:] + problems[:1], strict=True):
+        for truth, right in ((problem["answer"], 1.0), (other["answer"], 0.0)):
+            assert grade(f"so \\boxed{{{truth}}}", problem, False) == right
+    assert grade("2^{1/2} as \\boxed{2^{1/2}}", problems[0], False) == 1.0
+    assert grade(r"\sqrt{2}", problems[0], False) == grade(r"\boxed{1.41}", problems[0], False) == 0
+    assert grade(r"\boxed{1} or \boxed{\sqrt2", problems[0], True) == 0.0  # the last one was cut
+    assert grade(r"\boxed{9^{9^{9^{9}}}}", problems[0], False) == 0.0  # takes too long
+    with pytest.raises(ValueError, match="math-verify cannot read the answer"):
+        grade(r"\boxed{1}", {"question": "q", "answer": r"\frac{1"}, False)
+    status, folder = run(tmp_path, EXAMPLES / "math_verify_reward.py", *LATEX)
+    assert status == 0 and all(line["accuracy"] == 0.0 for line in lines(folder, "train"))
 
 
 # What reaches the run

@@ -1,237 +1,264 @@
-"""rewards.py: tables of answers, its parts one by one, then attacks.
+"""rewards.py: a table of what is read and one of what is not, its parts, then attacks.
 
-The attacks are megabytes of one repeated piece, and random texts that hypothesis makes.
+The attacks are long texts of one repeated piece, and random texts that hypothesis makes.
 """
 
+import json
 import re
-import sys
 import time
-import unicodedata
 from fractions import Fraction
 
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
-from rewards import correct, extract_answer, overlong_penalty, true_answer
+from rewards import correct, equal, extract_answer, overlong_penalty, true_answer
 
-# (numeral, the number that must be read). Each is tried after "#### ", in a box and, lenient, bare.
-NUMERALS = [
-    # plain, signs, currency
-    ("72", 72),
-    ("0", 0),
-    ("-0", 0),
-    ("007", 7),
-    ("+7", 7),
-    ("-7", -7),
-    ("\u22127", -7),  # minus sign
-    ("\u20137", -7),  # en dash
-    ("\uff0d7", -7),  # full-width
-    ("$18", 18),
-    ("$ 18", 18),
-    (r"\$18", 18),
-    ("-$5", -5),
-    ("$-5", -5),
-    ("\u2212$5", -5),
-    (r"-\$5", -5),
-    ("-\\$ .5", Fraction(-1, 2)),
-    ("-$-5", None),  # two signs
-    ("€1,234.50", Fraction(2469, 2)),
-    ("-£3", -3),
-    ("₹500", 500),
-    ("-₿2", -2),
-    ("US$18", 18),
-    ("USD18", 18),
-    ("EUR 18", 18),
-    ("Rs.500", 500),
-    ("Rs.1,234.50", Fraction(2469, 2)),
-    ("...3/4", Fraction(3, 4)),
-    # commas, decimals, exponents
-    ("1,234", 1234),
-    ("12,345,678", 12345678),
-    ("1234567", 1234567),
-    ("1,234.5", Fraction(2469, 2)),
-    ("18.00", 18),
-    ("18.5", Fraction(37, 2)),
-    ("0.1", Fraction(1, 10)),
-    (".5", Fraction(1, 2)),
-    ("-.5", Fraction(-1, 2)),
-    ("$.50", Fraction(1, 2)),
-    ("...72", 72),
-    ("1e5", 100000),
-    ("1.5E-3", Fraction(3, 2000)),
-    ("2e+2", 200),
-    (".5e1", 5),
-    ("1,000e2", 100000),
-    ("1e999", Fraction(10**999)),
-    ("1e-999", Fraction(1, 10**999)),
-    # fractions
-    ("3/4", Fraction(3, 4)),
-    ("-3/4", Fraction(-3, 4)),
-    ("6/8", Fraction(3, 4)),
-    ("1,000/10", 100),
-    ("0/5", 0),
-    ("5/05", 1),
-    # what may follow
-    ("18.", 18),
-    ("$18.", 18),
-    ("18,", 18),
-    ("18...", 18),
-    ("50%", 50),
-    ("18dollars", 18),
-    ("18 kg", 18),
-    ("5eggs", 5),
-    ("$5/hour", 5),
-    ("**72**", 72),
-    ("'72'", 72),
-    ("x = -5", -5),
-    ("x=-5", -5),
-    ("答案是72。", 72),
-    # other scripts, LaTeX
-    ("\uff17\uff12", 72),
-    ("\uff11\uff0c\uff12\uff13\uff14\uff0e\uff15", Fraction(2469, 2)),
-    ("٧٢", 72),
-    ("७२", 72),
-    ("1\uff12", 12),
-    ("1{,}234", 1234),
-    (r"1\,234", 1234),
-    ("9" * 100, int("9" * 100)),
-    ("1" + ",111" * 33, int("1" * 100)),
-    ("." + "1" * 100, Fraction(int("1" * 100), 10**100)),
-    # no number
-    ("", None),
-    ("seventy-two", None),
-    ("-", None),
-    ("$", None),
-    ("½", None),
-    ("x²", None),
-    ("1,23,4", None),
-    ("12,34", None),
-    ("1234,567", None),
-    ("1,2345", None),
-    ("1,,234", None),
-    ("1.2.3", None),
-    (".5.5", None),
-    ("1.234,5", None),
-    ("1_000", None),
-    ("1'000", None),
-    ("3/0", None),
-    ("3/0,000", None),
-    ("3/-4", None),
-    ("1.5/2", None),
-    ("1/2.5", None),
-    ("1/2/3", None),
-    (".5/2", None),
-    ("1e1234", None),
-    ("1e9999999999", None),
-    ("1e5e5", None),
-    ("9" * 101, None),
-    ("11" + ",111" * 33, None),
-    ("." + "1" * 101, None),
-    ("1" * 60 + "/" + "1" * 60, None),
-    ("9" * 5000, None),
-    ("12/25/2023", None),
-    ("1{,}23", None),
+# Each form of the docstring, alone: text → number, two spaces between them.
+READ = {
+    "sign": r"""
+        0 → 0  -0 → 0  +7 → 7  -7 → -7  −7 → -7  –7 → -7  －7 → -7  -\text{5} → -5
+        -\mathrm{5} → -5  -{5} → -5  -{ 1,234 } → -1234
+    """,
+    "currency": r"""
+        $18 → 18  $ 18 → 18  \$18 → 18  -$5 → -5  $-5 → -5  -\$5 → -5  −$5 → -5  $-$5 → -5
+        €-5 → -5  -\$ .5 → -1/2  $.50 → 1/2  €5 → 5  5€ → 5  5 € → 5  £5 → 5  ¥5 → 5  ₹5 → 5
+        ₽5 → 5  ₩5 → 5  ₪5 → 5  ₫5 → 5  ₴5 → 5  ₺5 → 5  -₿5 → -5  ฿5 → 5  5¢ → 5  ＄5 → 5
+        €1,234.50 → 2469/2  US$18 → 18  HK$18 → 18  USD18 → 18  EUR 18 → 18  -USD 5 → -5
+        18 CHF → 18  18 dollars → 18  Rs.500 → 500  Rs.1,234.50 → 2469/2  -Rs. 5 → -5  x = $+5 → 5
+    """,
+    "whole number": "72 → 72  007 → 7  1234567 → 1234567  ７２ → 72  ٧٢ → 72  ७२ → 72  1２ → 12",
+    "groups of three": r"""
+        1,234 → 1234  12,345,678 → 12345678  1{,}234 → 1234  10,\!000 → 10000  32,\! 349 → 32349
+        11,\! 111,\! 100 → 11111100  1\,234 → 1234  12\;000 → 12000  12\ 000 → 12000
+        ١٬٢٣٤٫٥ → 2469/2
+    """,
+    "decimal": """
+        18.5 → 37/2  18.00 → 18  0.1 → 1/10  .5 → 1/2  -.5 → -1/2  1,234.5 → 2469/2  1e5 → 100000
+        1.5E-3 → 3/2000  2e+2 → 200  .5e1 → 5  1,000e2 → 100000  1e-05 → 1/100000
+    """,
+    "fraction": r"""
+        3/4 → 3/4  -3/4 → -3/4  6/8 → 3/4  1,000/10 → 100  0/5 → 0  84/2 → 42  3 / 4 → 3/4
+        3⁄4 → 3/4  3∕4 → 3/4  5/05 → 1  \frac{3}{4} → 3/4  \dfrac{3}{4} → 3/4  \tfrac{3}{4} → 3/4
+        \cfrac{1}{3} → 1/3  \frac34 → 3/4  \tfrac3{4} → 3/4  \frac{3}4 → 3/4  \frac 34 → 3/4
+        \frac { 3 } { 4 } → 3/4  \frac{-12}{4} → -3  -\frac{3}{4} → -3/4  \frac{1,000}{3} → 1000/3
+    """,
+    "mixed number": r"""
+        2 2/3 → 8/3  -2 2/3 → -8/3  1,000 1/2 → 2001/2  2\frac{2}{3} → 8/3  2 \dfrac23 → 8/3
+        -2\frac23 → -8/3  ٢ ١/٢ → 5/2  2\,\frac12 → 5/2  2 2 / 3 → 8/3
+    """,
+    "percent": r"50% → 50  50\% → 50  50 % → 50  3/4% → 3/4  50% off → 50  50 percent → 50",
+    "unit": r"""
+        18 eggs → 18  5eggs → 5  18kg → 18  18 kg → 18  5 m → 5  5th → 5  762 M&Ms → 762
+        5 años → 5  2 AT&T shares → 2  32 (CDs) → 32  9 (apples) → 9  5 t-shirts → 5  5 o'clock → 5
+        5 o’clock → 5  $5/hour → 5  60 km/h → 60  70 miles per hour → 70  5 times → 5  5 p.m. → 5
+        9 sq. ft. → 9  3/4 cup → 3/4  16 GB → 16  25m² → 25  18cm³ → 18  25 cm² → 25  25 cm^2 → 25
+        25m^{2} → 25  45 units^2 → 45  9 inches² → 9  144\mbox{ m}^3 → 144  9 square feet → 9
+        90° → 90  20°C → 20  90^\circ → 90  90^{\circ} → 90  5\text{ cm} → 5  5\,\text{kg} → 5
+        0.4 \mathrm{~km}^{2} → 2/5  5\quad\text{cm} → 5  5~\text{cm} → 5  $5$ cans → 5
+        20 $cm^{2}$ → 20
+    """,
+    "strip": r"""
+        18. → 18  $18. → 18  18, → 18  18; → 18  18: → 18  **18.** → 18  **72** → 72  72** → 72
+        **-5** → -5  **5** eggs → 5  **$5**. → 5  '72' → 72  "72" → 72  “72” → 72  *5* → 5  _5_ → 5
+        `5` → 5  $5$ → 5  $$5$$ → 5  $-5$ → -5  $\$5$ → 5  \(5\) → 5  \[5\] → 5  (5) → 5  [5] → 5
+        {5} → 5  {-5} → -5  ((5)) → 5  {(3/4)} → 3/4  \left(5\right) → 5  \big(5\big) → 5
+        \left[ 5 \right] → 5  \left(\frac{1}{3}\right) → 1/3  \text{5} → 5  \mathbf{-5} → -5
+        \textbf{\text{5}} → 5  \mbox{5 cm} → 5  \boxed{5} → 5  \fbox{5} → 5  {\bf 5} → 5
+        \displaystyle\frac12 → 1/2  x = -5 → -5  x=-5 → -5  $x=\frac{3}{2}$ → 3/2  \mathrm{r}=5 → 5
+        = 5 → 5
+    """,
+}
+# The same, but in a longer text the sign is a hyphen, and the slash or bracket the sentence's.
+ALONE = r"""
+    - 5 → -5  + 5 → 5  - $5 → -5  - \frac { 2 } { 9 } → -2/9  x = - 3 → -3  5 / hour → 5
+    (5 eggs) → 5  57 ( science books) → 57  -**5** → -5
+"""
+ESCAPED = [  # spaces that group digits, dashes, characters without a width, and sizes
+    *[("12\u00a0000", 12000), ("12\u2009000", 12000), ("1\u202f234\u202f567", 1234567)],
+    *[("-12\u00a0000.5", "-24001/2"), ("2\u00a01/2", "5/2"), ("1\u200b2", 12), ("\u200e-5", -5)],
+    *[(f"{dash}5", -5) for dash in "\u2010\u2011\u2012\u02d7\u2796\ufe63"],
+    *[("9" * 250, int("9" * 250)), ("1e999", 10**999), ("1e-999", Fraction(1, 10**999))],
 ]
 
 
-@pytest.mark.parametrize("numeral, value", NUMERALS)
-def test_numeral(numeral, value):
-    assert extract_answer(f"#### {numeral}") == value
-    assert extract_answer(f"####{numeral}\n") == value
-    assert extract_answer(f"so \\boxed{{{numeral}}}") == value
-    assert extract_answer(numeral) is None
-    assert extract_answer(f"it is {numeral} ", lenient=True) == value
+def cases(table):
+    """The entries of a table: parts with two spaces or a line end between them."""
+    return re.split(r"\s{2,}", table.strip())
 
 
-# Numerals with something that belongs to them, or that makes them ambiguous. Any part of them would
-# be a wrong number, so the answer must be None.
-UNREADABLE = [
-    # roots, constants, variables, powers, factorials, bases, indices
-    *[r"\sqrt{51}", r"\sqrt 51", r"\sqrt[3]{8}", "√51", "√ 51", "sqrt(51)", "sqrt 51", "log 5"],
-    *["f(5)"],
-    *[r"3\pi", r"3 \pi", "3π", "3 pi", "3pi", "2x", "2 x", "x2", "5e", "5(x+1)", "5/x", r"5/\pi"],
-    *["π/3"],
-    *["x^2", "2^10", "2 ^ 10", "2^{10}", "{5}^2", "(5)^2", "2**10", "5²", "5⁻¹", "10⁻5", "x_1"],
-    *["101_2"],
-    *["5!", "5 !", "(5)!", r"\frac{1}{2}^2", r"\frac{1}{2}x", r"x^\frac12"],
-    # repeating decimals and cut ones
-    *["0.333...", "0.333…", r"0.3\ldots", r"0.\overline{3}", r"0.3\overline{4}", "0.(3)", "0.3̅"],
-    # other numbers of Unicode, and words that scale
-    *["½", "2½", "2 ½", "-⅓", "Ⅷ5", "5万", "5 万", "三5", "5️⃣"],
-    *["5 million", "5-million", r"5\text{ million}", "5 hundred", "5k", "$5K", "5M"],
-    *["5 Million", "5-Million", r"5\text{ Million}", "5 HUNDRED", "1.5Bn", "3 Trillions"],
-    *["2 and a Half", "5 Pi", "5 PI", "3 And 1/2", "0xFF", "0x1f", "5x3", "1,234 567"],
-    *["2 and a half"],
-    # calculations, ratios, ranges, inequalities
-    *["a+1", "5+x", "5 + x", "5 - x", "x - 5", "5-3", "5 - 3", "5 -3", "16 - 3 = 13", "2*3"],
-    *["2 * 3"],
-    *["2×3", "2 × 3", "3x4", "3 x 4", "5·2", "5(3)", "(5)(3)", r"5\cdot 3", r"5 \times 10^3"],
-    *["7 % 4"],
-    *["3:4", "3 : 4", "12:30", "3-5", "3–5", "3~5", "100~200", "±5", "5 ± 2", r"5 \pm 2", r"\pm 5"],
-    *["x > 5", "x ≥ 5", "≤ 5", r"x \ge 5", "5 < x", "5 ≠ 6", "5+", "3 / 4", "17 000/5 - 1"],
-    # fractions that are not of two whole numbers
-    *[r"\frac{x}{2}", r"\frac{2}{x}", r"\frac{1.5}{2}", r"\frac{3}{-4}", r"\frac{\frac12}{3}"],
-    *[r"\frac{1}{2}3", r"\frac123", r"\frac{1}{2}\frac{3}{4}", r"1,\frac{234}{5}", r"\frac{1}{0}"],
-    *["2 4/3", "2 1/0", "2.5 1/2", "2 1/2/3", "2-1/2", "2 and 1/2", r"2\frac{-2}{3}", "2 100/300"],
-    # groups and marks
-    *["12 000", "1 234 567", "12\u00a00000", "1234\u00a0567", "12\u00a0 000", "1\u202f23"],
-    *[r"1\,23"],
-    *["10\\!000", "5,6", "5;6", "5→6", "H2O", "5eggs3", "0x1F", "1e+5e3", "5|6;7", "5\u202e6"],
-    # the sign
-    *["- 5", "+ 5", "- $5", "--5", "+-5", "-+5", "$-$-5", "GPT-4", "USD-5", "-USD 5", "-US$5"],
-    *["-Rs.5"],
-    *["-(5)", "-**5**", r"-\text{5}", r"-\left(5", "-{5+1}", r"-{\frac34}", "-|5|", "|-5|", "—5"],
-    *["⁻5"],
-    *["negative 5", "Minus 5", "⁒5", "∓5", "5-", "x -5", "(5)-(3)"],
+def pairs(table):
+    return [tuple(case.split(" → ")) for case in cases(table)]
+
+
+READ_IN_TEXT = [pair for table in READ.values() for pair in pairs(table)] + ESCAPED
+
+
+@pytest.mark.parametrize(("text", "number"), READ_IN_TEXT + pairs(ALONE))
+def test_what_is_one_number_is_read_wherever_it_stands(text, number):
+    expected = Fraction(number)
+    assert extract_answer(f"#### {text}") == extract_answer(f"####{text}\n") == expected
+    assert extract_answer(f"so \\boxed{{{text}}}") == expected
+    assert true_answer(text) == true_answer(f"3 ducks\n#### {text}") == expected
+    assert extract_answer(text.replace(r"\boxed", "")) is None  # nothing is marked
+    if (text, number) in READ_IN_TEXT:
+        assert extract_answer(f"it is {text} ", lenient=True) == expected
+
+
+def test_the_docstring_has_a_line_for_each_form():
+    for form in READ:
+        assert form in rewards.__doc__.lower()
+
+
+# What has no value, by kind. Any part of it would be a wrong number.
+UNREAD = {
+    "nothing": "-  $  seventy-two  None  nan  inf  x  ()  5/  /5",
+    "powers, indices, bases": r"""
+        x^{2}  P_{1}  x^2  x_1  x²  5²  5⁻¹  10⁻5  2^10  2 ^ 10  2^{10}  {5}^2  (5)^2  2**10  101_2
+        101_{2}  e^{-1}  a^{6}  25 x²  9 kg^2  25 m^4  25 m⁴  9 cm2  \theta^{10}  1.5x10^3  10^3
+        1.5 \times 10^3
+    """,
+    "pairs, intervals, sets, lists": r"""
+        (20,100)  \left(20,100\right)  [20,100]  \{20,100\}  {20,100}  (1,234)  (3, 4)
+        (-\infty, 5)  (0,5]  [2,+\infty)  (2,251,252)  \{-2\}  [0, 5)  5, 6  5,6  5;6  5; 6
+        72 73 74  5 6  3 or 4  5 and 6  $5$ or $9$  5|6  5→6  1;2;3  5 apples, 3 pears  $3, $4
+    """,
+    "separators": r"""
+        0,500  01,234  000,123  0,245  1,23  12,34  1234,567  1,2345  1,,234  10, 000  1,\ 234
+        2 ,500  12 000  1 234 567  1,234 567  1\,23  1\!,\!234  10\!000  1'234  1’234  1_000
+        1.234,5  1·234  1.234.567  1.2.3  .5.5  1..5  1{,}23
+    """,
+    "variables, functions, roots, constants": r"""
+        12 - p  6: π  \frac { a } { 10 }  2x  2 x  x2  5e  2xy  3ab  5abc  5 x y  5α  2𝑥  5ℓ  -4 i
+        4t  5(x+1)  f(5)  f(x)=5  5 (x)  5\text{x}  \sqrt{51}  \sqrt 51  \sqrt[3]{8}  √51  sqrt(51)
+        log 5  \ln 5  |5|  3\pi  3 pi  3pi  3π  π/3  2RC+R+C  5!  5 !  \binom{5}{2}  2.2 \tau
+        7.6 Z  5 N  5 p  \overline{5}  \lfloor 5 \rfloor  \color{red}5
+    """,
+    "relations": r"""
+        x != 3  x \neq 3  x≠3  x > 5  x>5  x ≥ 5  > 5  ≥5  <5  ≤ 5  5 < x  1/3<x<7  x \ge 5  5 ≠ 6
+        5>  ±5  5 \pm 2  ∓5  ~5  \approx 5  x == 5  xy = 5  5 = x  x = y = 5  x = 5, y = 6  x_1 = 5
+        \frac{40}{3}=a
+    """,
+    "calculations, ratios, ranges, dates": r"""
+        16 - 3 = 13  2+3=5  a+1  5 + x  5-3  5 - 3  2*3  2×3  3 x 4  5·2  5(3)  (5)(3)  (5)-(3)
+        5\cdot 3  7 % 4  3:4  12:30  2: 15 PM  3-5  3–5  3~5  12/25/2023  2024-01-15  5+  5-
+        5 plus  17 000/5 - 1  1/2/3  5//2  1/2 + 1/3  $5-$3
+    """,
+    "fractions": r"""
+        3/0  3/-4  1.5/2  1/2.5  .5/2  1/2x  1 / A  \frac{x}{2}  \frac{2}{x}  \frac{1.5}{2}
+        \frac123  \frac{3}{-4}  \frac{1}{0}  \frac{\frac12}{3}  \frac{1}{2}3  \frac{1}{2}x
+        \frac{1}{2}^2  x^\frac12  1,\frac{234}{5}  \frac{1}{2}\frac{3}{4}  \frac{}{2}
+        2\frac{-2}{3}  2\frac43  2 4/3  2 1/0  2.5 1/2  2 1/2/3  2-1/2  2 100/300  ½  2½  2 ½  -⅓
+        -\frac{-1}{2}
+    """,
+    "digits that go on": r"""
+        0.333...  0.333…  0.3\ldots  0.\overline{3}  0.3\overline{4}  0.(3)  0.3̅  1e1234  1e5e5
+        18...  1e9999999999  ...72  5…
+    """,
+    "words that make another number": r"""
+        10 million  5-million  5\text{ million}  $5 Million  5 HUNDRED  3 trillions  5k  $5K  5M
+        1.5Bn  5 bn  2 dozen  5 lakh  5 grand  3 tenths  2 and a Half  3 And 1/2  5 halves
+        5 point six  18 dollars fifty  5 squared  18 dollars and 50 cents  5 万  5万  5만  三5  Ⅷ5
+        5️⃣  ①  5 or more
+    """,
+    "signs": r"""
+        --5  +-5  -+5  -$-5  $-$-5  GPT-4  USD-5  -(5)  -(1/3)  -\left(5  -{5+1}  -|5|  |-5|  —5
+        ⁻5  ⁒5  negative 5  Minus 5  x -5  -USD-5
+    """,
+    "other numerals": "0xFF  0x1f  0xFACE  0b101  0o17  1F  H2O  5x3  5eggs3",
+    "text around it": r"""
+        is 5  The answer is 5  Answer: 5  at least 5  about 5  No. 5  5 eggs!  5?  <b>5</b>  5</s>
+        -> 5  5 = 2+3  \text{June 20}  February 3rd  共5个  5个  50%%  %50  50‰  5 ft 11 in  5'
+        5-foot  5 {eggs}  5\\
+    """,
+}
+UNREAD_ESCAPED = [
+    *["12\u00a00000", "1234\u00a0567", "1\u202f23", "11\u2009 000", "1,234\u2009567", "5\u202e6"],
+    *["", "9" * 301, "1" * 200 + "/" + "1" * 200],
 ]
 
 
-@pytest.mark.parametrize("numeral", UNREADABLE)
-def test_what_continues_a_numeral_leaves_no_part_of_it(numeral):
-    assert extract_answer(f"#### {numeral}") is None
-    assert extract_answer(f"so \\boxed{{{numeral}}}") is None
-    with pytest.raises(ValueError, match="no number"):
-        correct("", numeral)
+@pytest.mark.parametrize("text", sum(map(cases, UNREAD.values()), UNREAD_ESCAPED))
+def test_what_is_more_than_one_number_has_no_value_and_no_part_of_it_has_one(text):
+    assert extract_answer(f"#### {text}") is None
+    assert extract_answer(f"so \\boxed{{{text}}}") is None
+    for answer in (text, f"#### {text}"):
+        with pytest.raises(ValueError, match="no number to compare with") as error:
+            correct("", answer)
+        assert repr(answer) in str(error.value) or len(answer) > 80
 
 
-# (numeral, its value): complete and unambiguous, in every form that is read.
-READABLE = [
-    # fractions and mixed numbers
-    *[(r"\frac34", "3/4"), (r"\frac{3}{4}", "3/4"), (r"\dfrac{3}{4}", "3/4")],
-    *[(r"\tfrac3{4}", "3/4")],
-    *[(r"\frac{3}4", "3/4"), (r"\frac 34", "3/4"), (r"\frac{-12}{4}", "-3")],
-    *[(r"-\frac{3}{4}", "-3/4")],
-    *[(r"\frac{1,000}{3}", "1000/3"), (r"$\frac{3}{4}$", "3/4"), ("3⁄4", "3/4"), ("84/2", "42")],
-    *[("2 2/3", "8/3"), ("-2 2/3", "-8/3"), (r"2\frac{2}{3}", "8/3"), (r"2 \dfrac23", "8/3")],
-    *[(r"-2\frac23", "-8/3"), ("1,000 1/2", "2001/2"), ("2\u00a01/2", "5/2"), ("٢ ١/٢", "5/2")],
-    # thousands
-    *[(r"10,\!000", "10000"), ("12\u00a0000", "12000"), ("12\u2009000", "12000")],
-    *[("1\u202f234\u202f567", "1234567"), ("-12\u00a0000.5", "-24001/2"), ("1{,}234", "1234")],
-    *[(r"12\;000", "12000"), (r"12\ 000", "12000"), ("١٬٢٣٤٫٥", "2469/2")],
-    # minus signs
-    *[(f"{dash}5", "-5") for dash in "-\u2010\u2011\u2012\u2013\u2212\u02d7\u2796\ufe63\uff0d"],
-    *[("-{5}", "-5"), ("-{ 1,234 }", "-1234"), ("{-5}", "-5"), ("$-5$", "-5"), ("$-$5", "-5")],
-    *[("-\u200b5", "-5"), ("\u200e-5", "-5"), ("**-5**", "-5"), ("(-5)", "-5"), ("is -5", "-5")],
-    # dressing
-    *[(r"\text{5}", "5"), (r"\mathbf{-5}", "-5"), (r"5\text{ cm}", "5"), (r"5\,\text{kg}", "5")],
-    *[(r"5\%", "5"), ("5°", "5"), (r"90^\circ", "90"), (r"90^{\circ}", "90"), ("5-foot", "5")],
-    *[("5/hour", "5"), (r"\$5/\text{hour}", "5"), ("5 miles/hour", "5"), ("~5", "5"), ("5¢", "5")],
-    *[("5 - five", "5"), ("_5_", "5"), ("*5*", "5"), ("`5`", "5"), ("[5]", "5"), ("5th", "5")],
-    *[("<b>5</b>", "5"), ("->5", "5"), ("=> 5", "5"), ("→ 5", "5"), ("5 = 2+3", "5")],
-    *[("5, 6", "5")],
-    *[("at least 5", "5"), ("R500", "500"), ("1\u200b2", "12"), ("共5个", "5"), ("5…", "5")],
+def test_each_listed_unit_is_one():
+    lengths = "mm cm dm km m in inch inches ft foot feet yd yards mi mile miles meters metre units"
+    short = "g gm kgs mg l L ml mL cl lb oz qt pt sq s sec mins h hrs day pm mph kph kHz kWh MB pcs"
+    little = "°F st nd rd th of in at on to by is as it"
+    for unit in f"{lengths} {short} {little}".split():
+        assert extract_answer(f"#### 5 {unit}") == extract_answer(f"#### 5{unit}") == 5
+        exponents = [extract_answer(f"#### 5 {unit}{mark}") for mark in ("²", "^3", "^{2}")]
+        assert exponents == [5 if unit in lengths.split() else None] * 3
+    for code in "USD EUR GBP JPY CNY RMB INR CAD AUD CHF".split():
+        assert extract_answer(f"#### {code} 5") == extract_answer(f"#### 5 {code}") == 5
+
+
+def test_no_listed_word_is_a_unit_and_none_is_dropped_from_beside_a_number():
+    after = """hundred thousands million billions trillion milliard lakhs crore dozens squared cubed
+        third fourth fifths sixth seventh eighths ninth tenths half halves mil mille bn mn tn grand
+        one two three four five six seven eight nine ten eleven twelve thirteen nineteen twenty
+        thirty forty fifty sixty seventy eighty ninety point pi mod"""
+    before = "minus negative sqrt root log ln sin cos tan pi"
+    for text in [f"5 {word}" for word in after.split()] + [f"{word} 5" for word in before.split()]:
+        assert extract_answer(f"#### {text}") is None
+        assert extract_answer(f"it is {text} then", lenient=True) is None
+    for word in ("and", "or", "plus"):
+        assert extract_answer(f"#### 5 {word} so it was") is None
+    for word in ("and", "plus", "times", "over"):
+        assert extract_answer(f"she took 5 {word} 3", lenient=True) is None
+        assert extract_answer(f"she took 5 {word} gave a 3", lenient=True) == 3
+
+
+# --- the place ------------------------------------------------------------------------------------
+
+# text, strict, lenient
+TEXTS = [
+    *[("", None, None), ("The answer is 15", None, 15)],
+    # the last marker, all of its line
+    *[("#### 1\n#### 2", 2, 2), ("#### 1 #### 2", 2, 2), ("#### 72 73", None, None)],
+    *[("#### 16 - 3 = 13", None, 13), ("#### 72\n99", 72, 72), ("#### 72\r99", 72, 72)],
+    *[("#### 72\u202899", 72, 72), ("#### \u202899", None, 99), ("####\r\n72", None, 72)],
+    *[("3 #### x", None, 3), ("#### 72\n#### none", None, 72), ("**#### 72**", 72, 72)],
+    # how many hashes
+    *[("### 72", None, 72), ("# # # # 72", None, 72), ("######### 72", 72, 72)],
+    ("＃＃＃＃ 72", None, 72),
+    # boxes
+    *[(r"\boxed{1} \boxed{2}", 2, 2), (r"\boxed{\boxed{5}}", 5, 5), (r"\boxed {5}", 5, 5)],
+    *[(r"so $x = \boxed{18\text{ dollars}}$ per day.", 18, 18), ("\\boxed{\n5\n} 6", 5, 5)],
+    *[(r"\boxed{72 or 73}", None, 73), (r"\boxed{} 7", None, 7), (r"\boxed{5} \boxed{}", None, 5)],
+    (r"6 eggs, \boxed{5", None, 6),
+    # both: the marker decides, with all of its line
+    *[(r"\boxed{5} #### 6", 6, 6), (r"#### \boxed{5}", 5, 5), (r"#### 6 \boxed{5}", None, None)],
+    (r"\boxed{5} ####", None, 5),
+    # too long a line, too long a box
+    *[("#### 5" + " " * 299, None, None), ("#### 5" + " " * 298, 5, 5)],
+    *[("\\boxed{5" + " " * 300 + "}", None, None), ("#### " + r"1\,234" * 60, None, None)],
+    # lenient: cut at words and at =, each piece as a whole
+    *[("She has 3, then 15.", None, 15), ("3 eggs and 5 ducks", None, 5)],
+    *[("2 and 1/2", None, None), ("48/2 = <<48/2=24>>24 clips", None, 24)],
+    *[("<answer> 5 </answer>", None, 5), ("**Total:** $18", None, 18)],
+    *[("She has 5, and gives 3 million away", None, 5), ("7 eggs - 5", None, 7)],
+    *[("it costs 1 - USD 5", None, None), ("the total A-\\$ .5", None, None), ("(-4)", None, -4)],
+    *[("the pair (20,100)", None, None), ("it is x != 3", None, None)],
+    *[("she has 10, 000", None, None), ("she has 5 bn", None, None)],
+    *[(r"Thus \(x = \frac{3}{4}\).", None, Fraction(3, 4)), ("3.14 " + "3" * 301, None, None)],
 ]
 
 
-@pytest.mark.parametrize(("numeral", "number"), READABLE)
-def test_what_is_unambiguous_is_read(numeral, number):
-    assert extract_answer(f"#### {numeral}") == Fraction(number)
-    assert extract_answer(f"so \\boxed{{{numeral}}}") == Fraction(number)
-
-
-# --- truncated ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("text", "strict", "lenient"), TEXTS)
+def test_text(text, strict, lenient):
+    assert extract_answer(text) == strict
+    assert extract_answer(text, lenient=True) == lenient
+    assert isinstance(extract_answer(text), Fraction | None)
 
 
 @pytest.mark.parametrize(
@@ -239,25 +266,16 @@ def test_what_is_unambiguous_is_read(numeral, number):
     [
         ("#### 1", None, None),  # perhaps #### 18
         ("#### 18 ", None, None),  # perhaps #### 18 000
-        ("#### 18 dollars and", None, 18),
-        ("#### 18\n", 18, 18),
-        ("#### 18\r", 18, 18),
+        *[("#### 18 dollars and", None, 18), ("#### 18\n", 18, 18), ("#### 18\r", 18, 18)],
         ("#### 18\u2028then", 18, 18),
         ("#### 5\nno, #### 1", None, 5),  # the last marker decides
-        ("#### 5\nso ##", 5, 5),
-        (r"\boxed{18}", 18, 18),
-        (r"\boxed{18} so", 18, 18),
-        (r"\boxed{1", None, None),
-        ("\\boxed{5}\n\\boxed{1", None, 5),
-        (r"\boxed{5} #### 1", None, None),
-        ("3 eggs and 1", None, 3),
-        ("3 eggs and 1\n", None, 1),
-        ("so 3", None, None),
+        *[(r"\boxed{18} so", 18, 18), (r"\boxed{1", None, None)],
+        *[("\\boxed{5}\n\\boxed{1", None, 5), (r"\boxed{5} #### 1", None, 5)],
+        *[("3 eggs and 1", None, 3), ("3 eggs and 1\n", None, 1), ("so 3", None, None)],
         ("so 3.", None, None),  # perhaps 3.5
-        ("so 3 ", None, None),
         ("so 3 mill", None, None),
         ("so 3 and ", None, None),  # perhaps 3 and 1/2
-        ("7 eggs\nso 3 mill", None, 7),
+        *[("7 eggs\nso 3 mill", None, 7), (r"7 eggs, so \frac{3}{4}", None, 7)],
     ],
 )
 def test_a_truncated_completion_has_an_answer_only_where_it_is_complete(text, strict, lenient):
@@ -275,222 +293,28 @@ def test_no_cut_of_a_completion_pays_for_a_part_of_its_answer(whole):
     assert extract_answer(whole + "\n", truncated=True) == extract_answer(whole) is not None
 
 
-def test_lenient_reads_a_window_and_never_a_numeral_that_it_cuts(monkeypatch):
-    monkeypatch.setattr(rewards, "LENIENT_WINDOW", 10)
-    assert extract_answer("5 eggs, no", lenient=True) == 5
-    assert extract_answer("5 eggs, not", lenient=True) is None
-    assert extract_answer("7 or 15, 3 eggs", lenient=True) == 3
-    assert extract_answer("1234567 eggs, ", lenient=True) is None
-
-
-# --- the parts of the grammar ---------------------------------------------------------------------
+# --- truths ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("text", "plain"),
+    ("answer", "number"),
     [
-        ("−5 ‑5 －５", "-5 -5 -5"),
-        ("12\u00a0000 12\u202f000", "12\u2009000 12\u2009000"),
-        (r"1{,}234 1,\!234 1\,234", "1,234 1,234 1\u2009234"),
-        ("-{5} {5}", "-5 {5}"),
-        ("٣٫٥ 3⁄4 5’", "٣.٥ 3/4 5'"),
-        (r"\frac34 or 2\dfrac{2}{3}", "3/4 or 2\u20092/3"),
-        (r"\frac{x}{2} \frac{1}{2}3", r"\frac{x}{2} \frac{1}{2}3"),
-        ("a\u200bb", "ab"),
+        *[("48/2 = <<48/2=24>>24, 48+24 = 72\n#### 72", 72), ("#### 72\n\nThat is it.", 72)],
+        (r"so $\boxed{\frac{2}{5}}$ of it", "2/5"),
+        (r"\boxed{5} so #### 5", 5),  # twice the same is one answer
+        (r"\boxed{0.5}, that is \boxed{\frac12}", "1/2"),
+        *[(r"\boxed{3} or \boxed{\frac{2}{5}}", None), ("#### 3\n#### 4", None)],
+        *[("#### 3 #### 3", None), (r"\boxed{3} #### 4", None), (r"\boxed{x} \boxed{5}", None)],
+        *[(r"\boxed{x} 5", None), (r"\boxed{5", None), ("5 ####", None), ("3 or 4", None)],
+        ("x" * 400, None),
     ],
 )
-def test_plain(text, plain):
-    assert rewards.plain(text) == plain
-
-
-@pytest.mark.parametrize("whole", ["7", "0", "1234567", "1,234", "12,345,678", "1\u2009234", "٧٢"])
-def test_a_whole_number_has_plain_digits_or_groups_of_three(whole):
-    assert re.fullmatch(rewards.WHOLE, whole) and re.fullmatch(rewards.DECIMAL, whole)
-
-
-@pytest.mark.parametrize(
-    "not_whole", ["", "1,23", "1234,567", "1,2345", "1,234\u2009567", "1.5", "½"]
-)
-def test_what_is_no_whole_number(not_whole):
-    assert not re.fullmatch(rewards.WHOLE, not_whole)
-
-
-@pytest.mark.parametrize("decimal", ["1.5", ".5", "1,234.5", "1e3", "1.5E-3", "1e999"])
-def test_a_decimal(decimal):
-    assert re.fullmatch(rewards.DECIMAL, decimal) and not re.fullmatch(rewards.WHOLE, decimal)
-
-
-@pytest.mark.parametrize("not_decimal", ["1.", "1.2.3", "1e", "1e1234", "1.234,5", "-1"])
-def test_what_is_no_decimal(not_decimal):
-    assert not re.fullmatch(rewards.DECIMAL, not_decimal)
-
-
-@pytest.mark.parametrize(
-    ("numeral", "number"),
-    [("1,234.50", "2469/2"), ("3/4", "3/4"), ("2 2/3", "8/3"), ("3/0", None), ("2 3/2", None)]
-    + [("½", None), ("1" * 100, "1" * 100), ("1" * 101, None), ("1e-999", Fraction(1, 10**999))],
-)
-def test_the_value_of_a_numeral(numeral, number):
-    expected = None if number is None else Fraction(number)
-    assert rewards.value(rewards.NUMERAL.fullmatch(numeral)) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "together"),
-    [("5-3", True), ("5 - 3", True), ("1.2.3", True), ("12 000", True), ("2 and 1/2", True)]
-    + [("3x4", True), ("3 : 4", True), ("2 ½", True), ("12\u20090000", True)]
-    + [("5, 3", False), ("5 3", False), ("1234 567", False), ("5=3", False), ("5 and 3", False)]
-    + [("5 = -3", False), ("day 1: 5", False), ("5\n3", False), ("5 or 3", False)],
-)
-def test_neighbours_are_joined(text, together):
-    left, right = rewards.numerals(text)
-    assert rewards.joined(left, right) == together
-
-
-@pytest.mark.parametrize(
-    ("before", "sign", "rest"),
-    [("is -", -1, "is "), ("+", 1, ""), ("", 1, ""), ("-$", -1, ""), ("$-", -1, "$"), ("€ ", 1, "")]
-    + [("-\\$ ", -1, ""), ("GPT-", 0, "GPT"), ("--", 0, "-"), (")-", 0, ")"), ("x -", 0, "x ")],
-)
-def test_the_sign_of_a_numeral(before, sign, rest):
-    assert rewards.signed(before) == (sign, rest)
-
-
-@pytest.mark.parametrize(
-    ("before", "numeral", "after", "more"),
-    [
-        ("", "5", " eggs", False),
-        ("", "5", "%", False),
-        ("(", "5", ")", False),
-        ("", "5", "...", False),
-    ]
-    + [("", "0.3", "...", True), ("√", "5", "", True), ("", "5", "!", True), ("H", "2", "O", True)]
-    + [("", "5", "kg", False), ("USD", "5", "", False), (r"\sqrt{", "5", "}", True)],
-)
-def test_what_stands_beside_a_numeral_continues_it(before, numeral, after, more):
-    assert rewards.continued(before, numeral, after) == more
-
-
-@pytest.mark.parametrize(
-    ("text", "truncated", "place"),
-    [("a #### b\nc", False, " b"), ("####a####b", False, "b"), ("no", False, None)]
-    + [(r"\boxed{a{b}c}", False, "a{b}c"), (r"\boxed{a", False, None), (r"\boxed{a}}", False, "a")]
-    + [("#### b", True, None), ("#### b\n", True, " b"), (r"\boxed{a}", True, "a")],
-)
-def test_the_place_of_the_answer(text, truncated, place):
-    assert rewards.answer_place(text, truncated) == place
-
-
-def test_no_table_of_all_characters_is_made_at_import():
-    assert len(rewards.TABLE) < 200
-
-
-# text, strict, lenient
-TEXTS = [
-    ("", None, None),
-    ("no number", None, None),
-    ("The answer is 15", None, 15),
-    ("She has 3, then 15.", None, 15),
-    ("5 and 1,23,4", None, 5),
-    ("5 - 3", None, None),
-    ("5-3", None, None),
-    ("GPT-4", None, None),
-    ("f(2)-4", None, None),
-    ("(-4)", None, -4),
-    ("2024-01-15", None, None),
-    # the last marker, the first numeral of its line
-    ("#### 1\n#### 2", 2, 2),
-    ("#### 1 #### 2", 2, 2),
-    ("#### 72 73 74", 72, 72),
-    ("#### 5-3", None, None),
-    (r"#### A-\$ .5", None, None),
-    ("#### 16 - 3 = 13", None, 13),
-    ("#### 2024-01-15", None, None),
-    ("#### 72\n99", 72, 72),
-    ("#### 72\r99", 72, 72),
-    ("#### 72\u202899", 72, 72),
-    ("#### \u202899", None, 99),
-    ("####\n72", None, 72),
-    ("####\r\n72", None, 72),
-    ("3 #### x", None, 3),
-    ("#### 72\n####", None, 72),
-    ("#### 72\n#### none", None, 72),
-    ("#### 1,23,4 72", None, 72),
-    ("#### 3/0 72", None, 72),
-    ("5 #### 1,23,4", None, 5),
-    # how many hashes
-    ("### 72", None, 72),
-    ("# # # # 72", None, 72),
-    ("##### 72", 72, 72),
-    ("######### 72", 72, 72),
-    ("＃＃＃＃ 72", None, 72),
-    # boxes
-    (r"\boxed{72}", 72, 72),
-    (r"\boxed{1} \boxed{2}", 2, 2),
-    (r"\boxed{\boxed{5}}", 5, 5),
-    (r"\boxed{\text{a {b} } 5} 6", 5, 5),
-    (r"\boxed{18\text{ dollars}}", 18, 18),
-    ("\\boxed{\n5\n} 6", 5, 5),
-    (r"\boxed{72 or 73}", 72, 72),
-    (r"\boxed{} 7", None, 7),
-    (r"\boxed{5} \boxed{}", None, 5),
-    (r"\boxed{5} \boxed{6", None, 6),
-    (r"\boxed{{6}", None, 6),
-    (r"\boxed 5", None, 5),
-    (r"\boxed{\frac{3}{4}}", Fraction(3, 4), Fraction(3, 4)),
-    (r"#### \dfrac{3}{4}", Fraction(3, 4), Fraction(3, 4)),
-    (r"\boxed{5} #### 6", 6, 6),
-    (r"#### 6 \boxed{5}", 6, 6),
-    (r"\boxed{5} ####", None, 5),
-    (r"#### \boxed{5}", 5, 5),
-]
-
-
-@pytest.mark.parametrize("text, strict, lenient", TEXTS)
-def test_text(text, strict, lenient):
-    assert extract_answer(text) == strict
-    assert extract_answer(text, lenient=True) == lenient
-    assert isinstance(extract_answer(text), Fraction | None)
-
-
-@pytest.mark.parametrize(
-    "completion, answer, reward",
-    [
-        ("#### 72", "48/2 = <<48/2=24>>24, 48+24 = 72\n#### 72", 1),
-        ("#### 72.00", "72", 1),
-        ("#### $1,234.", "1234", 1),
-        ("#### 1234", "$1,234", 1),
-        ("#### −7", "-7", 1),
-        ("#### 0.5", "1/2", 1),
-        ("#### 72 apples", "72 apples", 1),
-        (r"\boxed{72}", "#### 72", 1),
-        ("#### 72", r"so \boxed{72}", 1),
-        ("#### 0.30000000000000000001", "0.3", 0),  # equal as floats
-        ("#### 15", "5", 0),
-        ("#### 5", "15", 0),
-        ("#### 234", "1,234", 0),
-        ("#### 7", "-7", 0),
-        ("72", "72", 0),
-        ("The answer is 72.", "#### 72", 0),
-        ("#### 72\n#### 73", "72", 0),
-        ("#### 71 72", "72", 0),
-        ("#### 72\n####", "72", 0),
-        ("", "72", 0),
-    ],
-)
-def test_correct(completion, answer, reward):
-    got = correct(completion, answer)
-    assert got == reward and isinstance(got, float)
-
-
-@pytest.mark.parametrize(
-    "answer",
-    ["", "none", "####", "5 ####", "#### 1,23,4", "3 or 4", "1 234", r"\boxed{x} 5", "3/0"],
-)
-def test_an_answer_without_one_number_is_refused(answer):
-    with pytest.raises(ValueError, match="no number") as error:
-        correct("no answer either", answer)
-    assert repr(answer) in str(error.value)
+def test_a_truth_is_exactly_one_answer_or_it_is_refused(answer, number):
+    if number is not None:
+        assert true_answer(answer) == Fraction(number)
+        return
+    with pytest.raises(ValueError, match="no number to compare with"):
+        true_answer(answer)
 
 
 def test_a_refused_answer_is_shortened():
@@ -501,18 +325,96 @@ def test_a_refused_answer_is_shortened():
 
 
 @pytest.mark.parametrize(
+    ("answer", "truth", "right"),
+    [
+        *[("#### 72.00", "72", 1), ("#### 1234", "$1,234", 1), ("#### −7", "-7", 1)],
+        *[("#### 0.5", "1/2", 1), (r"\boxed{72}", "#### 72", 1)],
+        ("#### 0.30000000000000000001", "0.3", 0),  # equal as floats
+        *[("#### 15", "5", 0), ("#### 234", "1,234", 0), ("#### 7", "-7", 0), ("72", "72", 0)],
+        *[("#### 71 72", "72", 0), ("#### 72\n####", "72", 0)],
+        # more than six decimals: a rounded truth
+        *[("#### 1/3", "0.33333333", 1), ("#### 11/6", "1.8333333333333335", 1)],
+        *[("#### 0.333333", "0.33333333", 1), ("#### 0.333334", "0.33333333", 0)],
+        ("#### -1/3", "0.33333333", 0),
+        ("#### 1/3", "0.333333", 0),  # six decimals are exact
+        ("#### 0.33333333", "1/3", 0),  # and so is a fraction
+        *[("#### 1.0000001", "1.0000000", 0), ("#### 2e-7", "1e-7", 0), ("#### 0", "1e-7", 0)],
+    ],
+)
+def test_correct(answer, truth, right):
+    got = correct(answer, truth)
+    assert got == right and isinstance(got, float)
+    assert equal(extract_answer(answer), true_answer(truth)) == right
+
+
+# --- real answers ---------------------------------------------------------------------------------
+
+
+def test_the_recorded_completions_are_graded_as_they_were():
+    graded = []
+    for name in ("credit.jsonl", "credit-qwen.jsonl"):
+        for line in (ROOT / "docs" / name).read_text("utf-8").splitlines():
+            row = json.loads(line)
+            assert correct(row["completion"], row["answer"]) == row["right"]
+            graded.append(row["right"])
+    assert True in graded and False in graded
+
+
+# --- the parts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        *[("−5 ‑5 －５", "-5 -5 -5"), ("12\u00a0000 12\u202f000", "12\u2009000 12\u2009000")],
+        *[(r"1{,}234 1,\!234 1\,234", "1,234 1,234 1\u2009234"), ("-{5} {5}", "-5 {5}")],
+        *[("٣٫٥ 3⁄4 5’ a\u200bb €5", "3.5 3/4 5' ab $5"), (r"2\dfrac{2}{3}", "2 2/3 ")],
+        *[(r"-\frac34x", " -3/4 x"), (r"\frac{x}{2}", r"\frac{x}{2}")],
+        (r"\left(\textbf{a \text{b}}\right)", "(a b)"),
+        (r"$5$ and \(6\), $7 to $8", " 5  and  6 , $7 to $8"),
+    ],
+)
+def test_plain(text, plain):
+    assert rewards.plain(text) == plain
+
+
+@pytest.mark.parametrize(
+    ("text", "bare"),
+    [("**$5**", "5"), ("{ (5) }", "5"), ("(20,100)", "(20,100)"), ("'", ""), ("(5)(3)", "5)(3")],
+)
+def test_bare(text, bare):
+    assert rewards.bare(text) == bare
+
+
+@pytest.mark.parametrize(
+    ("text", "unit"),
+    [("", True), (" ", True), (" eggs", True), ("eggs", True), (" (eggs)", True), ("/day", True)]
+    + [("cm", True), ("egg", False), (" egg", True), (" xyz", False), (" ab", False), ("/", False)]
+    + [(" eggs and ham", False), (" third", False), (" canteen", False), (" e", False)],
+)
+def test_a_unit(text, unit):
+    assert rewards.is_unit(text) == unit
+
+
+@pytest.mark.parametrize(
+    ("text", "lines", "boxes"),
+    [
+        *[("a #### b\nc", [" b"], []), ("####a####b", ["a####b", "b"], [])],
+        *[(r"\boxed{a{b}c} \boxed{d", [], ["a{b}c", ""]), (r"\boxed{a}} ##### b", [" b"], ["a"])],
+    ],
+)
+def test_the_marked_places(text, lines, boxes):
+    assert rewards.places(text) == (lines, boxes)
+    cut = [*lines[:-1], ""] if lines and "\n" not in text else lines
+    assert rewards.places(text, truncated=True)[0][-1:] == cut[-1:]
+
+
+@pytest.mark.parametrize(
     "length, max_length, cache, penalty",
     [
-        (0, 100, 20, 0.0),
-        (80, 100, 20, 0.0),
-        (81, 100, 20, -0.05),
-        (90, 100, 20, -0.5),
-        (100, 100, 20, -1.0),
-        (101, 100, 20, -1.0),
-        (10**6, 100, 20, -1.0),
-        (100, 100, 0, 0.0),
-        (101, 100, 0, -1.0),
-        (50, 100, 100, -0.5),
+        *[(0, 100, 20, 0.0), (80, 100, 20, 0.0), (81, 100, 20, -0.05), (90, 100, 20, -0.5)],
+        *[(100, 100, 20, -1.0), (101, 100, 20, -1.0), (10**6, 100, 20, -1.0), (100, 100, 0, 0.0)],
+        *[(101, 100, 0, -1.0), (50, 100, 100, -0.5)],
         (18432, 20480, 4096, -0.5),  # DAPO's own setting
     ],
 )
@@ -526,81 +428,85 @@ def test_overlong_penalty_refuses(max_length, cache):
         overlong_penalty(5, max_length, cache)
 
 
-def test_every_decimal_digit_and_currency_of_unicode_counts():
-    for char in map(chr, range(sys.maxunicode + 1)):
-        if char.isdecimal():
-            assert extract_answer(f"####{char}{char}") == 11 * unicodedata.decimal(char)
-        elif unicodedata.category(char) == "Sc":
-            assert extract_answer(f"#### -{char}5") == -5
-
-
 # --- attacks --------------------------------------------------------------------------------------
 
-# Pieces that attack the time: repeated to megabytes, each would take quadratic time in some part of
-# a less careful parser. LARGE are tried at 2 MB, SMALL at 300 kB.
-LARGE = [
-    *["9", "\uff17", "#", "#### ", ",", " ", "\n", "{", "\\boxed{", "1 ", "3/0 ", "1,111,"],
-    *["-$.1e/"],
+# Repeated, each of these pieces would take quadratic time in some part of a less careful reader.
+PIECES = [
+    *["9", "\uff17", "#", "#### ", ",", " ", "\n", "\u2028", "{", "}", "\\boxed{", "\\boxed{1}"],
+    *["1 ", "3/0 ", "1,111,", "-$.1e/", "-", "$", "e", "\\", "1e999 ", "1/1+", "-1-", "字", "é"],
+    *["1{,}", "frac{1}{", "\\frac{1}", "\\text{", "\\text ", "**", "*a", "$a", "hundred ", "teen"],
+    *[
+        "and ",
+        "5 and ",
+        "('",
+        "<<",
+        "<a",
+        "</",
+        "= ",
+        "ab-",
+        "ab&",
+        "a=",
+        "\\, ",
+        ",\\! ",
+        "~",
+        "^",
+    ],
+    *["#### 1\n", "1" * 100 + " ", "1 km ", "((1))", "1 2/3 ", "_1'", "\x00"],
 ]
-SMALL = [
-    *["#### 1\n", "1,", "\u2028", "}", "{}", "\\boxed{1}", "-", "$", ".", "/", "e", "\\", ".1 "],
-    *["1e", "1e999 ", "1."],
-    *["1/", "1/1+", "-1-", "-$1 ", "1{,}", "frac{1}{", "1" * 100 + " ", "1" * 101 + " ", "1,23,4 "],
-    *["-$ .", "字", "é"],
-    *["\U0001f600", "1字", "\x00", "_1'"],
-]
 
 
-def _seconds(unit, size):
-    """The longest CPU time of a lenient call (strict comes first in it) on `size` bytes of `unit`.
-
-    CPU time, not wall-clock time: other processes on the machine do not count.
-    """
-    body, seconds = unit * (size // len(unit.encode())), 0.0
-    for text in (body, "#### " + body, "\\boxed{" + body + "}"):
-        start = time.process_time()
-        extract_answer(text, lenient=True)
-        seconds = max(seconds, time.process_time() - start)
-    return seconds
-
-
-@pytest.mark.parametrize("unit", LARGE, ids=ascii)
-def test_two_megabytes_in_linear_time(unit):
-    """Ten times the text may take 30 times as long: a quadratic parser would take 100 times."""
-    small = _seconds(unit, 2 * 10**5)
-    # Fails here if the time is quadratic, before two megabytes would hang. The ratio below is the
-    # claim; the limits in seconds leave room for a slow machine.
-    assert small < 2, f"{unit!r}: {small:.2f} s for 200 kB"
-    large = _seconds(unit, 2 * 10**6)
-    message = f"{unit!r}: {small:.2f} s, then {large:.2f} s for ten times as much"
-    assert large < 20 and large < 30 * small + 0.5, message
+def seconds(unit, size):
+    """The longest CPU time of a call on `size` characters of `unit`: of other processes, none."""
+    body = unit * (size // len(unit))
+    longest = 0.0
+    for text in (body, "\\boxed{" + body + "}"):
+        for call in (lambda t: extract_answer(t, True, True), lambda t: equal(None, 1) or read(t)):
+            start = time.process_time()
+            call(text)
+            longest = max(longest, time.process_time() - start)
+    return longest
 
 
-@pytest.mark.parametrize("unit", SMALL, ids=lambda unit: ascii(unit[:10]))
-def test_300_kilobytes_in_linear_time(unit):
-    small = _seconds(unit, 3 * 10**4)
-    assert small < 1, f"{unit[:10]!r}: {small:.2f} s for 30 kB"
-    large = _seconds(unit, 3 * 10**5)
+def read(answer):
+    """true_answer, or None."""
+    try:
+        return true_answer(answer)
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("unit", PIECES, ids=lambda unit: ascii(unit[:10]))
+def test_a_long_text_takes_linear_time(unit):
+    """Ten times the text may take 30 times as long: a quadratic reader would take 100 times."""
+    small = seconds(unit, 10_000)
+    assert small < 1, f"{small:.2f} s for 10,000 characters"
+    large = seconds(unit, 100_000)
     if large > 20 * small:  # a pause of the machine may count as CPU time: once more
-        large = min(large, _seconds(unit, 3 * 10**5))
-    message = f"{unit[:10]!r}: {small:.3f} s, then {large:.2f} s for ten times as much"
-    assert large < 10 and large < 30 * small + 0.1, message
-
-
-@pytest.mark.parametrize("unit", ["9", "#### 1\n", " ", "{"])
-def test_correct_takes_two_megabytes(unit):
-    start = time.process_time()
-    completion = "#### 72\n" + unit * (2 * 10**6 // len(unit))
-    assert correct(completion, "72") == (unit != "#### 1\n")
-    assert time.process_time() - start < 20
+        large = min(large, seconds(unit, 100_000))
+    assert large < 30 * small + 0.1, f"{small:.3f} s, then {large:.2f} s for ten times as much"
 
 
 fuzz = settings(derandomize=True, deadline=None, max_examples=300, database=None)
-# Random texts: pieces that mean something to the parser, mixed with any other characters.
-MEANINGFUL = ["####", "\\boxed{", "}", "18", "1,234", "0.5", "3/4", "1e9", "€", "−", "\\frac{"]
-PIECES = st.sampled_from([*LARGE, *SMALL[:-6], *MEANINGFUL])
+# Random texts: pieces that mean something to the reader, mixed with any other characters.
+MEANINGFUL = [
+    "####",
+    "\\boxed{",
+    "}",
+    "18",
+    "1,234",
+    "0.5",
+    "3/4",
+    "1e9",
+    "€",
+    "−",
+    "\\frac{",
+    "x=",
+]
 TEXT = st.lists(
-    PIECES | st.text(max_size=3) | st.characters(categories=["Nd", "Sc", "Zs", "Pd"]), max_size=25
+    st.sampled_from([*(unit for unit in PIECES if len(unit) < 12), *MEANINGFUL])
+    | st.text(max_size=3)
+    | st.characters(categories=["Nd", "Sc", "Zs", "Pd"]),
+    max_size=25,
 ).map("".join)
 # A text without a marker and without a line end.
 LINE = TEXT.map(lambda text: " ".join(text.replace("#", "").splitlines()))
@@ -609,44 +515,53 @@ NUMBER = st.integers(-(10**40), 10**40)
 
 @fuzz
 @given(TEXT, TEXT)
-def test_nothing_raises_and_the_parts_agree(text, answer):
+def test_nothing_raises_and_the_readings_agree(text, answer):
     strict, lenient = extract_answer(text), extract_answer(text, lenient=True)
     assert strict is None or (type(strict) is Fraction and lenient == strict)
     assert lenient is None or (type(lenient) is Fraction and any(char.isdecimal() for char in text))
-    try:
-        reward = correct(text, answer)
-    except ValueError as error:  # no number or several: "#### 9 and 9" as well
-        assert "no number" in str(error)
-    else:
-        assert reward in (0.0, 1.0) and (reward == 0.0 or strict is not None)
-        if "####" in answer or "\\boxed{" in answer:
-            assert extract_answer(answer) == true_answer(answer)
+    assert extract_answer(text, truncated=True) in (None, strict)
+    truth = read(answer)
+    if truth is None:
+        return
+    assert correct(text, answer) == float(equal(strict, truth))
+    assert extract_answer(answer if "####" in answer else f"#### {answer}") in (truth, None)
 
 
 @fuzz
-@given(NUMBER, st.sampled_from(["", "$", "€", "£ ", "\\$"]), st.booleans(), st.data())
+@given(NUMBER, st.sampled_from(["", "$", "€", "£ ", "\\$", "USD "]), st.booleans(), st.data())
 def test_one_number_however_written(number, currency, sign_first, data):
-    signs = "-−－" if number < 0 else ["", "+"]
-    sign = data.draw(st.sampled_from(signs))
-    digits = data.draw(st.sampled_from([str(abs(number)), f"{abs(number):,}", f"00{abs(number)}"]))
+    sign = data.draw(st.sampled_from("-−－" if number < 0 else ["", "+"]))
+    digits = [str(abs(number)), f"{abs(number):,}", f"{abs(number):,}".replace(",", "\u2009")]
+    digits = data.draw(st.sampled_from([*digits, f"00{abs(number)}"]))
     digits += data.draw(st.sampled_from(["", ".0", ".000", "e0", "E+00", ".0e-0", "/1"]))
     if data.draw(st.booleans()):
         digits = digits.translate({ord("0") + i: chr(0xFF10 + i) for i in range(10)})
-    before = sign + currency if sign_first else currency.rstrip() + sign
-    units = ["", ".", ",", "%", " kg", "dollars", ".\n", " and 5", "\n5", " = 5"]
-    after = data.draw(st.sampled_from(units))
+    before = sign + currency if sign_first or currency == "USD " else currency.rstrip() + sign
+    after = data.draw(st.sampled_from(["", ".", ",", "%", " kg", "dollars", "/hour", "**", " m²"]))
     text = before + digits + after
-    assert extract_answer(f"5 #### 6\n#### {text}") == number
-    assert extract_answer(f"\\boxed{{6}} \\boxed{{{text}}} 5") == number
-    assert correct(f"#### {text}", f"#### {number}") == 1.0
+    wrappings = [
+        "{}",
+        "${}$",
+        r"\({}\)",
+        "x = {}",
+        "**{}**",
+        "  {} ",
+        "({})" if "," not in text else "{}",
+    ]
+    wrapped = data.draw(st.sampled_from(wrappings)).format(text)
+    assert extract_answer(f"5 #### 6\n#### {wrapped}\n5") == number
+    assert extract_answer(f"\\boxed{{6}} \\boxed{{{wrapped}}} 5") == number
+    assert correct(f"#### {text}", f"#### {number}") == correct(f"#### {number}", text) == 1.0
     assert correct(f"#### {text}", str(number + 1)) == 0.0
-    assert correct(f"#### {number}", f"6\n#### {before + digits}") == 1.0
+    for more in (" and 5", ", 5", " 5", " = 5", " - x", "^2", " million", "5/x"):
+        assert extract_answer(f"#### {before + digits}{more}") is None
 
 
 @fuzz
 @given(st.integers(-999, 999), st.integers(1, 999), st.integers(0, 10**9), st.integers(-999, 999))
 def test_fractions_and_decimals_are_exact(top, bottom, part, power):
     assert extract_answer(f"#### {top}/{bottom}") == Fraction(top, bottom)
+    assert extract_answer(rf"\boxed{{\frac{{{top}}}{{{bottom}}}}}") == Fraction(top, bottom)
     sign = -1 if top < 0 else 1
     decimal = Fraction(abs(top)) + Fraction(part, 10 ** len(str(part)))
     expected = sign * decimal * Fraction(10) ** power
@@ -661,37 +576,26 @@ def test_only_the_last_marker_counts(before, line):
 
 
 @fuzz
-@given(TEXT, NUMBER, LINE, TEXT.map(lambda text: text.replace("#", "")))
-def test_only_the_first_number_of_its_line_counts(before, number, rest, after):
-    assert extract_answer(f"{before}\n#### {number} ; {rest}\n{after}") == number
-
-
-@fuzz
 @given(
     st.lists(st.integers(0, 999), min_size=2, max_size=50, unique=True),
-    st.sampled_from(["\n#### ", " ", " #### ", "\n"]),
+    st.sampled_from(["\n#### ", " ", " #### ", "\n", ", ", " or "]),
 )
 def test_many_answers_pay_at_most_one(numbers, separator):
     spam = "#### " + separator.join(map(str, numbers))
     paid = [number for number in numbers if correct(spam, str(number))]
-    ambiguous = separator == " " and 100 <= numbers[1]  # 1 234: one number or two
-    first_or_last = numbers[-1 if "####" in separator else 0]
-    assert paid == ([] if ambiguous else [first_or_last])
+    if "####" in separator:
+        assert paid == [numbers[-1]]
+    else:
+        assert paid == ([numbers[0]] if separator == "\n" else [])
     boxes = "".join(f"\\boxed{{{number}}}" for number in numbers)
     assert [correct(boxes, str(number)) for number in numbers] == [0.0] * (len(numbers) - 1) + [1.0]
-
-
-@fuzz
-@given(TEXT.map(lambda text: text.replace("#", "").replace("\\", "")), NUMBER)
-def test_no_marker_no_pay(text, number):
-    text = f"{text} {number} "
-    assert extract_answer(text) is None and correct(text, str(number)) == 0.0
 
 
 @fuzz
 @given(st.integers(0, 10**9), st.integers(0, 9))
 def test_a_part_of_a_number_is_not_the_number(number, digit):
     after, before = f"{number}{digit}", f"{digit + 1}{number}"
-    for longer in (after, before, f"{digit},{number % 1000:03}", f"{number}.{digit + 1}"):
-        equal = Fraction(longer.replace(",", "")) == number
-        assert correct(f"#### {longer}", str(number)) == float(equal)
+    for longer in (after, before, f"{digit + 1},{number % 1000:03}", f"{number}.{digit + 1}"):
+        value = Fraction(longer.replace(",", ""))
+        assert extract_answer(f"#### {longer}") == value
+        assert correct(f"#### {longer}", str(number)) == float(value == number)

@@ -18,7 +18,7 @@ import copy
 
 import torch
 
-from rewards import correct, extract_answer, overlong_penalty, true_answer
+from rewards import correct, equal, extract_answer, overlong_penalty, true_answer
 from trainer.decoding import text_of
 from trainer.methods import OwnFileError, named
 from trainer.prompts import ids_of
@@ -92,7 +92,7 @@ class Grader:
         if self.own and self.own.correct:
             return self.right(text, problem, truncated)
         found = extract_answer(text, lenient=True, truncated=truncated)
-        return float(found == true_answer(problem["answer"]))
+        return float(equal(found, true_answer(problem["answer"])))
 
     def call(self, function, text, problem, truncated):
         """A function of the file, with an error that names the problem."""
