@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-import grpo
 from run.ownfile import (
     guarded,
     load_file,
@@ -22,6 +21,7 @@ from trainer.methods import (
     load_method,
     parameters,
     split_options,
+    with_advantages,
 )
 from trainer.update import gradient_of, toy, toy_inputs
 
@@ -119,9 +119,7 @@ def load_own(path):
 
     Its functions raise OwnFileError whatever goes wrong in them. Raises ValueError.
     """
-    module = load_file(Path(path).resolve())
-    if not hasattr(module, "advantages"):
-        module.advantages = grpo.advantages
+    module = with_advantages(load_file(Path(path).resolve()))
     for name, arguments in ARGUMENTS.items():
         function = getattr(module, name, None)
         wanted = f"{name}({', '.join(arguments)}, *, ...)"

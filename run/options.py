@@ -538,7 +538,7 @@ def check_name(algo):
 
 
 def algorithm_names(text):
-    """ "tepo,my.py" -> ["tepo", "/path/of/my.py"]; "all" stands for all 22.
+    """ "tepo,my.py" -> ["tepo", "/path/of/my.py"]; "all" stands for all 28.
 
     For argparse: raises ArgumentTypeError.
     """

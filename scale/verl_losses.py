@@ -171,8 +171,8 @@ def metrics(value, log_prob, old_log_prob, advantages, mask):
     if log_prob.requires_grad:  # not in a forward pass alone
         per_token = advantages if advantages.ndim == 2 else advantages[:, None]
         signal = mask & per_token.ne(0)
-        push = torch.autograd.grad(value, log_prob, retain_graph=True)[0]
-        clipped = (push[signal] == 0).float().mean()
+        gradient = torch.autograd.grad(value, log_prob, retain_graph=True)[0]
+        clipped = (gradient[signal] == 0).float().mean()
         logged["actor/pg_clipfrac"] = clipped.nan_to_num().item()
     return logged
 

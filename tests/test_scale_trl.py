@@ -280,9 +280,9 @@ def test_kl_old_and_clip_frac_by_hand(tmp_path):
     old, A = logp - torch.tensor([[1.0], [1.0]]), torch.tensor([1.0, -1.0])
     batch = {"old_per_token_logps": old, "entropy": old * 0, "mask": mask, "advantages": A}
     batch["ref_per_token_logps"] = logp - 0.5
-    trainer.push([batch], logp, old * 0)
+    trainer.first_half([batch], logp, old * 0)
     metrics = trainer._metrics["train"]
-    assert (batch["push"] != 0)[mask == 1].all()
+    assert (batch["gradient"] != 0)[mask == 1].all()
     assert metrics["clip_frac"][-1] == pytest.approx(2 / 5)
     assert metrics["kl_old"][-1] == pytest.approx(torch.e - 1 - 1, rel=1e-5)
 
@@ -408,9 +408,9 @@ def test_loss_and_gradient_equal_those_of_trl(algo, tmp_path, monkeypatch):
         )
         batch = {"old_per_token_logps": old, "entropy": old, "mask": mask, "advantages": A}
         batch |= {"importance_sampling_ratio": weight}
-        trainer.push([batch], logp, old)
+        trainer.first_half([batch], logp, old)
         torch.testing.assert_close(batch["loss"], value.detach(), atol=1e-6, rtol=0)
-        torch.testing.assert_close(batch["push"], gradient, atol=1e-6, rtol=0)
+        torch.testing.assert_close(batch["gradient"], gradient, atol=1e-6, rtol=0)
 
 
 def fed(algo, old, mask):
