@@ -30,9 +30,8 @@ def advantages(rewards, group_size, *, mask=None):
     if mask is None or mask.ndim != 2 or shapes[1][:1] != shapes[0]:
         raise ValueError(f"OPO needs rewards [B] and mask [B, T]; got {shapes}")
     length = (mask != 0).sum(1).view_as(r)  # |o_i|  [B/G, G]
-    # A_i = r_i - sum_k |o_k| r_k / sum_k |o_k|
-    total = length.sum(1, keepdim=True).clamp(min=1)  # [B/G, 1]
-    a = r - (length * r).sum(1, keepdim=True) / total
+    # A_i = r_i - sum_k |o_k| r_k / sum_k |o_k|; 0 / 0 in a group of empty rows, which get 0
+    a = r - (length * r).sum(1, keepdim=True) / length.sum(1, keepdim=True)
     return a.masked_fill(constant(r) | (length == 0), 0).flatten()  # [B]
 
 

@@ -109,6 +109,11 @@ REPLACED = [
     *["router_aux_loss_coef", "sapo_temperature_pos", "sapo_temperature_neg"],
     *["vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"],
 ]
+# Weights multiply the advantages. Why these take none:
+NO_WEIGHTS = {
+    **dict.fromkeys(["clip_cov", "kl_cov"], "which would change the choice of tokens"),
+    "dro": "which would not reach its penalty",
+}
 
 
 class Trainer(GRPOTrainer):
@@ -301,10 +306,10 @@ def check_config(algo, args):
     if algo == "dr_grpo" and args.max_completion_length is None:
         raise ValueError("dr_grpo divides by a constant: set max_completion_length")
     weighted = args.use_vllm and args.vllm_importance_sampling_correction
-    if algo in ("clip_cov", "kl_cov") and weighted:
+    if algo in NO_WEIGHTS and weighted:
         raise ValueError(
-            f"{algo} cannot take vLLM's weights, which would change the covariance it chooses "
-            f"tokens by: set --vllm_importance_sampling_correction false"
+            f"{algo} cannot take vLLM's weights, {NO_WEIGHTS[algo]}: "
+            f"set --vllm_importance_sampling_correction false"
         )
 
 
