@@ -50,7 +50,7 @@ EXAMPLES = """examples:
   python compare.py --off-policy 1,4,16              1, 4, 16 updates per rollout, at equal samples
   python compare.py --eps 0.2/0.28,3e-4/4e-4         the clip range, of TEPO
   python compare.py --algos tepo,gspo -- --steps 20  shorter, two algorithms
-  python compare.py --algos all                      all 22, as small multiples
+  python compare.py --algos all                      all 28, as small multiples
   python compare.py --algos tepo,my_method.py        a method of your own (docs/own.md) beside TEPO
   python compare.py --table docs/methods.csv         the table of earlier runs; trains nothing
 """
@@ -397,7 +397,7 @@ def build_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     text = (
-        "any of the 22, or all; files of your own; default: the seven at the top; with --eps: tepo"
+        "any of the 28, or all; files of your own; default: the seven at the top; with --eps: tepo"
     )
     parser.add_argument("--algos", type=algorithm_names, metavar="A,B", help=text)
     text = "default: 0,1,2"

@@ -31,9 +31,9 @@ from trainer.methods import ALGORITHMS, is_file, label
 
 # The seven have the colours of Okabe and Ito, without their yellow, which is lost on white, and
 # with a violet in place of their second blue. The
-# others have the fifteen colours that are furthest (in CIELAB) from these and from one another.
+# others have the colours that are furthest (in CIELAB) from these and from one another.
 # Dashes and markers distinguish the methods in grey.
-DASHED = (0, (6, 1))
+DASHED, DOTTED = (0, (6, 1)), (0, (1, 2))
 STYLES = {  # algo: name, colour, dashes, marker
     "grpo": ("GRPO", "#000000", (0, (5, 2)), "s"),
     "dapo": ("DAPO", "#E69F00", (0, (5, 1.5, 1, 1.5)), "^"),
@@ -57,8 +57,14 @@ STYLES = {  # algo: name, colour, dashes, marker
     "cispo": ("CISPO", "#CC1188", DASHED, "h"),
     "sapo": ("SAPO", "#88BB00", DASHED, "d"),
     "gmpo": ("GMPO", "#663355", DASHED, "8"),
+    "luspo": ("LUSPO", "#005555", DOTTED, "<"),
+    "vespo": ("VESPO", "#888899", DOTTED, ">"),
+    "maxrl": ("MaxRL", "#004411", DOTTED, "p"),
+    "opo": ("OPO", "#55BBEE", DOTTED, "*"),
+    "dro": ("DRO", "#667755", DOTTED, "h"),
+    "topr": ("TOPR", "#FF6655", DOTTED, "d"),
 }
-# Of the user's methods, in the order in which they are first drawn; chosen as for the fifteen.
+# Of the user's methods, in the order in which they are first drawn; chosen in the same way.
 OWN_LOOKS = (
     ("#775522", (0, (3, 1)), "o"),
     ("#444499", (0, (3, 1, 1, 1)), "s"),
@@ -117,7 +123,7 @@ def new_figure(width, height, layout="constrained"):
 def save(figure, out):
     """Write the figure under a temporary name, then rename it: no reader sees half a picture.
 
-    A PNG that is too large to commit gets a palette of 256 colours, a third of the size.
+    A PNG that is too large to commit gets a palette of 256 colours, a third of the size, or of 96.
     """
     out = Path(out)
     part = out.with_name(f".{out.stem}.part{out.suffix or '.png'}")
@@ -130,7 +136,10 @@ def save(figure, out):
 
                 image = Image.open(part).convert("RGB")
                 look = {"method": Image.Quantize.MAXCOVERAGE, "dither": Image.Dither.NONE}
-                image.quantize(256, **look).save(part, optimize=True)
+                for colours in (256, 96):
+                    image.quantize(colours, **look).save(part, optimize=True)
+                    if part.stat().st_size <= MAX_BYTES:
+                        break
             os.replace(part, out)
         finally:
             part.unlink(missing_ok=True)
@@ -604,7 +613,7 @@ NOTES = {
     "tepo": "GSPO's ratio, DAPO's equal tokens, so long rows weigh more than in GSPO",
     "gtpo": "right rows by entropy, wrong rows by 1 / entropy, position by position",
     "grpo_s": "rows weighted by their mean entropy",
-    "trgrpo": "probable tokens up to 1.4 times the push",
+    "trgrpo": "up to 1.4 times the push, from p = 0.25 on (reading=outside: 0.12)",
     "clip_cov": "DAPO with a wide clip; a few random tokens of high covariance get nothing",
     "kl_cov": "no clip; the tokens of highest covariance are pulled back to the old policy",
     "ce_gppo": "what DAPO would clip keeps a push of a fixed size",
@@ -620,6 +629,12 @@ NOTES = {
     "cispo": "DAPO, but the ratio is clipped and not the push: no token gets nothing",
     "sapo": "GRPO, but the push fades out smoothly where w leaves 1",
     "gmpo": "each token clipped, then one ratio per row",
+    "luspo": "TEPO, its sum divided by rows and not by tokens; a narrow clip range",
+    "vespo": "one ratio per row; the push fades smoothly where the row has moved",
+    "maxrl": "DAPO, the advantage divided by the mean reward: few right rows get more",
+    "opo": "DAPO without a std; the baseline weighs each row by its length",
+    "dro": "no clip; a token that has moved is pulled back by its log-ratio",
+    "topr": "right rows whatever w is; wrong rows by w, at most 1",
 }
 
 
@@ -927,7 +942,7 @@ EXAMPLES = """examples:
   python plot.py docs/methods.csv --out curves.png  the same from the metrics that compare.py keeps
   python plot.py --entropy runs/*-tiny-s*           accuracy against entropy; R = -a exp(H) + b
   python plot.py --credit runs/tepo-tiny-s0 --step 20
-      how each of the seven losses pushes each token of one group; --algos all: all 22
+      how each of the seven losses pushes each token of one group; --algos all: all 28
 """
 
 

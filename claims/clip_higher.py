@@ -50,7 +50,7 @@ def counts(ratio, p_old, A):
     return found
 
 
-def look(rollout, rows, push, loss_inputs):
+def look(rollout, rows, gradient, loss_inputs):
     """`counts` of the mini-batch of an update."""
     on = rollout.mask[rows]
     A = rollout.advantages[rows][:, None].expand(on.shape)[on]

@@ -43,9 +43,9 @@ def trainer(algo, *flags, seed=0):
 
 
 def watch(trainer, look):
-    """A list that each update adds look(rollout, rows, push, loss_inputs) to, before its step.
+    """A list that each update adds look(rollout, rows, gradient, loss_inputs) to, before its step.
 
-    rows: of the mini-batch. push: dL/dlogp [B, T]. loss_inputs: the loss's keyword arguments.
+    rows: of the mini-batch. gradient: dL/dlogp [B, T]. loss_inputs: the loss's keyword arguments.
     rollout.logprobs of these rows are current. Nothing of the update changes.
     """
     seen, updater = [], trainer.updater

@@ -42,7 +42,7 @@ def mask_of(A, entropy, old_entropy):
     return (A > 0) & (entropy < old_entropy - 1e-4)
 
 
-def look(trainer, rollout, rows, push, loss_inputs):
+def look(trainer, rollout, rows, gradient, loss_inputs):
     """What an update's mask takes, as {name: number}."""
     on = rollout.mask[rows]
     A = rollout.advantages[rows][:, None].expand(on.shape)[on]
@@ -58,7 +58,7 @@ def look(trainer, rollout, rows, push, loss_inputs):
         "negative": (A < 0).sum().item(),
         "falling": mask_of(-A, H, H_old).sum().item(),
         "fall": (H - H_old)[M].sum().item(),
-        "penalty": (push - policy)[rows][on][M].abs().sum().item(),
+        "penalty": (gradient - policy)[rows][on][M].abs().sum().item(),
         "policy": policy[rows][on][M].abs().sum().item(),
     }
     for i in range(len(EDGES) - 1):

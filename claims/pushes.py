@@ -5,8 +5,8 @@
 
 The push on a token is -dL/dlogp: L is the loss of the mini-batch, logp the token's log-probability.
 Where it is above 0, the update makes the token more likely. Each method is three words, a row of
-METHODS, and `push` is its closed form, without autograd. tests/test_claims.py holds it against the
-gradient of the method's own `loss`.
+METHODS, and `push` is its closed form, without autograd; of TR-GRPO for both readings of its
+weight. tests/test_claims.py holds it against the gradient of the method's own `loss`.
 
 The figure shows a completion of 20 tokens in which one token has moved.
 """
@@ -41,11 +41,12 @@ METHODS = {  # the ratio that the clip looks at, the average, and one advantage 
 SYMBOLS = {"token": "w_{i,t}", "geometric": "s_i", "arithmetic": r"\hat w_i"}
 
 
-def push(algo, w, t, A, B, N, p):
+def push(algo, w, t, A, B, N, p, reading="shifted"):
     """-dL/dlogp of token t of a completion, by hand.
 
     w: the ratios pi_theta / pi_old of the completion's tokens. A: the token's advantage. B: number
-    of completions of the mini-batch, N: of their tokens. p: the token's probability.
+    of completions of the mini-batch, N: of their tokens. p: the token's probability. reading: of
+    TR-GRPO's weight.
     """
     kind, average, _ = METHODS[algo]
     ratio = ratios(w, t)[kind]
@@ -55,7 +56,7 @@ def push(algo, w, t, A, B, N, p):
     # d ratio / dlogp, times |o| if the ratio is a mean over the completion's tokens
     slope = ratio if kind == "geometric" else w[t]
     divisor = N if average == "token" else B * len(w)
-    v = weight(p) if algo == "trgrpo" else 1.0
+    v = weight(p, reading) if algo == "trgrpo" else 1.0
     return v * slope * A / divisor
 
 
@@ -74,9 +75,13 @@ def clip_range(algo):
     return defaults["eps_low"], defaults["eps_high"]
 
 
-def weight(p):
-    """TR-GRPO's v at probability p: clip(2 sigmoid(9 (p - 0.25)), 1, 1.4)."""
-    return min(max(2 / (1 + math.exp(-9 * (p - 0.25))), 1.0), 1.4)
+def weight(p, reading):
+    """TR-GRPO's v at probability p: clip(2 sigmoid(9 (p - 0.25)), 1, 1.4), or "outside"."""
+    if reading == "shifted":
+        v = 2 / (1 + math.exp(-9 * (p - 0.25)))
+    else:
+        v = 2 * (1 / (1 + math.exp(-9 * p)) - 0.25)
+    return min(max(v, 1.0), 1.4)
 
 
 def objective(algo, w, t, A):
@@ -99,14 +104,16 @@ def table():
         "| method | ratio | average over | advantage per | clip range | on policy | off policy |",
         "|---|---|---|---|---|---|---|",
     ]
-    for algo, (kind, average, per) in METHODS.items():
+    weights = [(algo, "") for algo in METHODS]
+    weights[-1:] = [("trgrpo", "v_{i,t}\\,"), ("trgrpo", "v'_{i,t}\\,")]
+    for algo, v in weights:
+        kind, average, per = METHODS[algo]
         A = "A_{i,t}" if per == "token" else "A_i"
         divisor = "N" if average == "token" else "B\\,\\lvert o_i \\rvert"
-        v = "v_{i,t}\\," if algo == "trgrpo" else ""
         slope = SYMBOLS["geometric" if kind == "geometric" else "token"]
         on, off = f"{v}{A}", f"{v}{slope}\\,{A}"
         cells = [
-            f"[{style(algo)[0]}]({algo}.py)",
+            f"[{style(algo)[0]}]({algo}.py)" + (", `reading=outside`" if "'" in v else ""),
             f"${SYMBOLS[kind]}$",
             f"{average}s",
             per,

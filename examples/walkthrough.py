@@ -186,10 +186,10 @@ def standardised(value, values):
     return result
 
 
-advantages = {}
-for name, method in METHODS.items():
-    more = {"entropy": entropy, "mask": mask}  # only GTPO and GRPO-S use them
-    advantages[name] = method.advantages(torch.tensor(rewards), G, **more)
+advantages = dict.fromkeys(METHODS, grpo.advantages(torch.tensor(rewards), G))
+for name in ("GTPO", "GRPO-S"):
+    rule = METHODS[name].advantages
+    advantages[name] = rule(torch.tensor(rewards), G, entropy=entropy, mask=mask)
 
 title("GRPO's advantages")
 print(f"mean of the rewards: {len(right)} / {G} = {len(right) / G:.4f}")

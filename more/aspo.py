@@ -2,29 +2,28 @@
 
 DAPO, but the ratio of tokens with A > 0 is turned over: what has become rarer is pushed harder.
 
-    A_i as in GRPO                                                                      [B]
-    A > 0: c = min(1 / min(w, 1 + eps_high), cap),  open where w <= 1 + eps_high        [B, T]
-    A < 0: c = min(max(w, 1 - eps_low), cap),       open where w >= 1 - eps_low         [B, T]
-    g_{i,t} = pi_theta / stopgrad(pi_theta) where open, else 1                          [B, T]
-    loss = - 1/sum_i |o_i| sum_{i,t} stopgrad(c) g A                                    scalar
+    A_i as in GRPO                                                                           [B]
+    A > 0: c = min(1 / min(w, 1 + eps_high), cap),  open where w <= 1 + eps_high             [B, T]
+    A < 0: c = min(max(w, 1 - eps_low), cap),       open where w >= 1 - eps_low              [B, T]
+    g_{i,t} = pi_theta / stopgrad(pi_theta) where open, else 1                               [B, T]
+    loss = - 1/sum_i |o_i| sum_{i,t} stopgrad(c) g A                                         scalar
 
 So the gradient is -A c / sum_i |o_i| where open, and 0 elsewhere. c has no gradient: the derivative
 of 1/w itself would push the other way. Above the cap the gradient stays, at cap: the paper's "soft
 dual clip".
 
-Formula and defaults: the authors' code (wizard-III/Archer2.0, compute_policy_loss_archer). Our
-choices: beyond the cap our value is -cap A and the code's is -cap A logp, with the same gradient;
-left out are its clip range of 0.4 for the fifth of a row's tokens that have the most entropy, and
-its KL term of 0.001.
+Source: the authors' code (wizard-III/Archer2.0, compute_policy_loss_archer). Our choice: beyond the
+cap our value is -cap A and the code's is -cap A logp, with the same gradient. Left out: its clip
+range of 0.4 for the fifth of a row's tokens that have the most entropy, and its KL term of 0.001.
 
 Worked example: grpo.py's batch. w = 1.5 is closed; w = 0.9 counts 1 / 0.9 = 1.1111; row 1 counts 1.
 
-    >>> A = advantages(torch.tensor([1.0, 0.0]), group_size=2)
-    >>> mask = torch.tensor([[1, 1], [1, 0]])
-    >>> logprobs = torch.tensor([[1.5, 0.9], [1.0, 1.0]]).log().requires_grad_()
-    >>> value = loss(logprobs, torch.zeros(2, 2), A, mask)
-    >>> round(value.item(), 4), round(-(1 / 1.2 + 1 / 0.9 - 1.0) * 0.7070 / 3, 4)
-    (-0.2226, -0.2226)
+    >>> A, old = torch.tensor([0.7070, -0.7070]), torch.zeros(2, 2)
+    >>> mask, ratios = torch.tensor([[1, 1], [1, 0]]), torch.tensor([[1.5, 0.9], [1.0, 1.0]])
+    >>> logprobs = ratios.log().requires_grad_()
+    >>> value = loss(logprobs, old, A, mask)
+    >>> round(value.item(), 4)  # -(1 / 1.2 + 1 / 0.9 - 1.0) * 0.7070 / 3
+    -0.2226
     >>> torch.autograd.grad(value, logprobs)[0]  # 0, -1.1111 * 0.7070 / 3, 1.0 * 0.7070 / 3
     tensor([[ 0.0000, -0.2619],
             [ 0.2357,  0.0000]])
@@ -32,9 +31,9 @@ Worked example: grpo.py's batch. w = 1.5 is closed; w = 0.9 counts 1 / 0.9 = 1.1
 
 import torch
 
-from grpo import advantages, exp_ratio, prepare, token_mean
+from grpo import exp_ratio, prepare, token_mean
 
-__all__ = ["advantages", "loss"]
+# No `advantages` here: the trainer takes GRPO's.
 
 
 def loss(logprobs, old_logprobs, advantages, mask, *, eps_low=0.2, eps_high=0.2, cap=3.0):

@@ -2,29 +2,28 @@
 
 DAPO, but a clipped token keeps a bounded gradient: the clip's edge, times beta1 or beta2.
 
-    A_i as in GRPO                                                                      [B]
-    g_{i,t} = pi_theta(o_{i,t}) / stopgrad(pi_theta(o_{i,t})),  value 1                 [B, T]
+    A_i as in GRPO                                                                           [B]
+    g_{i,t} = pi_theta(o_{i,t}) / stopgrad(pi_theta(o_{i,t})),  value 1                      [B, T]
     u_{i,t} = beta1 (1 - eps_low) g    where A < 0 and w < 1 - eps_low
             = beta2 (1 + eps_high) g   where A > 0 and w > 1 + eps_high
-            = w                        elsewhere                                        [B, T]
-    loss = - 1/sum_i |o_i| sum_{i,t} u A                                                scalar
+            = w                        elsewhere                                             [B, T]
+    loss = - 1/sum_i |o_i| sum_{i,t} u A                                                     scalar
 
 beta1 sets how hard a token is still pushed down once it is below the clip range, beta2 how hard it
 is still pushed up above it. beta1 = beta2 = 0 has the gradient of DAPO at these eps, but not its
 value; beta1 = beta2 = 1 has DAPO's value, but not its gradient.
 
-Formula and defaults: the authors' code (Kwai-Klear/CE-GPPO, its 1.5B script; 7B: beta1 0.75). The
-method was trained with --dynamic-sampling. Left out: the code's dual clip (no gradient where A < 0
-and w > 10).
+Source: the authors' code (Kwai-Klear/CE-GPPO, its 1.5B script; 7B: beta1 0.75). The method was
+trained with --dynamic-sampling. Left out: the code's dual clip (no gradient where A < 0, w > 10).
 
 Worked example: grpo.py's batch. w = 1.5 is clipped to 1.2, which DAPO would give no gradient.
 
-    >>> A = advantages(torch.tensor([1.0, 0.0]), group_size=2)
-    >>> mask = torch.tensor([[1, 1], [1, 0]])
-    >>> logprobs = torch.tensor([[1.5, 0.9], [1.0, 1.0]]).log().requires_grad_()
-    >>> value = loss(logprobs, torch.zeros(2, 2), A, mask)
-    >>> round(value.item(), 4), round(-(1.2 + 0.9 - 1.0) * 0.7070 / 3, 4)
-    (-0.2592, -0.2592)
+    >>> A, old = torch.tensor([0.7070, -0.7070]), torch.zeros(2, 2)
+    >>> mask, ratios = torch.tensor([[1, 1], [1, 0]]), torch.tensor([[1.5, 0.9], [1.0, 1.0]])
+    >>> logprobs = ratios.log().requires_grad_()
+    >>> value = loss(logprobs, old, A, mask)
+    >>> round(value.item(), 4)  # -(1.2 + 0.9 - 1.0) * 0.7070 / 3
+    -0.2592
     >>> torch.autograd.grad(value, logprobs)[0]  # -1.2 * 0.7070 / 3, then 0.9 and -1.0
     tensor([[-0.2828, -0.2121],
             [ 0.2357,  0.0000]])
@@ -32,9 +31,9 @@ Worked example: grpo.py's batch. w = 1.5 is clipped to 1.2, which DAPO would giv
 
 import torch
 
-from grpo import advantages, exp_ratio, prepare, token_mean
+from grpo import exp_ratio, prepare, token_mean
 
-__all__ = ["advantages", "loss"]
+# No `advantages` here: the trainer takes GRPO's.
 
 
 def loss(

@@ -2,20 +2,18 @@
 
 DAPO, but a few random tokens of large covariance get no gradient, and the clip is wide.
 
-    A_i as in GRPO                                                                      [B]
-    cov_{i,t} = (A_{i,t} - mean A) (logp_{i,t} - mean logp),  logp = log pi_theta       [B, T]
-    x_{i,t} = 0 if the token is chosen, else 1                                          [B, T]
-    loss = - 1/sum_i |o_i| sum_{i,t} x min(w A, clamp(w, 1 - eps_low, 1 + eps_high) A)  scalar
+    A_i as in GRPO                                                                           [B]
+    cov_{i,t} = (A_{i,t} - mean A) (logp_{i,t} - mean logp),  logp = log pi_theta            [B, T]
+    x_{i,t} = 0 if the token is chosen, else 1                                               [B, T]
+    loss = - 1/sum_i |o_i| sum_{i,t} x min(w A, clamp(w, 1 - eps_low, 1 + eps_high) A)       scalar
 
 The means run over all N = sum_i |o_i| tokens of the batch; cov has no gradient. It is large where a
-likely token has a high advantage, or an unlikely one a low advantage: these pushes cost the most
-entropy.
+likely token has a high advantage, or an unlikely one a low one: these pushes cost the most entropy.
 - Candidates: tokens with cov_low < cov < cov_high that the clip has not already silenced.
-- Chosen: max(1, int(cov_ratio N)) random candidates, or all if there are fewer. They lose their
-  value and gradient; the average still counts them.
+- Chosen: max(1, int(cov_ratio N)) of them at random. They lose value and gradient, and still count.
 
-Formula and defaults: the authors' code (PRIME-RL/Entropy-Mechanism-of-RL, 7b_clip_cov.sh), where
-the clip range is 1 / 1. The choice is verl's: torch.randperm, from the global CPU generator.
+Source: the authors' code (PRIME-RL/Entropy-Mechanism-of-RL, 7b_clip_cov.sh: clip range 1 / 1). The
+choice of tokens is verl's: torch.randperm, from the global CPU generator.
 
 Know before use: N is our mini-batch's (verl: the micro-batch's). Up to 9,999 tokens the default
 cov_ratio chooses one token only; raise it to see an effect on small batches.
@@ -23,20 +21,17 @@ cov_ratio chooses one token only; raise it to see an effect on small batches.
 Worked example: grpo.py's batch. Mean A is 0.7070 / 3, mean logp is (0.4055 - 0.1054) / 3 = 0.1,
 and cov = 0.1439, -0.0968 and 0.0943. One candidate is above 0.1: w = 1.5 loses its push.
 
-    >>> A = advantages(torch.tensor([1.0, 0.0]), group_size=2)
-    >>> mask = torch.tensor([[1, 1], [1, 0]])
-    >>> logprobs = torch.tensor([[1.5, 0.9], [1.0, 1.0]]).log()
-    >>> loss(logprobs, torch.zeros(2, 2), A, mask, cov_low=0.1)
+    >>> A, old = torch.tensor([0.7070, -0.7070]), torch.zeros(2, 2)
+    >>> mask, ratios = torch.tensor([[1, 1], [1, 0]]), torch.tensor([[1.5, 0.9], [1.0, 1.0]])
+    >>> loss(ratios.log(), old, A, mask, cov_low=0.1)  # -(0 + 0.9 - 1.0) * 0.7070 / 3
     tensor(0.0236)
-    >>> round(-(0 + 0.9 - 1.0) * 0.7070 / 3, 4)
-    0.0236
 """
 
 import torch
 
-from grpo import advantages, clip_term, exp_ratio, prepare, token_mean
+from grpo import clip_term, exp_ratio, prepare, token_mean
 
-__all__ = ["advantages", "loss"]
+# No `advantages` here: the trainer takes GRPO's.
 
 # Rows whose advantages are all 0 enter the means of cov: their logprobs must be current too.
 NEEDS_ALL_ROWS = True

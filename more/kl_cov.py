@@ -2,34 +2,32 @@
 
 Clip-Cov, but nothing is clipped: the tokens of largest covariance pay for moving.
 
-    A_i as in GRPO                                                                      [B]
-    cov_{i,t} = (A_{i,t} - mean A) (logp_{i,t} - mean logp),  as in clip_cov.py         [B, T]
+    A_i as in GRPO                                                                           [B]
+    cov_{i,t} = (A_{i,t} - mean A) (logp_{i,t} - mean logp),  as in clip_cov.py              [B, T]
     S = the max(1, int(cov_ratio N)) tokens of largest cov,  N = sum_i |o_i|
-    loss = 1/sum_i |o_i| sum_{i,t} (-w A + cov_coef 1[S] |log w|)                       scalar
+    loss = 1/sum_i |o_i| sum_{i,t} (-w A + cov_coef 1[S] |log w|)                            scalar
 
 S has no gradient. A token of S may have A = 0. On the first update of a rollout log w = 0, and the
 penalty does nothing.
 
-Formula and defaults: the authors' code (PRIME-RL/Entropy-Mechanism-of-RL, 7b_kl_cov.sh); its script
-for 32B has cov_ratio 2e-4.
+Source: the authors' code (PRIME-RL/Entropy-Mechanism-of-RL, 7b_kl_cov.sh); its script for 32B has
+cov_ratio 2e-4, verl's defaults are 2e-4 and cov_coef 0.1.
 
 Worked example: grpo.py's batch. The token with w = 1.5 has the largest cov, 0.1439 (clip_cov.py),
 and pays log 1.5 = 0.4055.
 
-    >>> A = advantages(torch.tensor([1.0, 0.0]), group_size=2)
-    >>> mask = torch.tensor([[1, 1], [1, 0]])
-    >>> loss(torch.tensor([[1.5, 0.9], [1.0, 1.0]]).log(), torch.zeros(2, 2), A, mask)
+    >>> A, old = torch.tensor([0.7070, -0.7070]), torch.zeros(2, 2)
+    >>> mask, ratios = torch.tensor([[1, 1], [1, 0]]), torch.tensor([[1.5, 0.9], [1.0, 1.0]])
+    >>> loss(ratios.log(), old, A, mask)  # (-(1.5 + 0.9 - 1.0) * 0.7070 + 0.4055) / 3
     tensor(-0.1948)
-    >>> round((-(1.5 + 0.9 - 1.0) * 0.7070 + 0.4055) / 3, 4)
-    -0.1948
 """
 
 import torch
 
-from grpo import advantages, exp_ratio, prepare, token_mean
+from grpo import exp_ratio, prepare, token_mean
 from more.clip_cov import covariance
 
-__all__ = ["advantages", "loss"]
+# No `advantages` here: the trainer takes GRPO's.
 
 # Rows whose advantages are all 0 enter the means of cov, and their tokens may be in S: their
 # logprobs must be current too.

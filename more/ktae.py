@@ -2,8 +2,8 @@
 
 DAPO, but each token's advantage also says whether its id is a key to right or to wrong answers.
 
-    A_{i,t} = GRPO's A_i + key(o_{i,t})                                                 [B, T]
-    key = 2 sigmoid((alpha F + beta_ig IG) D / (alpha + beta_ig)) - 1                   (-1, 1)
+    A_{i,t} = GRPO's A_i + key(o_{i,t})                                                      [B, T]
+    key = 2 sigmoid((alpha F + beta_ig IG) D / (alpha + beta_ig)) - 1                        (-1, 1)
     F = exp(-2 p), p of Fisher's exact test of (x, y), two-sided; 0 where p = 1
     IG = h(R/n) - s/n h(x/s) - (n - s)/n h((R - x)/(n - s)),  n = R + W,  s = x + y
     D = asin sqrt(x/R) - asin sqrt(y/W) + tf+ / (tf- + 1e-5) - tf- / (tf+ + 1e-5)
@@ -12,8 +12,8 @@ DAPO, but each token's advantage also says whether its id is a key to right or t
 In a group, x of R right completions (r > 0.5) and y of W wrong ones have the id; f is its share of
 the N tokens of a side, right (+) or wrong (-); h(q) are a coin's bits. An id that all completions
 have gets key 0; one that a single side has gets about 1 or -1, because |D| is in the hundreds.
-Formula: the authors' code (xiaolizh1/KTAE), whose float32 lets rounding decide ties in p. Our
-choices: DAPO's loss; an empty completion is on no side; without both sides there are no keys.
+Source: the authors' code (xiaolizh1/KTAE), whose float32 lets rounding decide ties in p. Our
+choices: DAPO's loss; an empty completion is on no side; no keys without both sides.
 
 Worked example: id 5 is everywhere. Id 6: p = 1, IG = 1 - 3/4 h(2/3) = 0.3113 and D = 0.7854 +
 0.6 / 0.3333 - 0.3333 / 0.6 = 2.03, so its key is 2 sigmoid(0.3113 * 2.03 / 2) - 1 = 0.1567.
@@ -28,10 +28,8 @@ from math import comb, exp, log
 
 import torch
 
-from dapo import loss
-from grpo import advantages as grpo_advantages
-
-__all__ = ["advantages", "loss"]
+import dapo
+import grpo
 
 
 def h(q):  # entropy of a coin, in bits
@@ -62,7 +60,6 @@ def advantages(
     rewards,
     group_size,
     *,
-    entropy=None,
     mask=None,  # [B, T]
     completions=None,  # [B, T], token ids
     alpha=1.0,
@@ -72,7 +69,7 @@ def advantages(
     ignore_id=-1,  # has key 0; the authors' code: 151643
 ):
     """rewards [B] -> [B, T], 0 where mask is 0. Raises ValueError if an argument does not fit."""
-    A = grpo_advantages(rewards, group_size)  # [B]
+    A = grpo.advantages(rewards, group_size)  # [B]
     shapes = [None if x is None else list(x.shape) for x in (rewards, completions, mask)]
     if not shapes[1] or shapes[1] != shapes[2] or shapes[1][:-1] != shapes[0]:
         raise ValueError(f"KTAE needs rewards [B], completions and mask [B, T]; got {shapes}")
@@ -85,6 +82,9 @@ def advantages(
         count = torch.zeros(group_size, len(ids)).double().scatter_add_(1, index, on[rows].double())
         plus, minus = (count[count.any(1) & (right[rows] == side)] for side in (True, False))
         if len(plus) and len(minus):
-            keys = group_keys(plus, minus, alpha, beta_ig, k1, b)
-            key[rows] = keys.masked_fill(ids == ignore_id, 0)[index]
+            keys = group_keys(plus, minus, alpha, beta_ig, k1, b).masked_fill(ids == ignore_id, 0)
+            key[rows] = keys[index]
     return (A[:, None] + key.to(A)).masked_fill(mask == 0, 0)
+
+
+loss = dapo.loss

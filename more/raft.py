@@ -2,10 +2,10 @@
 
 DAPO, but the advantage is the reward itself: no mean, no std.
 
-    variant "raft", "raft++":  A_i = max(r_i, 0)                                        [B]
-    variant "reinforce_rej":   A_i = 2 r_i - 1 in groups that are mixed, else 0         [B]
-    u = min(w A, clamp(w, 1 - eps_low, 1 + eps_high) A);  A < 0: at least dual_clip A   [B, T]
-    loss = - 1/sum_i |o_i| sum_{i,t} u                                                  scalar
+    variant "raft", "raft++":  A_i = max(r_i, 0)                                             [B]
+    variant "reinforce_rej":   A_i = 2 r_i - 1 in groups that are mixed, else 0              [B]
+    u = min(w A, clamp(w, 1 - eps_low, 1 + eps_high) A);  A < 0: at least dual_clip A        [B, T]
+    loss = - 1/sum_i |o_i| sum_{i,t} u                                                       scalar
     variant "raft":  u = A logp, without a ratio: old_logprobs are not used
 
 - "raft" is supervised training on the right answers, also of groups that are all right; "raft++"
@@ -14,8 +14,8 @@ DAPO, but the advantage is the reward itself: no mean, no std.
 - With rewards of 0 and 1, on policy, the three have one gradient at equal A.
 - The dual clip: a token with A < 0 and w > dual_clip has no gradient.
 
-Formula: the authors' code (RLHFlow/Minimal-RL), whose average counts the tokens with A = 0 too. Our
-choices: 2 r - 1. The code takes r as it comes; with rewards of 0 and 1 it would then train on right
+Source: the authors' code (RLHFlow/Minimal-RL), whose average counts the tokens with A = 0 too. Our
+choice: 2 r - 1. The code takes r as it comes; with rewards of 0 and 1 it would then train on right
 answers only, although the method is about wrong ones: that is signed=False. Left out: its KL term
 of 0.001.
 
@@ -24,11 +24,9 @@ Worked example: grpo.py's batch with "raft++". A = 1 and 0; w = 1.5 is clipped t
     >>> A = advantages(torch.tensor([1.0, 0.0]), group_size=2)
     >>> A
     tensor([1., 0.])
-    >>> mask = torch.tensor([[1, 1], [1, 0]])
-    >>> loss(torch.tensor([[1.5, 0.9], [1.0, 1.0]]).log(), torch.zeros(2, 2), A, mask)
+    >>> mask, ratios = torch.tensor([[1, 1], [1, 0]]), torch.tensor([[1.5, 0.9], [1.0, 1.0]])
+    >>> loss(ratios.log(), torch.zeros(2, 2), A, mask)  # -(1.2 + 0.9) / 3
     tensor(-0.7000)
-    >>> round(-(1.2 + 0.9) / 3, 4)
-    -0.7
 """
 
 import torch
@@ -41,10 +39,10 @@ def check(variant):
         raise ValueError(f"variant must be 'raft', 'raft++' or 'reinforce_rej'; got {variant!r}")
 
 
-def advantages(rewards, group_size, *, entropy=None, mask=None, variant="raft++", signed=True):
+def advantages(rewards, group_size, *, variant="raft++", signed=True):
     """The rewards as the variant takes them: [B] -> [B], or a ValueError."""
     check(variant)
-    r = split_groups(rewards, group_size)  # [B/G, G]; entropy and mask are not used
+    r = split_groups(rewards, group_size)  # [B/G, G]
     if variant != "reinforce_rej":
         return r.clamp(min=0).flatten()  # [B]
     a = 2 * r - 1 if signed else r

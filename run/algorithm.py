@@ -6,7 +6,6 @@ import math
 
 import torch
 
-import grpo
 from run.ownfile import guarded, load_file, place_of
 from trainer.methods import (
     OwnFileError,
@@ -17,6 +16,7 @@ from trainer.methods import (
     load_method,
     parameters,
     split_options,
+    with_advantages,
 )
 from trainer.update import gradient_of, toy, toy_inputs
 
@@ -108,9 +108,7 @@ def load_own(path):
 
     Its functions raise OwnFileError whatever goes wrong in them. Raises ValueError.
     """
-    module = load_file(path)
-    if not hasattr(module, "advantages"):
-        module.advantages = grpo.advantages
+    module = with_advantages(load_file(path))
     for name, arguments in ARGUMENTS.items():
         function = getattr(module, name, None)
         wanted = f"a method is a function {name}({', '.join(arguments)}, *, ...)"

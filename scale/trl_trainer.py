@@ -11,7 +11,7 @@ averages over the whole mini-batch (its tokens or its sequences), which is not t
 pieces. So the gradient is taken in two halves, as in train.py:
 
 1. Gather the log-probabilities of the mini-batch from every micro-batch and every process. Call the
-   loss once on all of them and keep push = dL/dlogprobs, [B, T].
+   loss once on all of them and keep gradient = dL/dlogprobs, [B, T].
 2. Send each micro-batch's part of it back through the model:
    dL/dtheta = sum_{i,t} dL/dlogp_{i,t} * dlogp_{i,t}/dtheta.
 
@@ -99,6 +99,11 @@ REPLACED = [
     *["router_aux_loss_coef", "sapo_temperature_pos", "sapo_temperature_neg"],
     *["vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"],
 ]
+# Weights multiply the advantages. Why these take none:
+NO_WEIGHTS = {
+    **dict.fromkeys(["clip_cov", "kl_cov"], "which would change the choice of tokens"),
+    "dro": "which would not reach its penalty",
+}
 
 
 class Trainer(GRPOTrainer):
@@ -202,11 +207,11 @@ class Trainer(GRPOTrainer):
         else:
             pairs = [self.logprobs_without_graph(x) for x in window]
         logprobs, entropy = zip(*pairs, strict=True)
-        self.push(window, torch.cat(logprobs), torch.cat(entropy))
+        self.first_half(window, torch.cat(logprobs), torch.cat(entropy))
         return batch
 
-    def push(self, window, logprobs, entropy):
-        """The first half: put "loss" and "push" into each micro-batch of a mini-batch.
+    def first_half(self, window, logprobs, entropy):
+        """The first half: put "loss" and "gradient" into each micro-batch of a mini-batch.
 
         window: the micro-batches of this process. logprobs, entropy: of all their rows, [b, t].
         """
@@ -216,23 +221,23 @@ class Trainer(GRPOTrainer):
         mask = self.everywhere(whole(window, "mask"))
         options = {**self.loss_inputs(window, entropy), **self.loss_options}
 
-        def loss_and_push(**changed):
+        def loss_and_gradient(**changed):
             with torch.enable_grad():
                 loss = self.algo.loss(logp, old, A, mask, **{**options, **changed})
-                push = torch.autograd.grad(loss, logp)[0]
+                gradient = torch.autograd.grad(loss, logp)[0]
             # Clip-Cov draws tokens at random: every process takes the first one's draw.
-            return broadcast(loss.detach()), broadcast(push)
+            return broadcast(loss.detach()), broadcast(gradient)
 
-        loss, push = loss_and_push()
+        loss, gradient = loss_and_gradient()
         sizes = [len(x["mask"]) for x in window]
-        pieces = self.own(push, logprobs).split(sizes)
+        pieces = self.own(gradient, logprobs).split(sizes)
         for x, piece in zip(window, pieces, strict=True):
-            x["push"], x["loss"] = piece, loss
+            x["gradient"], x["loss"] = piece, loss
 
         without_kl = {name: 0.0 for name in KL_COEFFICIENTS if options.get(name)}
         if without_kl:
-            _, push = loss_and_push(**without_kl)
-        self.log_mini_batch(logp, old, A, mask, self.everywhere(entropy), push)
+            _, gradient = loss_and_gradient(**without_kl)
+        self.log_mini_batch(logp, old, A, mask, self.everywhere(entropy), gradient)
 
     def loss_inputs(self, window, entropy):
         """What the algorithm's loss takes by keyword: tensors [B, T], where TRL has them, and L."""
@@ -248,11 +253,11 @@ class Trainer(GRPOTrainer):
         lengths = {"max_length": self.max_completion_length}  # Dr. GRPO's L
         return {**wanted, **named(self.algo.loss, lengths)}
 
-    def log_mini_batch(self, logp, old, A, mask, entropy, policy_push):
-        """policy_push: dL/dlogprobs without the loss's KL terms."""
+    def log_mini_batch(self, logp, old, A, mask, entropy, policy_gradient):
+        """policy_gradient: dL/dlogprobs without the loss's KL terms."""
         metrics = self._metrics["train" if self.model.training else "eval"]
         signal = mask * ((A if A.ndim == 2 else A[:, None]) != 0)
-        clipped = (policy_push == 0).float()
+        clipped = (policy_gradient == 0).float()
         # Of the tokens with an advantage: the share to which the policy's term gives no gradient.
         metrics["clip_frac"].append(token_mean(clipped, signal).item())
         # Of all completion tokens, in nats per token: KL(pi_old || pi_theta), and the entropy of
@@ -267,11 +272,11 @@ class Trainer(GRPOTrainer):
         Its value is the mini-batch's loss, divided by what TRL multiplies it with.
         """
         logprobs, entropy = self.logprobs(model, inputs)
-        if "push" not in inputs:  # one micro-batch per mini-batch and process, or an evaluation
-            self.push([inputs], logprobs, entropy)
-        push, loss = inputs.pop("push"), inputs.pop("loss")
+        if "gradient" not in inputs:  # one micro-batch per mini-batch and process, or an evaluation
+            self.first_half([inputs], logprobs, entropy)
+        gradient, loss = inputs.pop("gradient"), inputs.pop("loss")
         # Gradients are averaged over processes, hence the factor.
-        share = (logprobs * push).sum() * self.accelerator.num_processes
+        share = (logprobs * gradient).sum() * self.accelerator.num_processes
         if self.model.training:
             loss = loss / self.current_gradient_accumulation_steps  # TRL adds the values up
         return share + (loss - share).detach()
@@ -291,10 +296,10 @@ def check_config(algo, args):
     if algo == "dr_grpo" and args.max_completion_length is None:
         raise ValueError("dr_grpo divides by a constant: set max_completion_length")
     weighted = args.use_vllm and args.vllm_importance_sampling_correction
-    if algo in ("clip_cov", "kl_cov") and weighted:
+    if algo in NO_WEIGHTS and weighted:
         raise ValueError(
-            f"{algo} cannot take vLLM's weights, which would change the covariance it chooses "
-            f"tokens by: set --vllm_importance_sampling_correction false"
+            f"{algo} cannot take vLLM's weights, {NO_WEIGHTS[algo]}: "
+            f"set --vllm_importance_sampling_correction false"
         )
 
 

@@ -13,9 +13,9 @@ covariance over the whole mini-batch: they refuse a micro-batch that is only a p
 From the config come the clip range, actor.clip_ratio_low and clip_ratio_high (README.md lists each
 file's own), the options for which verl has a field (see loss_options), and actor.loss_agg_mode,
 which must name the algorithm's own average. A KL to a reference is verl's use_kl_loss. Every other
-option has its file's default. Our "gspo", "clip_cov", "kl_cov", "cispo" and "sapo" losses replace
-verl's own. The estimators "grpo" and "rloo" stay verl's: its grpo divides by std + 1e-6 where ours
-divides by std + 1e-4.
+option has its file's default. Our "gspo", "clip_cov", "kl_cov", "cispo", "sapo" and "dro" losses
+replace verl's own. The estimators "grpo", "rloo" and "opo" stay verl's: its grpo divides by
+std + 1e-6 where ours divides by std + 1e-4, and the others are ours.
 """
 
 import sys
@@ -54,8 +54,20 @@ AVERAGE = {
     "cispo": "token-mean",
     "sapo": "seq-mean-token-mean",
     "gmpo": "seq-mean-token-mean",
+    "luspo": "seq-mean-token-sum",
+    "vespo": "token-mean",
+    "maxrl": "token-mean",
+    "opo": "token-mean",
+    "dro": "token-mean",
+    "topr": "token-mean",
 }
-PER_SEQUENCE = ("grpo_s", "rloo", "gmpo")  # their losses take one advantage per sequence
+# Their losses take one advantage per sequence.
+PER_SEQUENCE = ("grpo_s", "rloo", "gmpo", "luspo", "vespo")
+# Weights multiply the advantages. Why these take none:
+NO_WEIGHTS = {
+    **dict.fromkeys(["clip_cov", "kl_cov"], "which would change the choice of tokens"),
+    "dro": "which would not reach its penalty",
+}
 # [B, T], of the rollout whose advantages are computed next: the sampling policy's entropies in
 # nats, and token ids. verl_entropy.py sets both.
 sampling_entropy = None
@@ -82,8 +94,9 @@ def policy_loss(algo):
             )
         mask = response_mask != 0
         options = loss_options(algo, config)
+        check_weights(algo, rollout_is_weights)
         if algo in ("clip_cov", "kl_cov"):
-            check_whole(algo, mask, config.global_batch_info, rollout_is_weights)
+            check_whole(algo, mask, config.global_batch_info)
         if rollout_is_weights is not None:
             # A weight is not negative, so it multiplies the token's term of the loss.
             advantages = advantages * rollout_is_weights
@@ -117,6 +130,8 @@ def loss_options(algo, config):
     known |= {"tau_pos": config.tau_pos, "tau_neg": config.tau_neg}
     known |= {"dual_clip": config.clip_ratio_c, "max_length": length}
     more = config.policy_loss
+    if algo == "dro" and more.dro_beta is not None:
+        known["tau"] = more.dro_beta
     if algo == "clip_cov":
         known["cov_ratio"] = more.clip_cov_ratio
         known |= {"cov_low": more.clip_cov_lb, "cov_high": more.clip_cov_ub}
@@ -125,8 +140,8 @@ def loss_options(algo, config):
     return named(load_algorithm(algo).loss, known)
 
 
-def check_whole(algo, mask, info, weights):
-    """Raise ValueError unless these rows are the whole mini-batch, without rollout weights."""
+def check_whole(algo, mask, info):
+    """Raise ValueError unless these rows are the whole mini-batch."""
     total = info.get("batch_num_tokens")
     if info.get("dp_size", 1) > 1 or (total is not None and total != mask.sum()):
         raise ValueError(
@@ -134,10 +149,14 @@ def check_whole(algo, mask, info, weights):
             f"micro-batch: run it on one GPU with a micro-batch as large as the mini-batch, or "
             f"with scale/trl_trainer.py"
         )
-    if weights is not None:
+
+
+def check_weights(algo, weights):
+    """Raise ValueError on rollout weights that would not just multiply each token's term."""
+    if weights is not None and algo in NO_WEIGHTS:
         raise ValueError(
-            f"{algo} cannot take rollout weights, which would change the covariance it chooses "
-            f"tokens by: set algorithm.rollout_correction.rollout_is=null"
+            f"{algo} cannot take rollout weights, {NO_WEIGHTS[algo]}: "
+            f"set algorithm.rollout_correction.rollout_is=null"
         )
 
 
@@ -171,8 +190,8 @@ def metrics(value, log_prob, old_log_prob, advantages, mask):
     if log_prob.requires_grad:  # not in a forward pass alone
         per_token = advantages if advantages.ndim == 2 else advantages[:, None]
         signal = mask & per_token.ne(0)
-        push = torch.autograd.grad(value, log_prob, retain_graph=True)[0]
-        clipped = (push[signal] == 0).float().mean()
+        gradient = torch.autograd.grad(value, log_prob, retain_graph=True)[0]
+        clipped = (gradient[signal] == 0).float().mean()
         logged["actor/pg_clipfrac"] = clipped.nan_to_num().item()
     return logged
 
@@ -241,6 +260,6 @@ def check_sampled(algo, response_mask):
 
 for name in AVERAGE:
     register_policy_loss(name)(policy_loss(name))
-    # grpo: for this name verl's trainer always calls its own. rloo: verl's is ours.
-    if name not in ("grpo", "rloo"):
+    # grpo: for this name verl's trainer always calls its own. rloo, opo: verl's are ours.
+    if name not in ("grpo", "rloo", "opo"):
         register_adv_est(name)(estimator(name))

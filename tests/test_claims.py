@@ -25,19 +25,25 @@ def batch(algo, spread, seed):
     return w, A, p, mask
 
 
-@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("spread", SPREAD)
-@pytest.mark.parametrize("algo", pushes.METHODS)
-def test_the_closed_form_of_each_push_is_what_autograd_says(algo, spread, seed):
-    w, A, p, mask = batch(algo, spread, seed)
+@pytest.mark.parametrize(
+    ("algo", "reading"),
+    [*((algo, {}) for algo in pushes.METHODS), ("trgrpo", {"reading": "outside"})],
+)
+def test_the_closed_form_of_each_push_is_what_autograd_says(algo, reading, spread):
+    for seed in range(4):
+        check_push(algo, reading, *batch(algo, spread, seed))
+
+
+def check_push(algo, reading, w, A, p, mask):
     given = A if algo == "gtpo" else A[:, 0]
     args = (p.log() - w.log(), given, mask)
-    _, gradient = value_and_grad(load_algorithm(algo).loss, p.log(), *args)
+    _, gradient = value_and_grad(load_algorithm(algo).loss, p.log(), *args, **reading)
     for i, n in enumerate(LENGTHS):
         row = w[i, :n].tolist()
         for t in range(n):
             size = {"B": 4, "N": sum(LENGTHS), "p": p[i, t].item()}
-            want = pushes.push(algo, row, t, A[i, t].item(), **size)
+            want = pushes.push(algo, row, t, A[i, t].item(), **size, **reading)
             assert -gradient[i, t].item() == pytest.approx(want, rel=1e-9, abs=1e-12)
 
 

@@ -104,11 +104,11 @@ def test_default_is_seven_by_three(trainer, tmp_path, capsys):
     ).stat().st_size < 200_000  # 100 steps each, committed under docs
 
 
-def test_all_22_in_one_table_and_one_figure(trainer, tmp_path, capsys):
+def test_all_28_in_one_table_and_one_figure(trainer, tmp_path, capsys):
     assert compare.main(["--algos", "all", "--seeds", "0", "--out", str(tmp_path)]) == 0
     assert names(trainer.asked) == [f"{algo}-s0" for algo in (*ALGORITHMS, *MORE)]
     check_picture(tmp_path / "methods.png", 1280)
-    lines = (tmp_path / "methods.md").read_text().splitlines()[2:24]
+    lines = (tmp_path / "methods.md").read_text().splitlines()[2:30]
     assert [line.split("|")[1].strip() for line in lines] == [plot.STYLES[a][0] for a in ORDER]
     trainer.asked.clear()
     assert compare.main(["--algos", "all", "--seeds", "0", "--out", str(tmp_path)]) == 0

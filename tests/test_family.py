@@ -1,6 +1,5 @@
 """docs/family.md: each cell of its tables, and its tree, against the code."""
 
-import importlib
 import inspect
 import math
 import re
@@ -8,11 +7,10 @@ import re
 import pytest
 import torch
 from conftest import ROOT
-from test_advantages import close
-from test_losses import value_and_grad
-from test_more_losses import NAMES as MORE
+from test_losses import PENALTY, close, value_and_grad
 
 from trainer.methods import ALGORITHMS as SEVEN
+from trainer.methods import MORE, load_method, named
 
 PAGE = (ROOT / "docs" / "family.md").read_text(encoding="utf-8")
 
@@ -27,7 +25,7 @@ def table(header):
 def find(link):
     """(title, module) of a cell such as [CISPO](../more/cispo.py)."""
     title, path = re.fullmatch(r"\[(.+)\]\(\.\./(.+)\.py\)", link).groups()
-    return title, importlib.import_module(path.replace("/", "."))
+    return title, load_method(path.removeprefix("more/"))
 
 
 METHODS = {}  # {title: (module, cells)}
@@ -37,10 +35,10 @@ every_method = pytest.mark.parametrize("title", METHODS)
 
 
 def gradient(module, w, a, old=0.1):
-    """dL/dlogp of rows with the ratios w [B, T] and the advantages a [B]; KL-Cov's penalty is 0."""
+    """dL/dlogp of rows with the ratios w [B, T] and advantages a [B]; without KL-Cov's penalty."""
     w = torch.tensor(w, dtype=torch.float64)
     old = torch.full_like(w, old).log()
-    options = {"cov_coef": 0.0} if module.__name__ == "more.kl_cov" else {}
+    options = PENALTY["kl_cov"] if module.__name__ == "more.kl_cov" else {}
     advantages = torch.tensor(a, dtype=torch.float64)
     args = (old, advantages, torch.ones_like(w))
     return value_and_grad(module.loss, old + w.log(), *args, **options)[1]
@@ -61,20 +59,21 @@ def test_ratio(title):
     """Two tokens just off policy, inside every range: what their gradients are multiplied by."""
     module, (kind, *_) = METHODS[title]
     w = torch.tensor([1 + 2e-4, 1 - 1e-4], dtype=torch.float64)
-    s = w.log().mean().exp().expand(2)
-    want = {
-        "token": w,
-        "arithmetic mean": w,  # its derivative, too, is each token's own ratio
-        "geometric mean": s,
-        "product": w.prod().expand(2),
-        "inverse where A > 0": 1 / w,
-        "half token, half geometric mean": (w + s) / 2,
+    s, W = w.log().mean().exp().expand(2), w.prod().expand(2)
+    right, wrong = {
+        "token": (w, w),
+        "arithmetic mean": (w, w),  # its derivative, too, is each token's own ratio
+        "geometric mean": (s, s),
+        "product": (W, W),
+        "inverse where A > 0": (1 / w, w),
+        "half token, half geometric mean": ((w + s) / 2, (w + s) / 2),
+        "product, inverse where A > 0": (1 / W, W),
+        "1 - log w / A": (1 - w.log(), 1 + w.log()),
+        "none where A > 0, else token up to 1": (w**0, w.clamp(max=1)),
     }[kind]
-    push = gradient(module, [[1.0, 1.0]], [1.0])
-    close(gradient(module, [w.tolist()], [1.0]) / push, want[None], rtol=1e-7)
-    if kind == "inverse where A > 0":
-        push = gradient(module, [[1.0, 1.0]], [-1.0])
-        close(gradient(module, [w.tolist()], [-1.0]) / push, w[None], rtol=1e-7)
+    for a, want in ((1.0, right), (-1.0, wrong)):
+        on_policy = gradient(module, [[1.0, 1.0]], [a])
+        close(gradient(module, [w.tolist()], [a]) / on_policy, want[None], rtol=1e-7)
     if kind == "arithmetic mean":  # one of the two is outside the range, their mean is not
         assert gradient(module, [[1.5, 1.0]], [1.0]).all()
         assert not gradient(module, [[1.5, 1.1]], [1.0]).any()
@@ -110,33 +109,32 @@ def test_range(title):
 
 @every_method
 def test_push_on_policy(title):
-    """Three rows of 3, 1 and 2 tokens and other probabilities: the formula is the gradient."""
+    """Three rows of 3, 1 and 2 tokens and other probabilities: the formula is -gradient."""
     module, (_, _, formula, *_) = METHODS[title]
     pi = torch.tensor([[0.1, 0.5, 0.3], [0.2, 0.9, 0.9], [0.4, 0.27, 0.9]], dtype=torch.float64)
     m = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]], dtype=torch.float64)
     a = torch.tensor([0.5, -0.3, 0.2], dtype=torch.float64)
-    options = {"cov_coef": 0.0} if title == "KL-Cov" else {}
     args = (pi.log(), a, m)
-    grad = value_and_grad(module.loss, pi.log(), *args, **options)[1]
+    push = -value_and_grad(module.loss, pi.log(), *args)[1]
     A, o, N, B, L = a[:, None] * m, m.sum(1, keepdim=True), m.sum(), 3, 3
     v = (2 * torch.sigmoid(9 * (pi - 0.25))).clamp(1, 1.4)
     want = {
-        "-A / N": -A / N,
-        "-A / (B |o|)": -A / (B * o),
-        "-v A / (B |o|)": -v * A / (B * o),
-        "-A / (B L)": -A / (B * L),
-        "-A / B": -A / B,
-        "-(0.8 + 0.2 pi_old) A / N": -(0.8 + 0.2 * pi) * A / N,
+        "A / N": A / N,
+        "A / (B |o|)": A / (B * o),
+        "v A / (B |o|)": v * A / (B * o),
+        "A / (B L)": A / (B * L),
+        "A / B": A / B,
+        "(0.8 + 0.2 pi_old) A / N": (0.8 + 0.2 * pi) * A / N,
     }[formula]
-    close(grad, want)
+    close(push, want)
 
 
 @every_method
 def test_advantages_of_one_right_and_three_wrong(title):
     module, (_, _, _, numbers, _) = METHODS[title]
-    inputs = {"entropy": torch.ones(4, 1), "mask": torch.ones(4, 1)}
-    if title == "KTAE":
-        inputs["completions"] = torch.ones(4, 1).long()
+    ones = torch.ones(4, 1)
+    inputs = {"entropy": ones, "mask": ones, "completions": ones.long()}
+    inputs = named(module.advantages, inputs)
     a = module.advantages(torch.tensor([1.0, 0, 0, 0]), 4, **inputs).flatten()
     assert ", ".join(f"{x:.2f}" for x in a[:2].tolist()) == numbers
     assert a[1] == a[2] == a[3]
@@ -174,7 +172,8 @@ def test_what_the_page_says_of_the_second_table():
     weights = table("method | A > 0")
     other = [title for title, cells in weights.items() if cells != ppo]
     never_0 = [title for title in other if "0" not in weights[title]]
-    assert never_0 == ["KL-Cov", "CE-GPPO", "CISPO", "SAPO"]
+    assert never_0 == ["KL-Cov", "CE-GPPO", "CISPO", "SAPO", "VESPO", "DRO", "TOPR"]
     limited = [title for title in other if float(weights[title][2]) < 6]
-    assert limited == ["ASPO", "RAFT", "CISPO", "SAPO"]
+    assert limited == ["ASPO", "RAFT", "CISPO", "SAPO", "VESPO", "DRO", "TOPR"]
+    assert [t for t in other if any("-" in c and "e-" not in c for c in weights[t])] == ["DRO"]
     assert len(other) < len(weights) / 2

@@ -1,78 +1,126 @@
-"""The seven losses: against hand-worked numbers, slow loops, and identities between methods."""
+"""The 28 losses: against hand-worked numbers, slow loops, and identities between methods."""
 
 import doctest
-import importlib
 import inspect
 import math
-from pathlib import Path
+import re
+from itertools import combinations
 
 import pytest
 import reference
 import torch
+from conftest import ROOT
 
-NAMES = ("grpo", "dapo", "gspo", "tepo", "gtpo", "grpo_s", "trgrpo")
-MODULE = {name: importlib.import_module(name) for name in NAMES}
+from trainer.methods import ALGORITHMS, MORE, load_method
+
+NAMES = (*ALGORITHMS, *MORE)
+MODULE = {name: load_method(name) for name in NAMES}
 REFERENCE = {name: getattr(reference, f"{name}_loss") for name in NAMES}
-SEQUENCE_MEAN = ("grpo", "gspo", "grpo_s", "trgrpo")  # the others average over tokens
-PER_TOKEN = tuple(name for name in NAMES if name != "grpo_s")  # take advantages [B, T] too
-ROOT = Path(__file__).resolve().parent.parent
+# The others average over the tokens of the batch: B counts empty rows too, N does not.
+PER_B = ("grpo", "gspo", "grpo_s", "trgrpo", "ha_dw", "dr_grpo", "sapo", "rloo", "gmpo", "luspo")
+ONE_ADVANTAGE = ("grpo_s", "rloo", "gmpo", "luspo", "vespo")  # take advantages [B] only
+ALL_ROWS = ("clip_cov", "kl_cov", "dro")  # need the logprobs of rows without an advantage
 
-DEFAULTS = {
-    "grpo": {"eps_low": 0.2, "eps_high": 0.2, "beta": 0.0, "ref_logprobs": None},
-    "dapo": {"eps_low": 0.2, "eps_high": 0.28},
+CLIP = {"eps_low": 0.2, "eps_high": 0.2}
+HIGHER = {"eps_low": 0.2, "eps_high": 0.28}
+NO_CLIP = {"eps_low": 1e9, "eps_high": 1e9}
+EQUAL_EPS = {"eps_low": 0.15, "eps_high": 0.25}
+DEFAULTS = {  # papers.md's and more.md's
+    "grpo": CLIP | {"beta": 0.0, "ref_logprobs": None},
+    "dapo": HIGHER,
     "gspo": {"eps_low": 3e-4, "eps_high": 4e-4},
-    "tepo": {"eps_low": 0.2, "eps_high": 0.28, "kl_coef": 0.0}
-    | dict.fromkeys(("entropy", "old_entropy", "ref_logprobs")),
-    "gtpo": {"eps_low": 0.2, "eps_high": 0.28},
-    "grpo_s": {"eps_low": 0.2, "eps_high": 0.28},
+    "tepo": HIGHER | {"kl_coef": 0.0} | dict.fromkeys(("entropy", "old_entropy", "ref_logprobs")),
+    "gtpo": HIGHER,
+    "grpo_s": HIGHER,
     "trgrpo": {"eps_low": 0.2, "eps_high": 0.24, "alpha": 2.0, "tau": 9.0, "mu": 0.25}
-    | {"lower": 1.0, "upper": 1.4, "weight_inside_clip": False},
-}  # papers.md's
+    | {"lower": 1.0, "upper": 1.4, "reading": "shifted", "weight_inside_clip": False}
+    | {"beta": 0.0, "ref_logprobs": None},
+    "clip_cov": {"eps_low": 1.0, "eps_high": 1.0}
+    | {"cov_ratio": 2e-4, "cov_low": 1.0, "cov_high": 5.0},
+    "kl_cov": {"cov_ratio": 2e-3, "cov_coef": 1.0},
+    "ce_gppo": CLIP | {"beta1": 0.5, "beta2": 1.0},
+    "aspo": CLIP | {"cap": 3.0},
+    "dppo": {"delta_low": 0.15, "delta_high": 0.15, "cap": 20.0, "divergence": "tv"},
+    "reweight": {"eps_low": 0.2, "eps_high": 0.24, "alpha": 0.2},
+    "raft": CLIP | {"dual_clip": 3.0, "variant": "raft++"},
+    "ha_dw": CLIP | {"beta": 0.0, "ref_logprobs": None},
+    "ktae": HIGHER,
+    "dhpo": HIGHER | {"seq_eps_low": 3e-4, "seq_eps_high": 4e-4, "weight": 0.5},
+    "dr_grpo": CLIP | {"max_length": 0},
+    "rloo": CLIP,
+    "cispo": {"eps_low": 1.0, "eps_high": 4.0},
+    "sapo": {"tau_pos": 1.0, "tau_neg": 1.05},
+    "gmpo": {"eps_low": 0.4, "eps_high": 0.4},
+    "luspo": {"eps_low": 2e-3, "eps_high": 2.5e-3},
+    "vespo": {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0},
+    "maxrl": HIGHER,
+    "opo": HIGHER,
+    "dro": {"tau": 1.0},
+    "topr": {"sequence": False},
+}
 
-# TR-GRPO's constants, all of them other than the defaults.
+# TR-GRPO's constants, all of them other than the defaults
 OTHER_V = {"alpha": 1.5, "tau": 5.0, "mu": 0.4, "lower": 0.8, "upper": 1.3}
 ENTROPIES = {"entropy": "entropy", "old_entropy": "old_entropy"}
-
-# every option set that changes a gradient; "ref" and the entropies stand for the batch's tensors
-OPTIONS = [
-    ("grpo", {}),
-    ("grpo", {"eps_low": 0.1, "eps_high": 0.3}),
+# every option, at values other than the defaults; "ref", the entropies: tensors of the batch
+OPTIONS = [(name, {}) for name in NAMES] + [
+    ("grpo", EQUAL_EPS),
     ("grpo", {"beta": 0.4, "ref_logprobs": "ref"}),
-    ("dapo", {}),
-    ("dapo", {"eps_low": 0.1, "eps_high": 0.15}),
-    ("gspo", {}),
-    ("gspo", {"eps_low": 0.1, "eps_high": 0.2}),
-    ("tepo", {}),
+    ("dapo", EQUAL_EPS),
+    ("gspo", EQUAL_EPS),
     ("tepo", {"eps_low": 3e-4, "eps_high": 4e-4}),
     ("tepo", {"kl_coef": 0.5, **ENTROPIES}),
     ("tepo", {"kl_coef": 0.5, **ENTROPIES, "ref_logprobs": "ref"}),
-    ("gtpo", {}),
-    ("gtpo", {"eps_low": 0.1, "eps_high": 0.15}),
-    ("grpo_s", {}),
-    ("grpo_s", {"eps_low": 0.1, "eps_high": 0.15}),
-    ("trgrpo", {}),
+    ("grpo_s", EQUAL_EPS),
     ("trgrpo", {"weight_inside_clip": True}),
-    ("trgrpo", {"eps_low": 0.1, "eps_high": 0.4, **OTHER_V}),
-    ("trgrpo", {**OTHER_V, "weight_inside_clip": True}),
+    ("trgrpo", {"reading": "outside"}),
+    ("trgrpo", EQUAL_EPS | OTHER_V),
+    ("trgrpo", {**OTHER_V, "weight_inside_clip": True, "beta": 0.3, "ref_logprobs": "ref"}),
+    ("trgrpo", OTHER_V | {"mu": 0.1, "reading": "outside", "beta": 0.3, "ref_logprobs": "ref"}),
+    ("clip_cov", {"cov_ratio": 0.2, "cov_low": 0.2, "cov_high": 0.9}),
+    ("clip_cov", {"cov_ratio": 0.9, "cov_low": 0.1, "eps_low": 0.1, "eps_high": 0.15}),
+    ("kl_cov", {"cov_ratio": 0.3, "cov_coef": 0.7}),
+    ("kl_cov", {"cov_ratio": 3.0}),  # more than there are: all tokens
+    ("ce_gppo", EQUAL_EPS | {"beta1": 0.75, "beta2": 0.6}),
+    ("aspo", EQUAL_EPS | {"cap": 1.5}),
+    ("dppo", {"delta_low": 0.05, "delta_high": 0.1, "cap": 1.5}),
+    ("dppo", {"delta_low": 0.05, "delta_high": 0.05, "divergence": "kl"}),
+    ("dppo", {"delta_low": 0.02, "delta_high": 0.1, "divergence": "kl"}),
+    ("reweight", EQUAL_EPS | {"alpha": 0.7}),
+    ("raft", {"variant": "raft"}),
+    ("raft", EQUAL_EPS | {"variant": "reinforce_rej", "dual_clip": 1.5}),
+    ("dhpo", {"eps_low": 0.1, "eps_high": 0.15}),
+    ("dhpo", {"seq_eps_low": 0.1, "seq_eps_high": 0.2, "weight": 0.3}),
+    ("dr_grpo", EQUAL_EPS | {"max_length": 7}),
+    ("rloo", {"eps_low": 0.5, "eps_high": 0.9}),
+    ("cispo", EQUAL_EPS),
+    ("sapo", {"tau_pos": 3.0, "tau_neg": 0.5}),
+    ("gmpo", {"eps_low": 0.1, "eps_high": 0.2}),
+    ("luspo", EQUAL_EPS),
+    ("vespo", {"k_pos": 0.7, "lambda_pos": 0.0, "k_neg": 1.3, "lambda_neg": 0.6}),
+    ("dro", {"tau": 0.3}),
+    ("topr", {"sequence": True}),
 ]
-CASES = [(name, options, "[B]") for name, options in OPTIONS]
-CASES += [(name, options, "[B, T]") for name, options in OPTIONS if name in PER_TOKEN]
+FORMS = {name: ["[B]"] if name in ONE_ADVANTAGE else ["[B]", "[B, T]"] for name in NAMES}
+CASES = [(name, options, form) for name, options in OPTIONS for form in FORMS[name]]
 every_case = pytest.mark.parametrize(
     ("name", "options", "form"),
     CASES,
     ids=[f"{n}{f}-{'-'.join(o) or 'defaults'}" for n, o, f in CASES],
 )
-every_algorithm = pytest.mark.parametrize("name", NAMES)
+every_method = pytest.mark.parametrize("name", NAMES)
 every_form = pytest.mark.parametrize(
-    ("name", "form"), [(n, "[B]") for n in NAMES] + [(n, "[B, T]") for n in PER_TOKEN], ids="".join
+    ("name", "form"), [(n, f) for n in NAMES for f in FORMS[n]], ids="".join
 )
+both_forms = pytest.mark.parametrize("form", ["[B]", "[B, T]"])
 
 
 def make_batch(seed=0, B=8, T=5, spread=0.35, gaps=True):
     """A ragged batch in float64, off policy, so that the clip binds on both sides.
 
     `spread`: the size of the log-ratios, of single tokens and of whole rows; 3e-4 is GSPO's scale.
-    "[B]" and "[B, T]" are advantages of these shapes; `gaps`: mask entries off in mid-row.
+    "[B]" and "[B, T]" are advantages of these shapes; `gaps`: mask entries off in mid-row. Every
+    old probability is below 1, as DPPO's KL needs.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -86,9 +134,10 @@ def make_batch(seed=0, B=8, T=5, spread=0.35, gaps=True):
     mask = torch.arange(T) < 1 + (rand(B, 1) * T).long()
     if gaps:
         mask &= (rand(B, T) > 0.2) | (torch.arange(T) == 0)
+    old_logprobs = logprobs - spread * (randn(B, T) + randn(B, 1))
     return {
         "logprobs": logprobs,
-        "old_logprobs": logprobs - spread * (randn(B, T) + randn(B, 1)),
+        "old_logprobs": old_logprobs.clamp(max=-0.01),
         "mask": mask,
         "[B]": randn(B),
         "[B, T]": randn(B, T),
@@ -100,7 +149,10 @@ def make_batch(seed=0, B=8, T=5, spread=0.35, gaps=True):
 
 def arguments(batch, form, options):
     """The loss's positional and keyword arguments out of a batch."""
-    named = {k: batch[v] if isinstance(v, str) else v for k, v in options.items()}
+    named = {}
+    for key, value in options.items():
+        in_batch = isinstance(value, str) and value in batch
+        named[key] = batch[value] if in_batch else value
     return [batch[k] for k in ("logprobs", "old_logprobs", form, "mask")], named
 
 
@@ -113,9 +165,27 @@ def value_and_grad(loss, logprobs, *args, **options):
     return value.detach(), grad
 
 
-def run(name, batch, form="[B]", options=None):
-    args, options = arguments(batch, form, options or {})
-    return value_and_grad(MODULE[name].loss, *args, **options)
+def run(loss, batch, form="[B]", options=None):
+    """(value, gradient) of a loss, or of the method of that name; same random choices each time."""
+    args, named = arguments(batch, form, options or {})
+    torch.manual_seed(0)
+    return value_and_grad(MODULE[loss].loss if isinstance(loss, str) else loss, *args, **named)
+
+
+def slow(name, batch, form="[B]", options=None):
+    """(value, gradient) by the slow loop."""
+    args, named = arguments(batch, form, options or {})
+    torch.manual_seed(0)
+    named = {k: as_lists(v) for k, v in named.items()}
+    return REFERENCE[name](*map(as_lists, args), **named)
+
+
+def one_row(name, w, a, **options):
+    """(value, gradient) for one row with the ratios w, pi_old = 0.1 and the advantage a."""
+    w = torch.tensor([w], dtype=torch.float64)
+    old = torch.full_like(w, 0.1).log()
+    a = torch.tensor([a], dtype=torch.float64)
+    return value_and_grad(MODULE[name].loss, old + w.log(), old, a, torch.ones_like(w), **options)
 
 
 def as_lists(x):
@@ -128,36 +198,43 @@ def close(actual, expected, rtol=1e-9, atol=1e-12):
     )
 
 
+def same(one, other, **tolerance):
+    """Two pairs of value and gradient."""
+    close(one[0], other[0], **tolerance)
+    close(one[1], other[1], **tolerance)
+
+
 # ---- against the equations -----------------------------------------------------------------------
 
-
-@every_case
-@pytest.mark.parametrize("spread", [3e-4, 0.35])
-def test_value_and_gradient_equal_the_slow_loop(name, options, form, spread):
-    for seed in range(2):
-        batch = make_batch(seed, spread=spread)
-        (logprobs, *args), named = arguments(batch, form, options)
-        want = value_and_grad(
-            REFERENCE[name],
-            logprobs,
-            *map(as_lists, args),
-            **{k: as_lists(v) for k, v in named.items()},
-        )
-        got = run(name, batch, form, options)
-        close(got[0], want[0])
-        close(got[1], want[1])
+# Their loop has no PPO clip. Clip-Cov's, with eps_low = 1, has no lower edge.
+WITHOUT_CLIP_TERM = ("kl_cov", "ce_gppo", "aspo", "dppo", "cispo", "sapo", "gmpo")
+WITHOUT_CLIP_TERM += ("vespo", "dro", "topr")
 
 
 @every_case
-def test_the_batches_of_the_slow_loop_reach_every_branch_of_the_clip(name, options, form):
+def test_value_and_gradient_equal_the_slow_loop(name, options, form):
     reference.branches.clear()
-    for seed in range(2):
-        for spread in (3e-4, 0.35):
-            (logprobs, *args), named = arguments(make_batch(seed, spread=spread), form, options)
-            REFERENCE[name](
-                logprobs, *map(as_lists, args), **{k: as_lists(v) for k, v in named.items()}
-            )
-    assert len(reference.branches) == 6
+    for spread in (3e-4, 0.35, 0.9):
+        for seed in range(2):
+            batch = make_batch(seed, spread=spread)
+            same(run(name, batch, form, options), slow(name, batch, form, options))
+    # The batches reach every branch of the clip.
+    reached = 4 if name == "clip_cov" and "eps_low" not in options else 6
+    unused = name in WITHOUT_CLIP_TERM or options.get("variant") == "raft"
+    assert len(reference.branches) == (0 if unused else reached)
+
+
+@both_forms
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("clip_cov", {"cov_ratio": 0.4, "cov_low": 0.1}), ("kl_cov", {"cov_ratio": 0.4}), ("dro", {})],
+)
+def test_a_row_without_an_advantage_equals_the_slow_loop(name, options, form):
+    """Its logprobs enter the means of cov; KL-Cov and DRO may push its tokens."""
+    for seed in range(3):
+        batch = make_batch(seed)
+        batch[form] = batch[form].index_fill(0, torch.tensor([1, 4]), 0)
+        same(run(name, batch, form, options), slow(name, batch, form, options))
 
 
 # ---- by hand -------------------------------------------------------------------------------------
@@ -170,6 +247,9 @@ S = math.sqrt(1.5 * 0.9)
 PI = torch.tensor([[0.75, 0.27], [0.2, 0.9]], dtype=torch.float64)
 # TR-GRPO's weight of 0.27, 1.0898. Those of 0.75 and 0.2 are 1.4 (capped) and 1 (raised).
 V = 2 / (1 + math.exp(-9 * (0.27 - 0.25)))
+# the other reading: 2 (sigmoid(2.43) - 0.25) is above 1.4 cut off above 1.34: 0.2 has 1.2163
+V_OUT = 2 * (1 / (1 + math.exp(-9 * 0.27)) - 0.25), 2 * (1 / (1 + math.exp(-9 * 0.2)) - 0.25)
+PHI = math.exp(3 + 2 * math.log(1.35) - 3 * 1.35), math.exp(2 + 3 * math.log(0.5) - 2 * 0.5)
 
 
 @pytest.mark.parametrize(
@@ -181,8 +261,9 @@ V = 2 / (1 + math.exp(-9 * (0.27 - 0.25)))
         ("dapo", {}, -(1.28 + 0.9 - 0.8) / 3, [[0, -0.9 / 3], [0, 0]]),
         ("gtpo", {}, -(1.28 + 0.9 - 0.8) / 3, [[0, -0.9 / 3], [0, 0]]),
         ("gspo", {}, -(1.0004 - 0.9997) / 2, [[0, 0], [0, 0]]),
-        ("gspo", {"eps_low": 0.2, "eps_high": 0.28}, -(S - 0.8) / 2, [[-S / 4, -S / 4], [0, 0]]),
+        ("gspo", HIGHER, -(S - 0.8) / 2, [[-S / 4, -S / 4], [0, 0]]),
         ("tepo", {}, -(2 * S - 0.8) / 3, [[-S / 3, -S / 3], [0, 0]]),
+        ("luspo", HIGHER, -(2 * S - 0.8) / 2, [[-S / 2, -S / 2], [0, 0]]),
         ("grpo_s", {}, -(1.2 - 0.8) / 2, [[-1.5 / 4, -0.9 / 4], [0, 0]]),
         ("trgrpo", {}, -((1.4 * 1.24 + V * 0.9) / 2 - 0.8) / 2, [[0, -V * 0.9 / 4], [0, 0]]),
         # v w = 2.1 and 0.98, clipped to 1.24 and not at all
@@ -192,12 +273,38 @@ V = 2 / (1 + math.exp(-9 * (0.27 - 0.25)))
             -((1.24 + V * 0.9) / 2 - 0.8) / 2,
             [[0, -V * 0.9 / 4], [0, 0]],
         ),
+        (
+            "trgrpo",
+            {"reading": "outside"},
+            -((1.4 * 1.24 + V_OUT[0] * 0.9) / 2 - V_OUT[1] * 0.8) / 2,
+            [[0, -V_OUT[0] * 0.9 / 4], [0, 0]],
+        ),
+        (
+            "vespo",
+            {},
+            -(PHI[0] * math.log(0.75 * 0.27) - PHI[1] * math.log(0.2)) / 3,
+            [[-PHI[0] / 3, -PHI[0] / 3], [PHI[1] / 3, 0]],
+        ),
+        (
+            "topr",
+            {},
+            -(math.log(0.75 * 0.27) - 0.5 * math.log(0.2)) / 3,
+            [[-1 / 3, -1 / 3], [0.5 / 3, 0]],
+        ),
     ],
 )
 def test_by_hand(name, options, value, grad):
     got = value_and_grad(MODULE[name].loss, PI.log(), (PI / W).log(), A, MASK, **options)
-    close(got[0], value)
-    close(got[1], grad)
+    same(got, (value, grad))
+
+
+def test_by_hand_dro():
+    """At log w = 0.5 the gradient is (-A + tau / 2) / N; it pulls back without an advantage too."""
+    logp, on = torch.full((1, 2), -1.0, dtype=torch.float64), torch.ones(1, 2)
+    for a, tau in ((1.0, 1.0), (-1.0, 1.0), (0.0, 1.0), (1.0, 0.2), (1.0, 0.0)):
+        advantages = torch.tensor([a], dtype=torch.float64)
+        got = value_and_grad(MODULE["dro"].loss, logp, logp - 0.5, advantages, on, tau=tau)
+        same(got, (a + tau / 2 * 0.25, [[(-a + tau * 0.5) / 2] * 2]))
 
 
 def test_by_hand_averages():
@@ -212,244 +319,588 @@ def test_by_hand_averages():
 def test_by_hand_advantages_per_token():
     """GSPO-token and TEPO: one ratio per row, but each token's gradient has its own advantage."""
     A_t = torch.tensor([[2.0, -1.0], [-1.0, 9.0]], dtype=torch.float64)
-    eps = {"eps_low": 0.2, "eps_high": 0.28}
-    value, grad = value_and_grad(MODULE["gspo"].loss, PI.log(), (PI / W).log(), A_t, MASK, **eps)
-    close(value, -((2 * S - S) / 2 - 0.8) / 2)
-    close(grad, [[-2 * S / 4, S / 4], [0, 0]])
-    value, grad = value_and_grad(MODULE["tepo"].loss, PI.log(), (PI / W).log(), A_t, MASK, **eps)
-    close(value, -(2 * S - S - 0.8) / 3)
-    close(grad, [[-2 * S / 3, S / 3], [0, 0]])
+    batch = PI.log(), (PI / W).log(), A_t, MASK
+    got = value_and_grad(MODULE["gspo"].loss, *batch, **HIGHER)
+    same(got, (-((2 * S - S) / 2 - 0.8) / 2, [[-2 * S / 4, S / 4], [0, 0]]))
+    got = value_and_grad(MODULE["tepo"].loss, *batch, **HIGHER)
+    same(got, (-(2 * S - S - 0.8) / 3, [[-2 * S / 3, S / 3], [0, 0]]))
 
 
-def test_by_hand_kl_of_grpo():
-    """pi_ref = 2 pi: k3 = 2 - log 2 - 1, and its derivative by log pi is 1 - 2."""
-    logprobs, zero = PI.log(), torch.zeros(2)
-    value, grad = value_and_grad(
-        MODULE["grpo"].loss,
-        logprobs,
-        logprobs,
-        zero,
-        MASK,
-        beta=0.04,
-        ref_logprobs=logprobs + math.log(2),
-    )
-    close(value, 0.04 * (1 - math.log(2)))
-    close(grad, [[-0.04 / 4, -0.04 / 4], [-0.04 / 2, 0]])
+def test_by_hand_kl():
+    """pi_ref = 2 pi: k3 = 2 - log 2 - 1, and its derivative by log pi is 1 - 2.
+
+    In TR-GRPO x = 2 v, so that on policy x - log x - 1 is not 0.
+    """
+    logp, zero = PI.log(), torch.zeros(2)
+    options = {"beta": 0.04, "ref_logprobs": logp + math.log(2)}
+    got = value_and_grad(MODULE["grpo"].loss, logp, logp, zero, MASK, **options)
+    same(got, (0.04 * (1 - math.log(2)), [[-0.04 / 4, -0.04 / 4], [-0.04 / 2, 0]]))
+    for factor in (2, 1):
+        options["ref_logprobs"] = logp + math.log(factor)
+        got = value_and_grad(MODULE["trgrpo"].loss, logp, logp, zero, MASK, **options)
+        x, y, z = factor * 1.4, factor * V, factor * 1.0
+        f = [u - math.log(u) - 1 for u in (x, y, z)]
+        grad = [[0.04 * (1 - x) / 4, 0.04 * (1 - y) / 4], [0.04 * (1 - z) / 2, 0]]
+        same(got, (0.04 * ((f[0] + f[1]) / 2 + f[2]) / 2, grad))
 
 
 def test_by_hand_kl_mask_of_tepo():
     """Only tokens with A > 0 whose entropy fell by over 1e-4 nats pay; the mean is over all."""
-    logprobs = torch.zeros(2, 3, dtype=torch.float64)
+    logp = torch.zeros(2, 3, dtype=torch.float64)
     old = torch.full((2, 3), math.log(2), dtype=torch.float64)
     A_t = torch.tensor([[1.0, 1.0, 1.0], [-1.0, 0.0, 1.0]], dtype=torch.float64)
     H_old = torch.full((2, 3), 0.5, dtype=torch.float64)
     change = [[-2e-4, -0.5e-4, 0.1], [-0.1, -0.1, -0.1]]
-    H = H_old + torch.tensor(change, dtype=torch.float64)
     # [0, 0] and [1, 2] would pay, but [1, 2] is masked.
-    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    entropies = {"entropy": H, "old_entropy": H_old}
-    plain = value_and_grad(MODULE["tepo"].loss, logprobs, old, A_t, mask)
-    value, grad = value_and_grad(
-        MODULE["tepo"].loss, logprobs, old, A_t, mask, kl_coef=0.1, **entropies
-    )
-    close(value - plain[0], 0.1 * (1 - math.log(2)) / 5)
-    close(grad - plain[1], [[-0.1 / 5, 0, 0], [0, 0, 0]])
-    # against a reference of its own: pi_ref = 4 pi, derivative 1 - 4
-    value, grad = value_and_grad(
-        MODULE["tepo"].loss,
-        logprobs,
-        old,
-        A_t,
-        mask,
-        kl_coef=0.1,
-        ref_logprobs=logprobs + math.log(4),
-        **entropies,
-    )
-    close(value - plain[0], 0.1 * (3 - math.log(4)) / 5)
-    close(grad - plain[1], [[-0.3 / 5, 0, 0], [0, 0, 0]])
+    batch = logp, old, A_t, torch.tensor([[1, 1, 1], [1, 1, 0]])
+    entropies = {"entropy": H_old + torch.tensor(change).double(), "old_entropy": H_old}
+    plain = value_and_grad(MODULE["tepo"].loss, *batch)
+    # against pi_old, and against a reference of its own: pi_ref = 4 pi, derivative 1 - 4
+    for factor, ref in ((2, {}), (4, {"ref_logprobs": logp + math.log(4)})):
+        value, grad = value_and_grad(MODULE["tepo"].loss, *batch, kl_coef=0.1, **entropies, **ref)
+        close(value - plain[0], 0.1 * (factor - 1 - math.log(factor)) / 5)
+        close(grad - plain[1], [[0.1 * (1 - factor) / 5, 0, 0], [0, 0, 0]])
     # entropies alone change nothing: kl_coef is 0 by default
-    assert MODULE["tepo"].loss(logprobs, old, A_t, mask, **entropies) == plain[0]
+    assert MODULE["tepo"].loss(*batch, **entropies) == plain[0]
 
 
-@every_algorithm
-def test_docstring_examples_run(name):
-    result = doctest.testmod(MODULE[name])
-    assert result.failed == 0 and result.attempted >= 4
+# ---- one token and its clip ----------------------------------------------------------------------
+
+RATIOS = (0.25, 0.9, 1.1, 1.6, 8.0)
+# What takes the place of w in the gradient -A w of one token, pi_old = 0.1, at the ratios above:
+# for A > 0, then for A < 0. 0 is a clipped token.
+UNCLIPPED = [0.25, 0.9, 1.1, 1.6, 8.0]
+PPO = ([0.25, 0.9, 1.1, 0, 0], [0, 0.9, 1.1, 1.6, 8.0])
+NARROW = ([0.25, 0.9, 0, 0, 0], [0, 0, 1.1, 1.6, 8.0])
+WEIGHT = dict.fromkeys(NAMES, PPO) | {
+    "gspo": NARROW,
+    "luspo": NARROW,
+    # pi is 0.8 at the last ratio: v = 1.4
+    "trgrpo": ([0.25, 0.9, 1.1, 0, 0], [0, 0.9, 1.1, 1.6, 11.2]),
+    # 1 / 1: w above 2 only
+    "clip_cov": ([0.25, 0.9, 1.1, 1.6, 0], UNCLIPPED),
+    "kl_cov": (UNCLIPPED, UNCLIPPED),
+    # beta2 * 1.2 above, beta1 * 0.8 below
+    "ce_gppo": ([0.25, 0.9, 1.1, 1.2, 1.2], [0.4, 0.9, 1.1, 1.6, 8.0]),
+    # 1 / w, at most 3; w, at most 3
+    "aspo": ([3.0, 1 / 0.9, 1 / 1.1, 0, 0], [0, 0.9, 1.1, 1.6, 3.0]),
+    # |p - q| = 0.075, 0.01, 0.01, 0.06, 0.7: only the last is above 0.15, and it has risen
+    "dppo": ([0.25, 0.9, 1.1, 1.6, 0], UNCLIPPED),
+    # 0.2 * 0.1 + 0.8 = 0.82
+    "reweight": ([0.205, 0.738, 0.902, 0, 0], [0, 0.738, 0.902, 1.312, 6.56]),
+    # the dual clip: 8 > 3
+    "raft": ([0.25, 0.9, 1.1, 0, 0], [0, 0.9, 1.1, 1.6, 0]),
+    # half a token ratio, 0.2 / 0.28, and half a sequence ratio, 3e-4 / 4e-4
+    "dhpo": ([0.25, 0.9, 0.55, 0, 0], [0, 0.45, 1.1, 1.6, 8.0]),
+    # at most 5
+    "cispo": ([0.25, 0.9, 1.1, 1.6, 5.0], [0.25, 0.9, 1.1, 1.6, 5.0]),
+    # 1 / cosh(tau (w - 1) / 2)^2 w
+    "sapo": tuple([w / math.cosh(tau * (w - 1) / 2) ** 2 for w in RATIOS] for tau in (1.0, 1.05)),
+    # log w = -1.39, -0.11, 0.10, 0.47, 2.08 against 0.4
+    "gmpo": PPO,
+    # e^3 w^2 e^-3w and e^2 w^3 e^-2w
+    "vespo": tuple([w**k * math.exp(lam * (1 - w)) for w in RATIOS] for k, lam in ((2, 3), (3, 2))),
+    # tau = 0
+    "dro": ([1.0] * 5, [1.0] * 5),
+    "topr": ([1.0] * 5, [0.25, 0.9, 1, 1, 1]),
+}
+PENALTY = {"kl_cov": {"cov_coef": 0.0}, "dro": {"tau": 0.0}}  # off: it does not depend on A
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "value"),
-    [
-        ("grpo", {}, -((1.2 + 0.9) / 2 - 1) / 2),
-        ("dapo", {}, -(1.28 + 0.9 - 1) / 3),
-        ("gspo", {"eps_low": 0.2, "eps_high": 0.2}, -(S - 1) / 2),
-        ("tepo", {}, -(2 * S - 1) / 3),
-        ("grpo_s", {}, -(1.2 - 1) / 2),
-        ("trgrpo", {}, -((1.4 * 1.24 + V * 0.9) / 2 - 1) / 2),
-    ],
-)
-def test_docstring_numbers(name, options, value):
-    """The batch the docstrings share, at A = +-0.7070: row 1 is on policy."""
-    a = 0.5 / (math.sqrt(0.5) + 1e-4)
-    old = torch.tensor([[0.5, 0.3], [0.2, 1.0]]).log()
-    logprobs = torch.tensor([[0.75, 0.27], [0.2, 1.0]]).log()
-    got = MODULE[name].loss(logprobs, old, torch.tensor([a, -a]), MASK, **options)
-    close(got, a * value, rtol=1e-5)
-    assert f"{a * value:.4f}".rstrip("0") in inspect.getdoc(MODULE[name])
-
-
-# ---- the clip ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("side", ["below", "in", "above"])
+@every_method
 @pytest.mark.parametrize("a", [2.0, -2.0])
-@every_form
-@pytest.mark.parametrize("inside", [False, True])
-def test_sign_table_of_the_clip(name, form, a, side, inside):
-    """No gradient where A > 0 and the ratio is above, or A < 0 and below; else -A ratio / |o|."""
-    loss = MODULE[name].loss
-    eps_low, eps_high = DEFAULTS[name]["eps_low"], DEFAULTS[name]["eps_high"]
-    inside = inside and name == "trgrpo"  # then v w is the ratio, else w
-    v = 1.3 if name == "trgrpo" else 1.0
-    options = {"lower": v, "upper": v, "weight_inside_clip": inside} if name == "trgrpo" else {}
-    for edge in (0.99, 1.01):  # just within the clip and just beyond it
-        ratio = {
-            "below": 1 - edge * eps_low,
-            "in": 1 + 0.5 * edge * eps_high,
-            "above": 1 + edge * eps_high,
-        }[side]
-        w = ratio / v if inside else ratio
-        logprobs = torch.full((1, 2), math.log(w), dtype=torch.float64)
-        advantages = torch.full((1,) if form == "[B]" else (1, 2), a, dtype=torch.float64)
-        _, grad = value_and_grad(
-            loss, logprobs, torch.zeros(1, 2), advantages, torch.ones(1, 2), **options
-        )
-        clipped = edge > 1 and side == ("above" if a > 0 else "below")
-        if clipped:
-            assert torch.equal(grad, torch.zeros(1, 2, dtype=torch.float64))
-        else:
-            close(grad, [[-a * w * v / 2] * 2])
+def test_weight_of_one_token(name, a):
+    got = [one_row(name, [w], a, **PENALTY.get(name, {}))[1].item() for w in RATIOS]
+    want = [-a * weight for weight in WEIGHT[name][a < 0]]
+    close(torch.tensor(got, dtype=torch.float64), want)
+    # exactly 0 where it is clipped: papers' identity 6
+    assert [g == 0 for g in got] == [w == 0 for w in want]
+
+
+CLIPPING = [name for name in NAMES if "eps_low" in DEFAULTS[name]]
+CLIPPING = [name for name in CLIPPING if name not in ("ce_gppo", "cispo")]  # never 0
+INSIDE = {"lower": 1.3, "upper": 1.3, "weight_inside_clip": True}  # TR-GRPO: the ratio is v w
+
+
+@pytest.mark.parametrize("a", [2.0, -2.0])
+@pytest.mark.parametrize(
+    ("name", "more"), [*((n, {}) for n in CLIPPING), ("trgrpo", INSIDE)], ids=lambda x: str(x)[:9]
+)
+def test_a_clipped_token_starts_exactly_at_the_edge(name, more, a):
+    eps_low, eps_high = 0.3, 0.4
+    options = {"eps_low": eps_low, "eps_high": eps_high, **more}
+    if name == "dhpo":
+        options |= {"seq_eps_low": eps_low, "seq_eps_high": eps_high}
+    edge, step = (1 + eps_high, 1e-6) if a > 0 else (1 - eps_low, -1e-6)
+    if name == "gmpo":  # a range of log w
+        edge = math.exp(eps_high if a > 0 else -eps_low)
+    edge /= more.get("upper", 1)
+    assert one_row(name, [edge - step], a, **options)[1].item() != 0
+    assert one_row(name, [edge + step], a, **options)[1].item() == 0
+
+
+@pytest.mark.parametrize("divergence", ["tv", "kl"])
+@pytest.mark.parametrize(("a", "p"), [(1.0, 0.35), (-1.0, 0.05)])
+def test_dppo_mask_starts_at_delta(a, p, divergence):
+    q = 0.1
+    D = abs(p - q)
+    if divergence == "kl":
+        D = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+    mine, other = ("delta_high", "delta_low") if a > 0 else ("delta_low", "delta_high")
+    for delta, silent in ((D * 1.001, False), (D * 0.999, True)):
+        options = {"divergence": divergence, mine: delta, other: 9.0}
+        assert (one_row("dppo", [p / q], a, **options)[1].item() == 0) == silent
+    # moving against the advantage is never masked
+    options = {"divergence": divergence, "delta_low": 0.0, "delta_high": 0.0}
+    assert one_row("dppo", [p / q], -a, **options)[1].item() != 0
+
+
+def test_dppo_divergence_stays_finite_where_a_probability_is_1():
+    old = torch.tensor([[0.999]], dtype=torch.float64).log()
+    D = 0.999 * math.log(0.999) + 0.001 * math.log((0.001 + 1e-8) / 1e-8)  # 0.0105
+    for delta, silent in ((D + 1e-6, False), (D - 1e-6, True)):
+        options = {"divergence": "kl", "delta_high": delta}
+        args = (old, torch.ones(1, dtype=torch.float64), torch.ones(1, 1))
+        _, grad = value_and_grad(MODULE["dppo"].loss, 0 * old, *args, **options)
+        assert (grad == 0).item() == silent
 
 
 @pytest.mark.parametrize(
-    ("name", "zero"),
+    ("name", "options", "zero"),
     [
-        ("grpo", [True, False]),
-        ("dapo", [True, False]),
-        ("gtpo", [True, False]),
-        ("trgrpo", [True, False]),
-        ("gspo", [False, False]),  # s = sqrt(2.4 x 0.45) = 1.04
-        ("tepo", [False, False]),
-        ("grpo_s", [True, True]),  # the arithmetic mean is 1.425
+        *((name, CLIP, [True, False]) for name in ("grpo", "dapo", "gtpo", "trgrpo", "reweight")),
+        *((name, CLIP, [False, False]) for name in ("gspo", "tepo", "luspo")),  # s = 1.04
+        ("grpo_s", CLIP, [True, True]),  # the arithmetic mean is 1.425
+        ("dr_grpo", {}, [True, False]),
+        ("dppo", {}, [False, False]),  # 0.1 -> 0.24
+        ("rloo", {}, [False, False]),  # 2.4 * 0.45 = 1.08
+        ("rloo", {"eps_high": 0.07}, [True, True]),
+        ("gmpo", {}, [True, False]),
+        ("dhpo", {"seq_eps_low": 0.2, "seq_eps_high": 0.28}, [False, False]),  # s = 1.04
+        ("dhpo", {}, [True, False]),  # s is clipped; the token ratio of 0.45 is not
     ],
 )
-def test_each_algorithm_clips_its_own_ratio(name, zero):
-    w = torch.tensor([[2.4, 0.45]], dtype=torch.float64)
-    eps = {"eps_low": 0.2, "eps_high": 0.2}
-    _, grad = value_and_grad(
-        MODULE[name].loss, w.log(), torch.zeros(1, 2), torch.ones(1), torch.ones(1, 2), **eps
-    )
-    assert (grad == 0).tolist() == [zero]
+def test_each_method_clips_its_own_ratio(name, options, zero):
+    assert (one_row(name, [2.4, 0.45], 1.0, **options)[1] == 0).tolist() == [zero]
 
 
 def test_trgrpo_weight_inside_the_clip_silences_confident_right_tokens_on_the_first_update():
     # v = 1.4 > 1 + eps_high, and v = 1
     logprobs = torch.tensor([[0.95, 0.1]], dtype=torch.float64).log()
-    args = (logprobs, logprobs, torch.ones(1), torch.ones(1, 2))
-    _, outside = value_and_grad(MODULE["trgrpo"].loss, *args)
-    _, inside = value_and_grad(MODULE["trgrpo"].loss, *args, weight_inside_clip=True)
-    close(outside, [[-1.4 / 2, -1 / 2]])
-    assert inside[0, 0] == 0
-    close(inside, [[0, -1 / 2]])
-    # not so for wrong answers: v > 1 is never below 1 - eps_low
-    _, inside = value_and_grad(
-        MODULE["trgrpo"].loss, *args[:2], -torch.ones(1), torch.ones(1, 2), weight_inside_clip=True
+    for a, want in ((1.0, [[0, -1 / 2]]), (-1.0, [[1.4 / 2, 1 / 2]])):
+        args = logprobs, logprobs, torch.tensor([a]), torch.ones(1, 2)
+        close(value_and_grad(MODULE["trgrpo"].loss, *args)[1], [[-a * 1.4 / 2, -a / 2]])
+        # v > 1 is never below 1 - eps_low: nothing is silenced in a wrong answer
+        inside = value_and_grad(MODULE["trgrpo"].loss, *args, weight_inside_clip=True)[1]
+        close(inside, want)
+        assert (inside[0, 0] == 0) == (a > 0)
+
+
+def test_trgrpo_readings_leave_1_and_reach_their_limit_where_the_docstring_says():
+    weight, constants = MODULE["trgrpo"].weight, (2.0, 9.0, 0.25, 1.0, 1.4)
+    for reading, low, high in (("shifted", 0.25, 0.344), ("outside", 0.122, 0.327)):
+        pi = torch.linspace(0, 1, 2001, dtype=torch.float64)
+        v = weight(pi, *constants, reading)
+        assert pi[v > 1][0].item() == pytest.approx(low, abs=1e-3)
+        assert pi[v == 1.4][0].item() == pytest.approx(high, abs=1e-3)
+        assert (v.diff() >= 0).all()
+        assert f"{high}" in MODULE["trgrpo"].__doc__
+    assert "pi = 0.122" in MODULE["trgrpo"].__doc__
+    third = 2 * (torch.sigmoid(torch.linspace(0, 1, 9) / 9) - 0.25)
+    assert (third < 1).all()  # sigmoid(pi / tau): clipped to 1 everywhere
+
+
+def test_vespo_weight_is_1_on_policy_and_largest_at_k_over_lambda():
+    options = {"k_pos": 0.9, "lambda_pos": 0.4, "k_neg": 5.0, "lambda_neg": 7.0}
+    for given in ({}, options):
+        k = DEFAULTS["vespo"] | given
+        for a, peak in ((1.0, k["k_pos"] / k["lambda_pos"]), (-1.0, k["k_neg"] / k["lambda_neg"])):
+            close(one_row("vespo", [1.0, 1.0], a, **given)[1], [[-a / 2, -a / 2]])
+            W = torch.linspace(0.05, 4, 400, dtype=torch.float64)[:, None]
+            rows = 0 * W, torch.full((400,), a), torch.ones_like(W)
+            phi = value_and_grad(MODULE["vespo"].loss, W.log(), *rows, **given)[1].abs()
+            assert W[phi.argmax()].item() == pytest.approx(peak, abs=0.01)
+
+
+def test_what_is_clamped_at_20():
+    one = torch.ones(1, dtype=torch.float64)
+
+    def of(name, log_ratios, a, old=0.0, **options):
+        lr = torch.tensor([log_ratios], dtype=torch.float64)
+        old = torch.full_like(lr, old)
+        return value_and_grad(MODULE[name].loss, old + lr, old, a * one, 1 + 0 * lr, **options)
+
+    # what enters exp, at a token that is not clipped
+    whole = {"kl_cov": {"cov_coef": 0.0}, "trgrpo": {"upper": 1.0}, "reweight": {"alpha": 0.0}}
+    methods = [n for n in NAMES if WEIGHT[n][1][-1] > 6 and n != "dppo"]
+    assert len(methods) == 20
+    for name in methods:
+        for a, lr, want in ((-1, 19.5, 19.5), (-1, 1e4, 20), (1, -19.5, -19.5), (1, -1e4, -20)):
+            value, grad = of(name, [lr], a, **whole.get(name, {}))
+            close(value, -a * math.exp(want))
+            assert grad.isfinite().all()
+    close(of("rloo", [15.0, 4.0], -1)[0], math.exp(19))
+    close(of("rloo", [15.0, 9.0], -1)[0], math.exp(20))  # the sum, not its terms
+    close(of("rloo", [25.0, -10.0], -1)[0], math.exp(15))
+    close(of("gmpo", [36.0, 2.0], -1)[0], math.exp(19))  # the mean, not its terms
+    close(of("gmpo", [36.0, 12.0], -1)[0], math.exp(20))
+    # vespo: each term, then their sum, to log 1e-8 from below; phi = e^2 W^3 e^-2W underflows above
+    for log_ratios in ([25.0, -20.0], [20.0, -25.0]):
+        close(of("vespo", log_ratios, -1)[1], [[0.5, 0.5]])
+    low = math.exp(2 + 0.1 * math.log(1e-8) - 2e-8) / 2
+    close(of("vespo", [-15.0, -15.0], -1, k_neg=0.1)[1], [[low, low]])
+    assert not of("vespo", [9.0, 9.0], -1)[1].any()
+    assert not of("vespo", [9.0], -1, k_neg=1e4, lambda_neg=0.0)[1].any()  # infinite: 0
+    # kl_cov: |log w| is not clamped; dro: nor is its square
+    same(of("kl_cov", [-100.0], 0), (100.0, [[-1.0]]))
+    same(of("dro", [-100.0], 0), (5000.0, [[-100.0]]))
+    # dppo: the divergence is not clamped: 0.1 * 100 + 0.9 log 0.9 = 9.9
+    old = math.log(0.1)
+    assert of("dppo", [-100.0], -1, old, divergence="kl", delta_low=9.8)[1].item() == 0
+    assert of("dppo", [-100.0], -1, old, divergence="kl", delta_low=10.0)[1].item() != 0
+    assert of("sapo", [1e4], -1)[0].isfinite()
+    # tokens that keep a gradient by design keep it there too
+    close(of("ce_gppo", [-30.0], -1)[1], [[0.4]])
+    close(of("cispo", [30.0], 1)[1], [[-5.0]])
+    close(of("aspo", [-30.0], 1)[1], [[-3.0]])
+    close(of("topr", [30.0, -30.0], -1)[1], [[0.5, math.exp(-20) / 2]])
+
+
+@pytest.mark.parametrize("name", ["grpo", "tepo", "trgrpo"])
+def test_kl_does_not_overflow(name):
+    logprobs, mask = torch.full((1, 2), -1e4), torch.ones(1, 2)
+    options = {"beta": 1.0}
+    if name == "tepo":
+        options = {"kl_coef": 1.0, "entropy": mask * 0, "old_entropy": mask}
+    value, grad = value_and_grad(
+        MODULE[name].loss, logprobs, logprobs, torch.ones(1), mask, ref_logprobs=mask * 0, **options
     )
-    close(inside, [[1.4 / 2, 1 / 2]])
+    close(value, math.exp(20), rtol=1e-6)
+    assert grad.isfinite().all()
+    if name == "trgrpo":  # v = 0, whose log is not finite
+        options |= {"lower": 0.0, "alpha": 0.0, "ref_logprobs": mask * 0}
+        value, grad = value_and_grad(
+            MODULE[name].loss, mask * 0, mask * 0, torch.ones(1), mask, **options
+        )
+        close(value, math.exp(-20) + 19)
+        assert not grad.any()
 
 
-# ---- identities ----------------------------------------------------------------------------------
-
-EQUAL_EPS = {"eps_low": 0.15, "eps_high": 0.25}
+# ---- on policy -----------------------------------------------------------------------------------
 
 
-def same(one, other):
-    close(one[0], other[0])
-    close(one[1], other[1])
+def gradient_on_policy(name, batch, form):
+    """-A over the denominator that the method's average has, by hand. [B, T]"""
+    m = batch["mask"].double()
+    a = batch[form] if form == "[B, T]" else batch[form][:, None]
+    B, T = m.shape
+    if name == "reweight":
+        a = a * (0.2 * batch["logprobs"].exp() + 0.8)
+    if name == "trgrpo":
+        a = a * (2 * torch.sigmoid(9 * (batch["logprobs"].exp() - 0.25))).clamp(1, 1.4)
+    if name in ("rloo", "luspo"):
+        return -a * m / B
+    if name == "dr_grpo":
+        return -a * m / (B * T)
+    if name in PER_B:
+        return -a * m / (B * m.sum(1, keepdim=True).clamp(min=1))
+    return -a * m / m.sum()
 
 
-@pytest.mark.parametrize("form", ["[B]", "[B, T]"])
-def test_first_update_has_the_gradient_of_grpo_or_of_dapo(form):
+@every_form
+def test_on_policy(name, form):
+    """Identity 1. A caller may pass the very same tensor twice: it must not cancel the gradient."""
     batch = make_batch(3)
-    batch["old_logprobs"] = batch["logprobs"]
-    m, a = batch["mask"].double(), batch[form] if form == "[B, T]" else batch[form][:, None]
-    by_sequence = -a * m / m.sum(1, keepdim=True) / len(m)
-    by_token = -a * m / m.sum()
-    for name in ("grpo", "gspo", *(["grpo_s"] if form == "[B]" else [])):
-        value, grad = run(name, batch, form)
-        close(grad, by_sequence)
-        close(value, by_sequence.sum())  # every ratio is 1
-    for name in ("dapo", "tepo", "gtpo"):
-        value, grad = run(name, batch, form)
-        close(grad, by_token)
-        close(value, by_token.sum())
+    logprobs = batch["old_logprobs"] = batch["logprobs"].requires_grad_()
+    options = {"cov_low": 9.0, "cov_high": 9.0} if name == "clip_cov" else {}
+    want = gradient_on_policy(name, batch, form).detach()
+    value, grad = run(name, batch, form, options)
+    close(grad, want)
+    if name not in ("dppo", "cispo", "vespo", "dro", "topr", "sapo", "rloo"):
+        close(value, want.sum())  # every ratio is 1
+    args, _ = arguments(batch, form, {})
+    close(torch.autograd.grad(MODULE[name].loss(*args, **options), logprobs)[0], want)
 
 
 def test_methods_differ_once_the_policy_has_moved():
-    batch = make_batch(3)  # off policy enough for the clip to bind: before that GRPO-S is GRPO
-    distinct = [
-        run(name, batch)[1] for name in ("grpo", "dapo", "gspo", "tepo", "grpo_s", "trgrpo")
-    ]
-    for k, grad in enumerate(distinct):
-        assert all(not torch.allclose(grad, other, rtol=1e-3) for other in distinct[:k])
+    # Off policy enough for the clip to bind: before that GRPO-S is GRPO. GSPO's range is narrower.
+    far, near = make_batch(3, B=40), make_batch(3, spread=1e-3)
+    batch = {key: torch.cat([far[key], near[key]]) for key in far}
+    equal = ("gtpo", "ha_dw", "ktae", "maxrl", "opo")  # the loss of another one
+    grads = {name: run(name, batch)[1] for name in NAMES if name not in equal}
+    for one, other in combinations(grads, 2):
+        assert not torch.allclose(grads[one], grads[other], rtol=1e-3), (one, other)
+
+
+# ---- identities between methods ------------------------------------------------------------------
+
+
+def per_row(batch):
+    """The batch with one advantage per row in both forms."""
+    return batch | {"[B, T]": batch["[B]"][:, None].expand(batch["mask"].shape)}
+
+
+def of_length(batch, *on):
+    """The batch with the same tokens on in every row."""
+    mask = torch.zeros_like(batch["mask"])
+    mask[:, list(on)] = True
+    return batch | {"mask": mask}
+
+
+def test_losses_that_are_another_methods():
+    grpo, dapo = MODULE["grpo"].loss, MODULE["dapo"].loss
+    assert MODULE["ha_dw"].loss is grpo
+    assert all(MODULE[name].loss is dapo for name in ("gtpo", "ktae", "maxrl", "opo"))
+
+
+def test_sequences_of_one_token():
+    """Identity 2: a sequence's ratio is its token's. In one token per row, not always the first."""
+    batch = per_row(make_batch(4))
+    batch["mask"] = torch.nn.functional.one_hot(torch.arange(8) % 5, 5)
+    by_sequence = ["gspo", "grpo_s", "rloo", "dr_grpo"]
+    for form in ("[B]", "[B, T]"):
+        for name in [n for n in by_sequence if form in FORMS[n]]:
+            length = {"max_length": 1} if name == "dr_grpo" else {}
+            same(run(name, batch, form, EQUAL_EPS | length), run("grpo", batch, form, EQUAL_EPS))
+        same(run("tepo", batch, form, EQUAL_EPS), run("dapo", batch, form, EQUAL_EPS))
+        options = EQUAL_EPS | {"seq_eps_low": 0.15, "seq_eps_high": 0.25}
+        same(run("dhpo", batch, form, options), run("dapo", batch, form, EQUAL_EPS))
+        both = [run("topr", batch, form, {"sequence": s}) for s in (True, False)]
+        same(*both)
+    eps = {"eps_low": 1 - math.exp(-0.4), "eps_high": math.exp(0.4) - 1}
+    same(run("gmpo", batch), run("grpo", batch, "[B]", eps))
+
+
+@both_forms
+def test_sequences_of_equal_length(form):
+    """Identity 3: four tokens per row, with a gap."""
+    batch = of_length(make_batch(5), 0, 1, 2, 4)
+    same(run("tepo", batch, form, EQUAL_EPS), run("gspo", batch, form, EQUAL_EPS))
+    same(run("dapo", batch, form, EQUAL_EPS), run("grpo", batch, form, EQUAL_EPS))
+    want = run("grpo", batch, form, EQUAL_EPS)
+    same(run("dr_grpo", batch, form, EQUAL_EPS | {"max_length": 4}), want)
+    full = of_length(batch, 0, 1, 2, 3, 4)  # the width is the length
+    same(run("dr_grpo", full, form, EQUAL_EPS), run("grpo", full, form, EQUAL_EPS))
+    if form == "[B]":
+        value, grad = run("gspo", batch, form, EQUAL_EPS)
+        same(run("luspo", batch, form, EQUAL_EPS), (4 * value, 4 * grad))
+
+
+def test_luspo_is_tepo_times_the_mean_length():
+    for spread in (0.0, 3e-3, 0.35):
+        batch = make_batch(6, spread=spread)
+        for eps in ({"eps_low": 2e-3, "eps_high": 2.5e-3}, EQUAL_EPS):
+            value, grad = run("tepo", batch, "[B]", eps)
+            mean = batch["mask"].sum() / 8
+            same(run("luspo", batch, "[B]", eps), (mean * value, mean * grad))
 
 
 def test_grpo_s_is_grpo_until_the_clip_binds():
     """An arithmetic mean of ratios, averaged over sequences, is GRPO's average of them."""
-    wide = {"eps_low": 0.9, "eps_high": 9.0}
-    same(
-        run("grpo_s", make_batch(3, spread=0.05), "[B]", wide),
-        run("grpo", make_batch(3, spread=0.05), "[B]", wide),
-    )
-
-
-def test_sequences_of_one_token():
-    batch = make_batch(4)
-    # One token per row, not always the first.
-    batch["mask"] = torch.nn.functional.one_hot(torch.arange(8) % 5, 5)
-    batch["[B, T]"] = batch["[B]"][:, None].expand(8, 5)
-    for form in ("[B]", "[B, T]"):
-        same(run("gspo", batch, form, EQUAL_EPS), run("grpo", batch, form, EQUAL_EPS))
-        same(run("tepo", batch, form, EQUAL_EPS), run("dapo", batch, form, EQUAL_EPS))
-    same(run("grpo_s", batch, "[B]", EQUAL_EPS), run("grpo", batch, "[B]", EQUAL_EPS))
-
-
-@pytest.mark.parametrize("form", ["[B]", "[B, T]"])
-def test_sequences_of_equal_length(form):
-    batch = make_batch(5)
-    # Four tokens per row, with a gap.
-    batch["mask"] = torch.ones(8, 5).index_fill(1, torch.tensor([3]), 0)
-    same(run("tepo", batch, form, EQUAL_EPS), run("gspo", batch, form, EQUAL_EPS))
-    same(run("dapo", batch, form, EQUAL_EPS), run("grpo", batch, form, EQUAL_EPS))
+    wide, batch = {"eps_low": 0.9, "eps_high": 9.0}, make_batch(3, spread=0.05)
+    same(run("grpo_s", batch, "[B]", wide), run("grpo", batch, "[B]", wide))
 
 
 def test_gspo_token_is_gspo_where_the_advantage_is_constant_along_the_sequence():
+    batch = per_row(make_batch(6, spread=4e-4))
     for name in ("gspo", "tepo"):
-        batch = make_batch(6, spread=4e-4)
-        batch["[B, T]"] = batch["[B]"][:, None].expand(8, 5)
         same(run(name, batch, "[B, T]"), run(name, batch, "[B]"))
 
 
-@pytest.mark.parametrize("form", ["[B]", "[B, T]"])
+@both_forms
 def test_trgrpo_without_weights_is_grpo(form):
+    """Identity 4, with and without a KL term."""
     batch = make_batch(7)
-    for inside in (False, True):
-        options = {"lower": 1.0, "upper": 1.0, "weight_inside_clip": inside, **EQUAL_EPS}
-        same(run("trgrpo", batch, form, options), run("grpo", batch, form, EQUAL_EPS))
+    for kl in ({}, {"beta": 0.4, "ref_logprobs": "ref"}):
+        for inside in (False, True):
+            options = {"lower": 1.0, "upper": 1.0, "weight_inside_clip": inside, **EQUAL_EPS, **kl}
+            same(run("trgrpo", batch, form, options), run("grpo", batch, form, EQUAL_EPS | kl))
 
 
-def test_gtpo_loss_is_dapo_loss():
-    same(run("gtpo", make_batch(8), "[B, T]"), run("dapo", make_batch(8), "[B, T]"))
+@both_forms
+def test_clip_cov_without_a_candidate_is_dapo(form):
+    for options in (EQUAL_EPS, {"eps_low": 1.0, "eps_high": 1.0}):
+        nothing = options | {"cov_low": 0.3, "cov_high": 0.3}
+        torch.manual_seed(7)
+        state = torch.random.get_rng_state()
+        args, _ = arguments(make_batch(1), form, {})
+        MODULE["clip_cov"].loss(*args, **nothing)
+        assert torch.equal(torch.random.get_rng_state(), state)  # nothing is drawn
+        batch = make_batch(1)
+        same(run("clip_cov", batch, form, nothing), run("dapo", batch, form, options))
+
+
+def test_clip_cov_takes_the_gradient_from_k_random_candidates():
+    batch = make_batch(2, B=40, T=10, spread=0.0)  # on policy: nothing else is silent
+    batch["old_logprobs"] = batch["logprobs"]
+    args, _ = arguments(batch, "[B, T]", {})
+    N = int(batch["mask"].sum())
+    chosen = {}
+    for seed in (0, 1, 0):
+        for cov_ratio in (1e-4, 0.05, 1.0):
+            torch.manual_seed(seed)
+            options = {"cov_ratio": cov_ratio, "cov_low": 0.2}
+            _, grad = value_and_grad(MODULE["clip_cov"].loss, *args, **options)
+            silent = batch["mask"] & (grad == 0)
+            before = chosen.setdefault((seed, cov_ratio), silent)
+            assert torch.equal(before, silent)  # same seed, same choice
+            cov = reference.covariance(*(as_lists(args[i]) for i in (0, 2, 3)))
+            candidates = {key for key, c in cov.items() if 0.2 < c < 5}
+            assert {tuple(x) for x in silent.nonzero().tolist()} <= candidates
+            assert silent.sum() == min(max(1, int(cov_ratio * N)), len(candidates))
+            close(grad[batch["mask"] & ~silent], (-batch["[B, T]"] / N)[batch["mask"] & ~silent])
+    assert not torch.equal(chosen[0, 0.05], chosen[1, 0.05])
+
+
+def test_clip_cov_takes_no_token_whose_cov_is_a_bound():
+    one = torch.ones(1, 1, dtype=torch.float64)  # alone, a token has cov 0
+    for cov_low, cov_high, chosen in ((-1.0, 1.0, True), (-1.0, 0.0, False), (0.0, 1.0, False)):
+        options = {"cov_low": cov_low, "cov_high": cov_high}
+        _, grad = value_and_grad(MODULE["clip_cov"].loss, -one, -one, one[0], one, **options)
+        assert (grad == 0).item() == chosen
+
+
+def test_clip_cov_counts_with_a_float_product():
+    """int(0.29 * 100) is 28: the product of Python floats, rounded down, as in verl."""
+    batch = of_length(make_batch(2, B=10, T=10), *range(10))
+    batch["old_logprobs"] = batch["logprobs"]
+    options = {"cov_ratio": 0.29, "cov_low": -99.0, "cov_high": 99.0}
+    assert (run("clip_cov", batch, "[B, T]", options)[1] == 0).sum() == 28
+
+
+def test_kl_cov_pushes_the_tokens_of_largest_cov():
+    batch = make_batch(4)
+    plain = run("kl_cov", batch, "[B, T]", {"cov_coef": 0.0})
+    same(plain, run("dapo", batch, "[B, T]", NO_CLIP))
+    for cov_ratio, k in ((2e-3, 1), (0.25, None)):
+        extra = run("kl_cov", batch, "[B, T]", {"cov_ratio": cov_ratio})[1] - plain[1]
+        N = int(batch["mask"].sum())
+        lists = [as_lists(batch[key]) for key in ("logprobs", "[B, T]", "mask")]
+        cov = reference.covariance(*lists)
+        largest = sorted(cov, key=cov.get)[-(k or int(0.25 * N)) :]
+        found = [tuple(x) for x in (extra.abs() > 1e-12).nonzero().tolist()]
+        assert sorted(found) == sorted(largest)
+    # on policy it does nothing
+    batch["old_logprobs"] = batch["logprobs"]
+    both = [run("kl_cov", batch, "[B, T]", o) for o in ({"cov_ratio": 1.0}, {"cov_coef": 0.0})]
+    same(*both)
+
+
+@both_forms
+def test_ce_gppo_lies_between_dapo_and_its_value(form):
+    batch = make_batch(5)
+    want = run("dapo", batch, form, EQUAL_EPS)
+    zero = run("ce_gppo", batch, form, EQUAL_EPS | {"beta1": 0.0, "beta2": 0.0})
+    one = run("ce_gppo", batch, form, EQUAL_EPS | {"beta1": 1.0, "beta2": 1.0})
+    close(zero[1], want[1])
+    close(one[0], want[0])
+    assert abs(zero[0] - want[0]) > 1e-3 and (one[1] - want[1]).abs().max() > 1e-3
+
+
+@both_forms
+def test_aspo_is_dapo_where_answers_are_wrong(form):
+    batch = make_batch(6)
+    batch[form] = -batch[form].abs()
+    log_ratio = (batch["logprobs"] - batch["old_logprobs"]).clamp(max=math.log(3))
+    batch["old_logprobs"] = batch["logprobs"] - log_ratio
+    same(run("aspo", batch, form, EQUAL_EPS), run("dapo", batch, form, EQUAL_EPS))
+
+
+@both_forms
+@pytest.mark.parametrize("cap", [1.5, 20.0])
+def test_dppo_without_a_mask_is_cispo(form, cap):
+    batch = make_batch(7, spread=0.9)
+    open_ = {"delta_low": 1.0, "delta_high": 1.0, "cap": cap}
+    want = run("cispo", batch, form, {"eps_low": 1.0, "eps_high": cap - 1})
+    same(run("dppo", batch, form, open_), want)
+
+
+def test_dppo_lets_rare_tokens_pass():
+    w, a, on = torch.tensor([[10.0]]).double(), torch.ones(1).double(), torch.ones(1, 1)
+    for old, want in ((1e-3, -10.0), (0.05, 0.0)):  # 0.001 -> 0.01, 0.05 -> 0.5
+        old = torch.full_like(w, old).log()
+        close(value_and_grad(MODULE["dppo"].loss, old + w.log(), old, a, on)[1], [[want]])
+
+
+@both_forms
+def test_reweight_without_weights_is_dapo(form):
+    batch, eps = make_batch(8), {"eps_low": 0.2, "eps_high": 0.24}
+    same(run("reweight", batch, form, {"alpha": 0.0}), run("dapo", batch, form, eps))
+    batch["old_logprobs"] = torch.zeros(8, 5).double()  # pi_old = 1
+    same(run("reweight", batch, form, {"alpha": 1.0}), run("dapo", batch, form, eps))
+
+
+def test_raft_is_supervised_training_on_the_right_answers():
+    batch = make_batch(10)
+    rewards = (batch["[B]"] > 0).double()
+    batch["[B]"] = MODULE["raft"].advantages(rewards, 4, variant="raft")
+    right = batch["mask"] & (rewards > 0)[:, None]
+
+    def supervised(logprobs, old, advantages, mask):
+        return -logprobs[right].sum() / mask.sum()
+
+    same(run("raft", batch, "[B]", {"variant": "raft"}), run(supervised, batch))
+    # the old policy plays no part
+    value = run("raft", batch, "[B]", {"variant": "raft"})[0]
+    batch["old_logprobs"] = batch["old_logprobs"] - 3
+    assert run("raft", batch, "[B]", {"variant": "raft"})[0] == value
+
+
+@both_forms
+def test_cispo_inside_its_range_is_unclipped_and_outside_never_0(form):
+    batch = make_batch(13)
+    wide = run("cispo", batch, form, {"eps_low": 1.0, "eps_high": 99.0})[1]
+    close(wide, run("dapo", batch, form, NO_CLIP)[1])
+    for options in ({}, {"eps_low": 0.1, "eps_high": 0.1}):
+        grad = run("cispo", batch, form, options)[1]
+        assert (grad[batch["mask"]] != 0).all()
+
+
+@both_forms
+def test_reinforce_weighed_in_two_ways_is_dro_and_topr(form):
+    """tau = 0 is REINFORCE; TOPR is that too where A > 0, and where A < 0 CISPO with a cap of 1."""
+    batch = make_batch(14)
+
+    def reinforce(logprobs, old, advantages, mask):
+        a = advantages if advantages.ndim == 2 else advantages[:, None]
+        return -(a * logprobs * mask).sum() / mask.sum()
+
+    same(run("dro", batch, form, {"tau": 0.0}), run(reinforce, batch, form))
+    batch[form] = batch[form].abs()
+    same(run("topr", batch, form), run(reinforce, batch, form))
+    batch[form] = -batch[form]
+    at_most_1 = {"eps_low": 1.0, "eps_high": 0.0}
+    same(run("topr", batch, form), run("cispo", batch, form, at_most_1))
+
+
+@both_forms
+@pytest.mark.parametrize("tau", [0.3, 1.0, 4.0])
+def test_sapo_on_policy_is_grpo_with_another_value(form, tau):
+    batch = make_batch(14)
+    batch["old_logprobs"] = batch["logprobs"]
+    value, grad = run("sapo", batch, form, {"tau_pos": tau, "tau_neg": tau})
+    want = run("grpo", batch, form)
+    same((value, grad), (2 / tau * want[0], want[1]))
+
+
+def test_sapo_never_ends():
+    for dtype in (torch.float32, torch.float64):
+        w = torch.linspace(0.05, 14.9, 50, dtype=dtype)[:, None]
+        for a in (1.0, -1.0):
+            args = (torch.zeros_like(w), torch.full((50,), a), torch.ones_like(w))
+            assert (value_and_grad(MODULE["sapo"].loss, w.log(), *args)[1] != 0).all()
+
+
+def test_gmpo_without_a_clip_is_gspo():
+    same(run("gmpo", make_batch(15), "[B]", NO_CLIP), run("gspo", make_batch(15), "[B]", NO_CLIP))
+
+
+@both_forms
+def test_dhpo_is_dapo_or_tepo_at_its_ends(form):
+    batch = make_batch(16)
+    same(run("dhpo", batch, form, {"weight": 1.0}), run("dapo", batch, form))
+    narrow = {"eps_low": 3e-4, "eps_high": 4e-4}
+    same(run("dhpo", batch, form, {"weight": 0.0}), run("tepo", batch, form, narrow))
 
 
 # ---- what stands where the mask is off, and what carries no gradient -----------------------------
@@ -460,9 +911,8 @@ def test_what_stands_where_mask_is_0_changes_nothing(name, options, form):
     batch = make_batch(9)
     batch["mask"][2] = False
     off, zero, poisoned = ~batch["mask"], {}, {}
-    poison = torch.tensor([math.nan, math.inf, -math.inf, 1e30]).double()[
-        torch.arange(40).view(8, 5) % 4
-    ]
+    poison = torch.tensor([math.nan, math.inf, -math.inf, 1e30]).double()
+    poison = poison[torch.arange(40).view(8, 5) % 4]
     for key, x in batch.items():
         per_token = x.shape == off.shape and key != "mask"
         zero[key] = x.masked_fill(off, 0) if per_token else x
@@ -472,16 +922,11 @@ def test_what_stands_where_mask_is_0_changes_nothing(name, options, form):
     assert torch.equal(got[0], want[0]) and got[0].isfinite()
     assert torch.equal(got[1], want[1])
     assert (got[1][off] == 0).all()
-    assert (got[1][batch["mask"]] != 0).any() or name == "gspo"
-
-
-@every_case
-def test_any_mask_that_is_not_0_is_on(name, options, form):
-    batch = make_batch(10)
-    want = run(name, batch, form, options)
+    assert (got[1][batch["mask"]] != 0).any() or name in ("gspo", "luspo")
+    # any entry that is not 0 is on
     on = batch["mask"]
     for mask in (on.long(), on.float(), on * 2.5, on * -0.5):
-        got = run(name, batch | {"mask": mask}, form, options)
+        got = run(name, zero | {"mask": mask}, form, options)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
@@ -491,19 +936,46 @@ def test_an_empty_row_adds_0_and_counts_in_B(name, options, form):
     value, grad = run(name, batch, form, options)
     padded = {k: torch.cat([x, x[:1]]) for k, x in batch.items()}
     padded["mask"][-1] = False
-    got = run(name, padded, form, options)
-    shrink = 8 / 9 if name in SEQUENCE_MEAN else 1
-    close(got[0], value * shrink)
-    close(got[1], torch.cat([grad * shrink, torch.zeros(1, 5)]))
+    shrink = 8 / 9 if name in PER_B else 1
+    want = value * shrink, torch.cat([grad * shrink, torch.zeros(1, 5)])
+    same(run(name, padded, form, options), want)
 
 
 @every_case
 def test_a_batch_without_a_token_is_0(name, options, form):
-    batch = make_batch(12)
-    batch["mask"] = torch.zeros(8, 5)
-    value, grad = run(name, batch, form, options)
-    assert value == 0
-    assert torch.equal(grad, torch.zeros(8, 5, dtype=torch.float64))
+    for rows, width in ((8, 5), (8, 0), (0, 5)):
+        batch = {
+            k: x[:rows, :width] if x.ndim == 2 else x[:rows] for k, x in make_batch(12).items()
+        }
+        batch["mask"] = torch.zeros(rows, width)
+        value, grad = run(name, batch, form, options)
+        assert value == 0
+        assert torch.equal(grad, torch.zeros(rows, width, dtype=torch.float64))
+
+
+@every_case
+def test_rows_without_an_advantage_get_no_gradient(name, options, form):
+    """A constant group's advantages are 0; only KL terms, KL-Cov's penalty or DRO's may push it."""
+    batch = make_batch(13)
+    batch[form] = batch[form].index_fill(0, torch.arange(4), 0)
+    penalty = {"kl_cov": "cov_coef", "dro": "tau"}.get(name, "beta")
+    if penalty in DEFAULTS[name]:
+        options = options | {penalty: 0.0}
+    grad = run(name, batch, form, options)[1]
+    assert not grad[:4].any() and (grad[4:].any() or name in ("gspo", "luspo"))
+
+
+@every_form
+def test_stale_logprobs_of_rows_without_an_advantage(name, form):
+    """They change the gradient of the three that say so, and no other's."""
+    batch = make_batch(17)
+    batch[form] = batch[form].index_fill(0, torch.tensor([0, 3]), 0)
+    stale = batch | {"logprobs": batch["logprobs"].clone()}
+    stale["logprobs"][[0, 3]] -= 2.0
+    options = {"clip_cov": {"cov_ratio": 1.0, "cov_low": 0.5}, "kl_cov": {"cov_ratio": 0.3}}
+    now, then = (run(name, b, form, options.get(name))[1] for b in (batch, stale))
+    needs = getattr(MODULE[name], "NEEDS_ALL_ROWS", False)
+    assert needs == (name in ALL_ROWS) and torch.equal(now, then) != needs
 
 
 @every_case
@@ -517,33 +989,36 @@ def test_only_logprobs_get_a_gradient(name, options, form):
     value = MODULE[name].loss(logprobs, *args, **named)
     others = args + [x for x in named.values() if isinstance(x, torch.Tensor)]
     grad, *rest = torch.autograd.grad(value, [logprobs, *others], allow_unused=True)
-    assert grad.any() or name == "gspo"
+    assert grad.any() or name in ("gspo", "luspo")
     assert all(g is None for g in rest)
-
-
-@every_algorithm
-def test_old_logprobs_may_be_the_very_same_tensor(name):
-    """On policy a caller may pass logprobs twice; the old ones must not cancel the gradient."""
-    logprobs = make_batch(14)["logprobs"].requires_grad_()
-    value = MODULE[name].loss(
-        logprobs, logprobs, torch.ones(8), torch.ones(8, 5), eps_low=0.2, eps_high=0.9
-    )
-    (grad,) = torch.autograd.grad(value, logprobs)
-    assert (grad <= -1 / 40 + 1e-9).all()
 
 
 # ---- numerics ------------------------------------------------------------------------------------
 
 
 @every_case
-@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
-def test_less_than_fp32_is_raised(name, options, form, low):
-    batch = {k: x if k == "mask" else x.to(low) for k, x in make_batch(15).items()}
-    raised = {k: x if k == "mask" else x.float() for k, x in batch.items()}
-    got, want = run(name, batch, form, options), run(name, raised, form, options)
-    assert got[0].dtype == torch.float32
-    assert torch.equal(got[0], want[0]) and want[0] != 0
-    assert torch.equal(got[1], want[1].to(low))
+def test_dtypes_and_devices(name, options, form):
+    """Less than fp32 is raised; the loss has the dtype of logprobs; nothing moves devices."""
+    floats = {k: x for k, x in make_batch(15).items() if k != "mask"}
+    mask = {"mask": make_batch(15)["mask"]}
+    for low in (torch.bfloat16, torch.float16):
+        batch = {k: x.to(low) for k, x in floats.items()} | mask
+        raised = {k: x.float() for k, x in batch.items() if k != "mask"} | mask
+        got, want = run(name, batch, form, options), run(name, raised, form, options)
+        assert got[0].dtype == torch.float32
+        assert torch.equal(got[0], want[0]) and want[0] != 0
+        assert torch.equal(got[1], want[1].to(low))
+    want = run(name, floats | mask, form, options)[0]
+    for dtype in (torch.float32, torch.float64):
+        others = {k: x.to(torch.float32) for k, x in floats.items()} | mask
+        others["logprobs"] = floats["logprobs"].to(dtype)
+        value, grad = run(name, others, form, options)
+        assert value.dtype == grad.dtype == dtype
+        close(value.double(), want, rtol=1e-3, atol=1e-5)
+    if name not in ("clip_cov", "kl_cov"):  # they count tokens, which meta tensors cannot
+        batch = {k: x.to("meta") for k, x in (floats | mask).items()}
+        value, grad = run(name, batch, form, options)
+        assert value.device.type == grad.device.type == "meta"
 
 
 def test_a_ratio_of_1_0005_in_bf16_is_clipped_at_1_0004():
@@ -557,53 +1032,10 @@ def test_a_ratio_of_1_0005_in_bf16_is_clipped_at_1_0004():
     assert not grad.any()
 
 
-@every_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dtype_of_the_loss_is_that_of_logprobs(name, options, form, dtype):
-    batch = make_batch(16)
-    others = {k: x if k == "mask" else x.to(torch.float32) for k, x in batch.items()}
-    value, grad = run(name, others | {"logprobs": batch["logprobs"].to(dtype)}, form, options)
-    assert value.dtype == grad.dtype == dtype
-    close(value.double(), run(name, batch, form, options)[0], rtol=1e-3, atol=1e-5)
-
-
-@every_form
-def test_log_ratios_are_clamped_at_20(name, form):
-    old, mask = torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, 2)
-    options = {"lower": 1.0, "upper": 1.0} if name == "trgrpo" else {}
-    for a, log_ratio, want in [(-1, 19.5, 19.5), (-1, 1e4, 20), (1, -19.5, -19.5), (1, -1e4, -20)]:
-        advantages = torch.full((1,) if form == "[B]" else (1, 2), a, dtype=torch.float64)
-        value, grad = value_and_grad(
-            MODULE[name].loss, old + log_ratio, old, advantages, mask, **options
-        )
-        close(value, -a * math.exp(want))
-        assert grad.isfinite().all()
-
-
-@pytest.mark.parametrize("name", ["grpo", "tepo"])
-def test_kl_does_not_overflow(name):
-    logprobs, mask = torch.full((1, 2), -1e4), torch.ones(1, 2)
-    options = {"beta": 1.0}
-    if name == "tepo":
-        options = {"kl_coef": 1.0, "entropy": mask * 0, "old_entropy": mask}
-    value, grad = value_and_grad(
-        MODULE[name].loss, logprobs, logprobs, torch.ones(1), mask, ref_logprobs=mask * 0, **options
-    )
-    close(value, math.exp(20), rtol=1e-6)
-    assert grad.isfinite().all()
-
-
-@every_case
-def test_nothing_moves_devices(name, options, form):
-    batch = {k: x.to("meta") for k, x in make_batch(17).items()}
-    value, grad = run(name, batch, form, options)
-    assert value.device.type == grad.device.type == "meta"
-
-
 # ---- signatures and errors -----------------------------------------------------------------------
 
 
-@every_algorithm
+@every_method
 def test_signature(name):
     parameters = inspect.signature(MODULE[name].loss).parameters
     assert list(parameters)[:4] == ["logprobs", "old_logprobs", "advantages", "mask"]
@@ -611,91 +1043,139 @@ def test_signature(name):
     options = {k: p for k, p in parameters.items() if k not in list(parameters)[:4]}
     assert {k: p.default for k, p in options.items()} == DEFAULTS[name]
     assert all(p.kind is p.KEYWORD_ONLY for p in options.values())
+    # update.py reads these two: they switch on a KL term
+    has_kl = name in ("grpo", "tepo", "trgrpo", "ha_dw")
+    assert bool({"beta", "kl_coef"} & set(options)) == has_kl
 
 
-@every_algorithm
-@pytest.mark.parametrize(
-    ("change", "shape"),
-    [
-        ({"advantages": (4, 1)}, "[4, 1]"),
-        ({"advantages": (1,)}, "[1]"),
-        ({"advantages": (3,)}, "[3]"),
-        ({"advantages": ()}, "[]"),
-        ({"advantages": (1, 3)}, "[1, 3]"),
-        ({"advantages": (4, 3, 1)}, "[4, 3, 1]"),
-        ({"old_logprobs": (4, 2)}, "[4, 2]"),
-        ({"old_logprobs": (1, 3)}, "[1, 3]"),
-        ({"mask": (4, 1)}, "[4, 1]"),
-        ({"mask": (4,)}, "[4]"),
-        ({"logprobs": (4, 4)}, "[4, 4]"),
-        ({"logprobs": (4,), "old_logprobs": (4,), "mask": (4,)}, "[4]"),
-        ({"logprobs": (4, 3, 2), "old_logprobs": (4, 3, 2), "mask": (4, 3, 2)}, "[4, 3, 2]"),
-    ],
-)
-def test_shapes_that_do_not_fit(name, change, shape):
-    shapes = {"logprobs": (4, 3), "old_logprobs": (4, 3), "advantages": (4,), "mask": (4, 3)}
-    shapes |= change
-    with pytest.raises(ValueError) as error:
-        MODULE[name].loss(*(torch.zeros(s) for s in shapes.values()))
-    assert shape in str(error.value) and "\n" not in str(error.value)
+def zeros(**shapes):
+    shape = {"logprobs": (4, 3), "old_logprobs": (4, 3), "advantages": (4,), "mask": (4, 3)}
+    return [torch.zeros(s) for s in (shape | shapes).values()]
 
 
-@pytest.mark.parametrize(
-    ("name", "key", "options"),
-    [
-        ("grpo", "ref_logprobs", {"beta": 0.1}),
-        ("tepo", "entropy", {"kl_coef": 0.1, "old_entropy": torch.zeros(4, 3)}),
-        ("tepo", "old_entropy", {"kl_coef": 0.1, "entropy": torch.zeros(4, 3)}),
-        (
-            "tepo",
-            "ref_logprobs",
-            {"kl_coef": 0.1, "entropy": torch.zeros(4, 3), "old_entropy": torch.zeros(4, 3)},
-        ),
-    ],
-)
-def test_optional_tensors_must_fit_too(name, key, options):
-    batch = [torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(4), torch.ones(4, 3)]
-    with pytest.raises(ValueError, match=r"\[4, 1\]"):
-        MODULE[name].loss(*batch, **options | {key: torch.zeros(4, 1)})
+WRONG_SHAPES = [
+    *({"advantages": shape} for shape in ((4, 1), (1,), (3,), (), (1, 3), (4, 3, 1))),
+    *({"old_logprobs": shape} for shape in ((4, 2), (1, 3))),
+    *({"mask": shape} for shape in ((4, 1), (4,))),
+    {"logprobs": (4, 4)},
+    {"logprobs": (4,), "old_logprobs": (4,), "mask": (4,)},
+    {"logprobs": (4, 3, 2), "old_logprobs": (4, 3, 2), "mask": (4, 3, 2)},
+]
+
+
+@every_method
+def test_shapes_that_do_not_fit(name):
+    for change in WRONG_SHAPES:
+        with pytest.raises(ValueError) as error:
+            MODULE[name].loss(*zeros(**change))
+        shape = str(list(next(iter(change.values()))))
+        assert shape in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "names"),
+    ("name", "options", "says"),
     [
+        # a penalty without its tensors
         ("grpo", {"beta": 0.04}, "ref_logprobs"),
+        ("trgrpo", {"beta": 0.04}, "ref_logprobs"),
         ("tepo", {"kl_coef": 0.1}, "entropy"),
         ("tepo", {"kl_coef": 0.1, "entropy": torch.zeros(4, 3)}, "old_entropy"),
         ("tepo", {"kl_coef": 0.1, "old_entropy": torch.zeros(4, 3)}, "entropy"),
+        # optional tensors must fit too
+        ("grpo", {"beta": 0.1, "ref_logprobs": torch.zeros(4, 1)}, r"\[4, 1\]"),
+        ("trgrpo", {"beta": 0.1, "ref_logprobs": torch.zeros(4, 1)}, r"\[4, 1\]"),
+        # an option without meaning
+        ("trgrpo", {"reading": "inside"}, "'shifted' or 'outside'; got 'inside'"),
+        ("dppo", {"divergence": "js"}, "'tv' or 'kl'; got 'js'"),
+        ("raft", {"variant": "raft+"}, "'reinforce_rej'; got 'raft\\+'"),
+        ("sapo", {"tau_pos": 0.0}, "above 0; got 0.0 and 1.05"),
+        ("sapo", {"tau_neg": 0.0}, "above 0; got 1.0 and 0.0"),
+        ("dro", {"tau": -0.1}, "at least 0; got -0.1"),
     ],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
 )
-def test_a_penalty_without_its_tensors(name, options, names):
-    with pytest.raises(ValueError, match=names):
-        MODULE[name].loss(
-            torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(4), torch.ones(4, 3), **options
-        )
+def test_options_that_do_not_fit(name, options, says):
+    with pytest.raises(ValueError, match=says):
+        MODULE[name].loss(*zeros(), **options)
 
 
-def test_grpo_s_refuses_advantages_per_token():
-    with pytest.raises(ValueError, match=r"\[4, 3\]"):
-        MODULE["grpo_s"].loss(
-            torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(4, 3), torch.ones(4, 3)
-        )
+@pytest.mark.parametrize("key", ["entropy", "old_entropy", "ref_logprobs"])
+def test_optional_tensors_of_tepo_must_fit_too(key):
+    given = {"entropy": torch.zeros(4, 3), "old_entropy": torch.zeros(4, 3), key: torch.zeros(4, 1)}
+    with pytest.raises(ValueError, match=rf"{key} \[4, 1\]"):
+        MODULE["tepo"].loss(*zeros(), kl_coef=0.1, **given)
 
 
-def test_files_stay_short():
-    limits = dict.fromkeys(NAMES, 120) | {"train": 350}
-    for name, limit in limits.items():
-        path = ROOT / f"{name}.py"
-        if name in NAMES or path.exists():
-            assert len(path.read_text(encoding="utf-8").splitlines()) <= limit, path.name
+@pytest.mark.parametrize("name", ONE_ADVANTAGE)
+def test_advantages_per_token_are_refused(name):
+    with pytest.raises(ValueError, match=r"one advantage per sequence; got \[4, 3\]"):
+        MODULE[name].loss(*zeros(advantages=(4, 3)))
 
 
-@every_algorithm
-def test_files_read_in_one_order(name):
-    """Docstring, advantages, loss; or GRPO's advantages, imported."""
-    source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-    assert source.startswith('"""')
-    assert MODULE[name].advantages is MODULE["grpo"].advantages or source.index(
-        "\ndef advantages("
-    ) < source.index("\ndef loss(")
-    assert MODULE[name].__doc__ and MODULE[name].advantages.__doc__ and MODULE[name].loss.__doc__
+# ---- docstrings and files ------------------------------------------------------------------------
+
+
+@every_method
+def test_docstring_examples_run(name):
+    result = doctest.testmod(MODULE[name])
+    assert result.failed == 0 and result.attempted >= 2
+
+
+ON_PI = [[0.5, 0.3], [0.2, 1.0]]  # pi_old of those examples that need probabilities
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "a", "old"),
+    [
+        *((name, {}, None, None) for name in ("grpo", "dapo", "tepo", "grpo_s", "luspo")),
+        ("gspo", CLIP, None, None),
+        ("trgrpo", {}, None, ON_PI),
+        ("clip_cov", {"cov_low": 0.1}, None, None),
+        *((name, {}, None, None) for name in ("kl_cov", "ce_gppo", "aspo", "dhpo", "sapo", "gmpo")),
+        ("dppo", {}, None, ON_PI),
+        ("reweight", {}, None, ON_PI),
+        ("cispo", {"eps_high": 0.2}, None, None),
+        ("vespo", {}, None, None),
+        ("dro", {}, [0.5, -0.5], None),
+        ("raft", {}, [1.0, 0.0], None),
+        ("rloo", {}, [1.0, -1.0], None),
+        ("dr_grpo", {"max_length": 5}, [0.5, -0.5], None),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_docstring_numbers_are_those_of_the_slow_loop(name, options, a, old):
+    """The batch that most examples share: w = 1.5, 0.9 and 1, A = +-0.7070 by default."""
+    old = torch.tensor(old or [[1.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+    logp = (old * torch.tensor([[1.5, 0.9], [1.0, 1.0]])).log().tolist()
+    a = a or [x / (math.sqrt(0.5) + 1e-4) for x in (0.5, -0.5)]
+    value, grad = REFERENCE[name](logp, old.log().tolist(), a, [[1, 1], [1, 0]], **options)
+    text = MODULE[name].__doc__
+    if "autograd.grad" in text:
+        assert all(f"{abs(g):.4f}" in text for row in grad for g in row)
+    if name not in ("dppo", "cispo", "vespo", "dro"):  # the value is no objective
+        assert f"({value:.4f})" in text or f"\n    {value:.4f}\n" in text
+
+
+LIMITS = dict.fromkeys(NAMES, 70) | dict.fromkeys(ALGORITHMS, 120) | {"ktae": 90, "tepo": 90}
+
+
+@every_method
+def test_file_reads_like_the_others(name):
+    """Title with its paper, equations, where they are known from; then advantages and loss."""
+    folder = "more" if name in MORE else ""
+    source = (ROOT / folder / f"{name}.py").read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= LIMITS[name]
+    title, varies = source.split("\n\n")[:2]
+    assert title.startswith('"""') and re.search(r"\d{4}\.\d{5}", title)
+    assert MODULE[name].advantages.__doc__ and MODULE[name].loss.__doc__
+    (known_from,) = re.findall(r"\nSource: ([^.(;:]+)", source)
+    assert len(known_from.split()) <= 6
+    if name in MORE:
+        assert re.match(r"(GRPO|DAPO|GSPO|TEPO|CISPO|Clip-Cov), but ", varies)
+    code = source.split('"""', 2)[2]
+    borrows = "\n# No `advantages` here: the trainer takes GRPO's.\n" in code
+    assert borrows == (MODULE[name].advantages is MODULE["grpo"].advantages and name != "grpo")
+    first = (
+        code.find("\n# No `adv") if borrows else re.search(r"\n(def )?advantages\b", code).start()
+    )
+    assert first < re.search(r"\n(def )?loss\b", code).start()

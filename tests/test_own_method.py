@@ -161,7 +161,7 @@ def test_several_methods_with_files_among_them(tmp_path):
     assert algorithm_names(f"tepo,{mine},grpo,{grpo_copy}") == [
         *("tepo", str(mine), "grpo", str(grpo_copy))
     ]
-    assert len(algorithm_names(f"all,{mine}")) == 23
+    assert len(algorithm_names(f"all,{mine}")) == 29
     with pytest.raises(Exception, match=r"/mine.py and .*/b/mine.py have one name: rename"):
         algorithm_names(f"{mine},{other}")
     with pytest.raises(Exception, match="did you mean tepo"):
@@ -199,7 +199,7 @@ def test_own_methods_have_colours_of_their_own(monkeypatch):
     monkeypatch.setattr(plot, "own", {})
     looks = [plot.style(name) for name in ("a", "b", "c", "d", "e", "f")]
     colours = {look[1] for look in looks} | {look[1] for look in plot.STYLES.values()}
-    assert len(colours) == 6 + 22 and plot.style("b") == looks[1]
+    assert len(colours) == 6 + 28 and plot.style("b") == looks[1]
 
 
 def test_one_figure_refuses_two_files_of_one_name(tmp_path):
@@ -498,5 +498,5 @@ def test_code_checksums_follow_what_a_file_imports(tmp_path):
     files = origin.code_checksums(str(path)).keys()
     others = {name for name in files if not name.startswith(("trainer/", "run/"))}
     assert others - {"train.py", "rewards.py", "tiny/problems.py"} == {
-        *(str(path), str(tmp_path / "beside.py"), "more/cispo.py", "gtpo.py", "grpo.py")
+        *(str(path), str(tmp_path / "beside.py"), "more/cispo.py", "gtpo.py", "dapo.py", "grpo.py")
     }

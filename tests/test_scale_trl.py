@@ -21,11 +21,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer  # noqa: E402
 
 from run.algorithm import load_algorithm  # noqa: E402
 from scale import trl_trainer  # noqa: E402
-from trainer.methods import (  # noqa: E402
-    ALGORITHMS,
-    MORE,
-    named,  # noqa: E402
-)
+from trainer.methods import ALGORITHMS, MORE, named  # noqa: E402
 from trainer.prompts import Chat, Prompts  # noqa: E402
 
 # accelerate collects garbage at the start of every training: do not search what is imported.
@@ -58,6 +54,12 @@ OPTIONS = {
     "cispo": {"eps_low": 0.02, "eps_high": 0.03},
     "sapo": {"tau_pos": 2.0, "tau_neg": 3.0},
     "gmpo": {"eps_low": 0.02, "eps_high": 0.03},
+    "luspo": {"eps_low": 1e-3, "eps_high": 1e-3},
+    "vespo": {"k_pos": 3.0, "lambda_neg": 1.5},
+    "maxrl": {"eps_low": 0.02, "eps_high": 0.03},
+    "opo": {"eps_low": 0.02, "eps_high": 0.03},
+    "dro": {"tau": 3.0},
+    "topr": {"sequence": True},
 }
 
 
@@ -280,9 +282,9 @@ def test_kl_old_and_clip_frac_by_hand(tmp_path):
     old, A = logp - torch.tensor([[1.0], [1.0]]), torch.tensor([1.0, -1.0])
     batch = {"old_per_token_logps": old, "entropy": old * 0, "mask": mask, "advantages": A}
     batch["ref_per_token_logps"] = logp - 0.5
-    trainer.push([batch], logp, old * 0)
+    trainer.first_half([batch], logp, old * 0)
     metrics = trainer._metrics["train"]
-    assert (batch["push"] != 0)[mask == 1].all()
+    assert (batch["gradient"] != 0)[mask == 1].all()
     assert metrics["clip_frac"][-1] == pytest.approx(2 / 5)
     assert metrics["kl_old"][-1] == pytest.approx(torch.e - 1 - 1, rel=1e-5)
 
@@ -330,14 +332,18 @@ SAME = {  # our algorithm -> the settings under which TRL's loss is the same
     "cispo": dict(loss_type="cispo", epsilon_high=5.0),  # TRL's is the bound itself
     "sapo": dict(loss_type="sapo"),
     "dr_grpo": dict(loss_type="dr_grpo", epsilon=0.2, scale_rewards="none"),
+    "luspo": dict(
+        loss_type="luspo", importance_sampling_level="sequence", epsilon=2e-3, epsilon_high=2.5e-3
+    ),
+    "vespo": dict(loss_type="vespo"),
 }
 
 
 @pytest.mark.parametrize("algo", SAME)
 def test_steps_equal_those_of_trl(algo, tmp_path):
-    # Two mini-batches per pass, but one for DAPO and CISPO: TRL would divide each mini-batch's loss
-    # by the rollout's mean number of tokens per mini-batch.
-    updates = 1 if algo in ("dapo", "cispo") else 2
+    # Two mini-batches per pass, but one for the averages over tokens: TRL would divide each
+    # mini-batch's loss by the rollout's mean number of tokens per mini-batch.
+    updates = 1 if algo in ("dapo", "cispo", "vespo") else 2
     ours, trainer = train(tmp_path, algo=algo, updates=updates, steps=2 * updates)
     theirs, reference = train(
         tmp_path, base=GRPOTrainer, updates=updates, steps=2 * updates, **SAME[algo]
@@ -397,20 +403,35 @@ def test_loss_and_gradient_equal_those_of_trl(algo, tmp_path, monkeypatch):
         value, gradient = their_loss(reference, monkeypatch, logp, old, A.to(dtype), mask)
         lengths = named(trainer.algo.loss, {"max_length": LONGEST})
         equal(trainer.algo.loss(logp, old, A.to(dtype), mask, **lengths), logp, value, gradient)
-    # vLLM's importance weights, per sequence and per token (not in GSPO, which has one ratio).
+    # vLLM's importance weights, per sequence and per token (not where there is one ratio per row).
+    # TRL puts them into VESPO's W, so there is nothing to compare.
     monkeypatch.setattr(reference, "use_vllm", True)
     logp, old, mask = toy_batch(0.5)
     g = torch.Generator().manual_seed(4)
     corrections = [torch.tensor([[1.0], [0.5], [0.0], [1.3]]), 2 * torch.rand(4, 7, generator=g)]
-    for weight in corrections[: 1 if algo == "gspo" else 2]:
+    for weight in corrections[: {"gspo": 1, "luspo": 1, "vespo": 0}.get(algo, 2)]:
         value, gradient = their_loss(
             reference, monkeypatch, logp, old, A, mask, importance_sampling_ratio=weight
         )
         batch = {"old_per_token_logps": old, "entropy": old, "mask": mask, "advantages": A}
         batch |= {"importance_sampling_ratio": weight}
-        trainer.push([batch], logp, old)
+        trainer.first_half([batch], logp, old)
         torch.testing.assert_close(batch["loss"], value.detach(), atol=1e-6, rtol=0)
-        torch.testing.assert_close(batch["push"], gradient, atol=1e-6, rtol=0)
+        torch.testing.assert_close(batch["gradient"], gradient, atol=1e-6, rtol=0)
+
+
+def test_tepo_is_trls_luspo_times_a_factor(tmp_path, monkeypatch):
+    """TEPO, divided by the N tokens, times N/B is LUSPO at the same clip range."""
+    tepo = load_algorithm("tepo").loss
+    A = torch.tensor([0.9, -0.4, 0.0, -1.3])
+    for range_ in (0.2, 0.28), (2e-3, 2.5e-3):
+        settings = SAME["luspo"] | dict(zip(("epsilon", "epsilon_high"), range_, strict=True))
+        reference = built(tmp_path, GRPOTrainer, **settings)
+        for spread in (0.0, 1e-3, 0.5):
+            logp, old, mask = toy_batch(spread)
+            value, gradient = their_loss(reference, monkeypatch, logp, old, A, mask)
+            ours = tepo(logp, old, A, mask, eps_low=range_[0], eps_high=range_[1])
+            equal(ours * mask.sum() / len(mask), logp, value, gradient)
 
 
 def fed(algo, old, mask):
@@ -496,7 +517,7 @@ def test_prompts_and_ends_of_a_turn_are_those_of_train_py(tmp_path, monkeypatch)
     trl_trainer.main([*flags, "--out", str(tmp_path / "out")])
     tok = AutoTokenizer.from_pretrained(folder)
     chat = Chat(system="Be brief.", variables={"shout": True})
-    asked = [f"{n}<|im_end|>+1?" for n in range(3)]
+    asked = [f"{n}<|im_end|>+1?" for n in (1, 2, 3)]  # 0 is held out
     assert seen["ids"] == Prompts(tok, "{question}", chat).encode(asked)
     assert "BE BRIEF." in tok.decode(seen["ids"][0])
     end = tok.convert_tokens_to_ids("<|im_end|>")
@@ -582,6 +603,7 @@ def test_refusals(flags, line, tmp_path):
         ("sapo", {"sapo_temperature_pos": 2.0}, "sapo_temperature_pos has no effect on sapo"),
         ("clip_cov", {"use_vllm": True}, "clip_cov cannot take vLLM's weights"),
         ("kl_cov", {"use_vllm": True}, "--vllm_importance_sampling_correction false"),
+        ("dro", {"use_vllm": True}, "dro cannot take vLLM's weights"),
         ("dr_grpo", {"max_completion_length": None}, "set max_completion_length"),
     ],
 )

@@ -40,7 +40,9 @@ CLIP = {  # the files' own clip ranges; of those not named here: 0.2, 0.28
     "dppo": (0.15, 0.15),
     "cispo": (1.0, 4.0),
     "gmpo": (0.4, 0.4),
+    "luspo": (2e-3, 2.5e-3),
 }
+NO_WEIGHTS = verl_losses.NO_WEIGHTS
 LONGEST = 9  # tokens, Dr. GRPO's constant
 LENGTHS = torch.tensor([7, 1, 4, 5, 2, 6, 3, 3])
 
@@ -109,6 +111,8 @@ PEERS = {  # ours -> verl's function, and its settings beside those of actor_con
     "gmpo": (core_algos.compute_policy_loss_geo_mean, {}),
     "dr_grpo": (core_algos.compute_policy_loss_vanilla, {"clip_ratio_c": 1e9}),
     "raft": (core_algos.compute_policy_loss_vanilla, {"clip_ratio_c": 3.0}),
+    "opo": (core_algos.compute_policy_loss_vanilla, {"clip_ratio_c": 1e9}),
+    "dro": (core_algos.compute_policy_loss_dro, {"policy_loss": {"dro_beta": 1.0}}),
 }
 
 
@@ -138,12 +142,12 @@ def equal(ours, theirs, logp):
 
 @pytest.mark.parametrize("spread", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize(
-    "algo, weighed", [(a, w) for a in PEERS for w in (False, True) if not (w and a in WHOLE)]
+    "algo, weighed", [(a, w) for a in PEERS for w in (False, True) if not (w and a in NO_WEIGHTS)]
 )
 def test_loss_and_gradient_equal_those_of_verl_for_the_methods_of_more(algo, spread, weighed):
     """The file with its defaults, and the loss that is registered in verl.
 
-    Rollout weights: clip_cov and kl_cov refuse them; for geo_mean verl takes the geometric mean of
+    Rollout weights: some refuse them; for geo_mean verl takes the geometric mean of
     a row's weights and we take their mean, so they agree where all weights of a row are equal.
     """
     logp, old, A, mask = double(*batch(spread))
@@ -171,12 +175,12 @@ def test_loss_and_gradient_equal_those_of_verl_for_the_methods_of_more(algo, spr
         equal(alone, theirs, logp)
 
 
-@pytest.mark.parametrize("algo", ["clip_cov", "kl_cov", "sapo", "raft"])
+@pytest.mark.parametrize("algo", ["clip_cov", "kl_cov", "sapo", "raft", "dro"])
 def test_options_that_verls_config_has_are_taken_from_it(algo):
     logp, old, A, mask = double(*batch(2.0))
     peer, settings = PEERS[algo]
     more = {"clip_cov_ratio": 0.3, "clip_cov_lb": 0.1, "clip_cov_ub": 2.0}
-    more |= {"kl_cov_ratio": 0.3, "ppo_kl_coef": 0.4}
+    more |= {"kl_cov_ratio": 0.3, "ppo_kl_coef": 0.4, "dro_beta": 0.3}
     settings = {"clip_ratio_c": 1.5, "tau_pos": 2.0, "tau_neg": 3.0, "policy_loss": more}
     config = actor_config(algo, **settings)
     defaults = actor_config(algo)
@@ -226,26 +230,26 @@ def test_raft_and_reinforce_rej_equal_verls_vanilla_with_our_advantages(variant)
     equal(lambda: raft.loss(logp, old, A, mask, variant=variant), theirs, logp)
 
 
-def test_rloo_advantages_equal_verls():
-    """Groups of four, rows in any order. A row alone in its group is left out: verl's rloo keeps
-    its bare reward, verl's rloo_vectorized gives 0.
+@pytest.mark.parametrize(
+    "algo, theirs",
+    [
+        ("rloo", {"adv_estimator": "rloo"}),
+        ("rloo", {"adv_estimator": "rloo_vectorized"}),
+        ("dr_grpo", {"adv_estimator": "grpo", "norm_adv_by_std_in_grpo": False}),
+        ("opo", {"adv_estimator": "opo"}),
+    ],
+)
+def test_advantages_equal_verls(algo, theirs):
+    """Groups of four, rows in any order. A row alone in its group is left out: all of verl's but
+    rloo_vectorized leave it its bare reward.
     """
     data, order, right, _, mask = rollout()
-    want = load_algorithm("rloo").advantages(right[:12], 4)[:, None] * mask[:12]
-    assert want.any()
-    for name in ("rloo", "rloo_vectorized"):
-        got = torch.empty(13, 6)
-        got[order] = compute_advantage(data, adv_estimator=name).batch["advantages"].float()
-        torch.testing.assert_close(got[:12], want, atol=1e-6, rtol=0)
-
-
-def test_dr_grpo_advantages_equal_verls():
-    data, order, right, _, mask = rollout()
-    want = load_algorithm("dr_grpo").advantages(right[:12], 4)[:, None] * mask[:12]
-    assert want.any()
+    module = load_algorithm(algo)
+    want = module.advantages(right[:12], 4, **named(module.advantages, {"mask": mask[:12]}))
+    want = want[:, None] * mask[:12]
     got = torch.empty(13, 6)
-    settings = {"adv_estimator": "grpo", "norm_adv_by_std_in_grpo": False}
-    got[order] = compute_advantage(data, **settings).batch["advantages"].float()
+    got[order] = compute_advantage(data, **theirs).batch["advantages"].float()
+    assert want.any()
     torch.testing.assert_close(got[:12], want, atol=1e-6, rtol=0)
 
 
@@ -316,10 +320,14 @@ def test_what_needs_the_whole_mini_batch_is_refused(algo):
         ppo_loss(config, *micro_batch(rows[:3], logp, old, A, mask, **info))
     with pytest.raises(ValueError, match=f"{algo} chooses among all tokens"):
         ppo_loss(config, *micro_batch(rows, logp, old, A, mask, **{**info, "dp_size": 2}))
-    with pytest.raises(ValueError, match=f"{algo} cannot take rollout weights"):
-        weights = torch.ones(8, 7)
-        loss = core_algos.get_policy_loss_fn(algo)
-        loss(old, logp, A, mask, "token-mean", actor_config(algo), weights)
+
+
+@pytest.mark.parametrize("algo", NO_WEIGHTS)
+def test_rollout_weights_that_would_do_something_else_are_refused(algo):
+    logp, old, A, mask = batch(0.05)
+    loss = core_algos.get_policy_loss_fn(algo)
+    with pytest.raises(ValueError, match=f"{algo} cannot take rollout weights, which would"):
+        loss(old, logp, A, mask, "token-mean", actor_config(algo), torch.ones(8, 7))
 
 
 def test_dr_grpo_without_its_constant_is_refused():
@@ -352,7 +360,7 @@ def rollout(seed=0):
 
 OF_GRPO = [  # their advantages are GRPO's
     *("tepo", "dapo", "gspo", "trgrpo", "clip_cov", "kl_cov", "ce_gppo", "aspo", "dppo"),
-    *("reweight", "dhpo", "cispo", "sapo", "gmpo"),
+    *("reweight", "dhpo", "cispo", "sapo", "gmpo", "luspo", "vespo"),
 ]
 
 
@@ -360,7 +368,9 @@ def token_ids(seed=0):
     return torch.randint(0, 5, (13, 6), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("algo", [*OF_GRPO, "gtpo", "grpo_s", "raft", "ktae", "dr_grpo"])
+@pytest.mark.parametrize(
+    "algo", [*OF_GRPO, "gtpo", "grpo_s", "raft", "ktae", "dr_grpo", "maxrl", "dro", "topr"]
+)
 def test_estimators(algo, monkeypatch):
     data, order, right, entropy, mask = rollout()
     ids = token_ids()

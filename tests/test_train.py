@@ -105,7 +105,7 @@ OPTIONS = {
     "gspo": ("eps_low", 0.1),
     "gtpo": ("normalize", "joint"),
     "grpo_s": ("eps_low", 0.1),
-    "trgrpo": ("weight_inside_clip", True),
+    "trgrpo": ("reading", "outside"),
     "clip_cov": ("cov_ratio", 0.1),
     "kl_cov": ("cov_ratio", 0.2),
     "ce_gppo": ("beta1", 0.75),
@@ -121,11 +121,17 @@ OPTIONS = {
     "cispo": ("eps_high", 0.2),
     "sapo": ("tau_neg", 2.0),
     "gmpo": ("eps_low", 0.2),
+    "luspo": ("eps_low", 1e-3),
+    "vespo": ("k_pos", 3.0),
+    "maxrl": ("eps_high", 0.3),
+    "opo": ("eps_high", 0.3),
+    "dro": ("tau", 0.5),
+    "topr": ("sequence", True),
 }
 
 
 @pytest.mark.parametrize("algo", [*ALGORITHMS, *MORE])
-def test_all_22_train_two_steps_with_an_option(algo, tmp_path, monkeypatch):
+def test_all_28_train_two_steps_with_an_option(algo, tmp_path, monkeypatch):
     """In this process, without pictures, and with rewards that differ within a group."""
     monkeypatch.setattr(grading, "correct", child.parity)
     monkeypatch.setattr(train, "plot_runs", lambda *_: None)
@@ -202,7 +208,7 @@ def test_a_keyword_with_a_known_name_is_filled_in(given, tmp_path, monkeypatch):
         assert call["max_length"] == (5 if given else 12)
 
 
-def test_each_input_of_the_22_is_filled_in():
+def test_each_input_of_the_28_is_filled_in():
     """A keyword without a default that a user could set is one that the trainer knows."""
     ones = torch.ones(2, 1)
     batch = SimpleNamespace(

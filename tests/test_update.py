@@ -13,7 +13,7 @@ from run.checks import fill
 from trainer import update
 from trainer.cache import cache_argument
 from trainer.logprobs import Layout, token_logprobs
-from trainer.methods import ALGORITHMS
+from trainer.methods import ALGORITHMS, named
 from trainer.sampling import Rollout
 from trainer.update import Updater, kl_estimate
 
@@ -64,7 +64,8 @@ def two_updates(algo, dtype, loss_options=None, r=None, keep_graph=False, **opti
     mini_batches = torch.arange(B).split(B // 2)
 
     def advantages(r):
-        return u.algo.advantages(r.rewards, G, entropy=r.entropy, mask=r.mask)
+        more = named(u.algo.advantages, {"entropy": r.entropy, "mask": r.mask})
+        return u.algo.advantages(r.rewards, G, **more)
 
     u.measure(r, mini_batches, keep_graph, advantages)
     r.advantages = advantages(r)

@@ -50,10 +50,10 @@ def floats(words):
 
 def want_advantages(kept):
     rewards = kept["rewards"]
-    how = rewards, 8, kept["entropy"], kept["mask"]
+    more = {"entropy": kept["entropy"], "mask": kept["mask"]}
     found = dict.fromkeys(NAMES, reference.grpo_advantages(rewards, 8))
-    found["GTPO"] = reference.gtpo_advantages(*how)
-    found["GRPO-S"] = reference.grpo_s_advantages(*how)
+    found["GTPO"] = reference.gtpo_advantages(rewards, 8, **more)
+    found["GRPO-S"] = reference.grpo_s_advantages(rewards, 8, **more)
     return found
 
 
@@ -97,9 +97,8 @@ def want_pushes(kept):
     old, mask, found = kept["old_logprobs"], kept["mask"], {}
     for name, advantages in want_advantages(kept).items():
         function = getattr(reference, name.lower().replace("tr-", "tr").replace("-", "_") + "_loss")
-        logprobs = torch.tensor(old, dtype=torch.float64, requires_grad=True)
-        loss = function(logprobs, old, advantages, mask)
-        found[name] = loss.item(), (-torch.autograd.grad(loss, logprobs)[0]).tolist()
+        value, gradient = function(old, old, advantages, mask)
+        found[name] = value, [[-g for g in row] for row in gradient]
     return found
 
 

@@ -14,6 +14,7 @@ ALGORITHMS = ("tepo", "grpo", "dapo", "gspo", "gtpo", "grpo_s", "trgrpo")
 MORE = (  # in the folder more/
     *("clip_cov", "kl_cov", "ce_gppo", "aspo", "dppo", "reweight", "raft", "ha_dw"),
     *("ktae", "dhpo", "dr_grpo", "rloo", "cispo", "sapo", "gmpo"),
+    *("luspo", "vespo", "maxrl", "opo", "dro", "topr"),
 )
 
 
@@ -39,7 +40,16 @@ def label(algo):
 
 def load_method(name):
     """The module of one of our methods: the file name.py or more/name.py."""
-    return importlib.import_module(f"more.{name}" if name in MORE else name)
+    return with_advantages(importlib.import_module(f"more.{name}" if name in MORE else name))
+
+
+def with_advantages(module):
+    """The module of a method, with GRPO's `advantages` if it has none."""
+    import grpo  # here, because it imports torch, and --help needs none
+
+    if not hasattr(module, "advantages"):
+        module.advantages = grpo.advantages
+    return module
 
 
 def parameters(function):
