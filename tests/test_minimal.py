@@ -13,7 +13,9 @@ from prompt_folders import chatml_folder
 import minimal
 import train
 from run import start
-from run.options import DEFAULTS, fill, parse
+from run.checks import fill
+from run.options import DEFAULTS
+from run.parser import parse
 from tiny.problems import problems
 from trainer import grading
 from trainer.methods import ALGORITHMS, MORE

@@ -246,10 +246,8 @@ def without_lost(tokenizer, problems):
     texts = tokenizer.batch_decode([p["prompt_ids"] for p in problems])
     kept, lost = [], []
     for problem, text in zip(problems, texts, strict=True):
-        if contains(text, problem["question"]):
-            kept.append(problem)
-        else:
-            lost.append(problem)
+        whole = contains(text, problem["question"])
+        (kept if whole else lost).append(problem)
     if not lost:
         return kept
     example = f"{lost[0]['question'][:80]!r}"
