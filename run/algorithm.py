@@ -4,6 +4,7 @@ import functools
 import inspect
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -15,6 +16,7 @@ from run.ownfile import (
 )
 from trainer.methods import (
     OwnFileError,
+    inputs,
     is_file,
     keywords,
     known,
@@ -23,7 +25,7 @@ from trainer.methods import (
     parameters,
     split_options,
 )
-from trainer.update import gradient_of, toy, toy_inputs
+from trainer.update import gradient_of
 
 ARGUMENTS = {  # of the two functions; what stands after them is keyword-only
     "advantages": ("rewards", "group_size"),
@@ -88,6 +90,21 @@ def converted(name, text, kind):
     if kind is not str and not (math.isfinite(value) and (signed or value >= 0)):
         raise ValueError(f"--option {name}={text}: {wanted} is required")
     return value
+
+
+def toy():
+    """A batch of two groups of two completions, of 3, 1, 2 and 3 tokens. [4, 3]"""
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]).bool()
+    right = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    batch = SimpleNamespace(mask=mask, completions=mask.long(), right=right, history=[0.5])
+    batch.entropy = mask.float()
+    batch.ref_logprobs = -mask.float()
+    return batch
+
+
+def toy_inputs(function):
+    batch = toy()
+    return inputs(function, batch, slice(None), batch.entropy, batch.mask.shape[1])
 
 
 def try_out(module, values, algo):
