@@ -103,7 +103,6 @@ def parse_args(argv):
 if __name__ == "__main__":  # --help and a wrong option do not wait for torch to be imported
     parse_args(sys.argv[1:])
 
-import contextlib
 import copy
 import dataclasses
 import functools
