@@ -72,14 +72,14 @@ class Trainer:
         rollout, sampled = self.sample_and_reward()
         rollout_s = time.perf_counter() - started
 
-        # 3 Compute the advantages. Old log-probabilities and entropies of rows with a signal come
-        # from our own pass, not from generate: the ratio is 1 before the first update only if both
-        # of its sides come from the same code, rows and padding.
+        # Measure old log-probabilities and entropies in a pass of our own, not in generate: the
+        # ratio is 1 before the first update only if both of its sides come from the same code, rows
+        # and padding. At step 1 the first mini-batch is measured too, so that this can be seen.
         mini_batches = torch.arange(o.rows).split(o.rows // o.updates)
-        updater.measure(rollout, mini_batches, step > 1, self.advantages)  # step 1: two passes
+        updater.measure(rollout, mini_batches, learn_at_once=step > 1)
+
+        # 3 Compute the advantages.
         rollout.advantages = self.advantages(rollout)
-        if updater.measure_rest(rollout, mini_batches):
-            rollout.advantages = self.advantages(rollout)
         self.history = [*self.history, rollout.rewards.mean().item()]
 
         # 4 Update the policy: one optimizer step on each mini-batch.
@@ -144,7 +144,7 @@ class Trainer:
                 **self.generation,
             )
 
-        return self.updater.with_smaller_batches("sample_batch", work)
+        return self.updater.sizes.with_smaller("sample_batch", work)
 
     def grade(self, batch, problems):
         """Fill in problems, texts, right and rewards of a batch, which has G rows per problem."""
@@ -234,7 +234,7 @@ def prepare(o, out, config, resume):
         return None
     config.update(start.made_from(o, model, problems + held_out, config))
     trainer = Trainer(o, model, tokenizer, generation, problems)
-    config["micro_batch"] = trainer.updater.keep_micro_batch(config.get("micro_batch"))
+    config["micro_batch"] = trainer.updater.sizes.keep_micro_batch(config.get("micro_batch"))
     done = session.begin(trainer, out, resume)
     checkpoint.write_json(out / "config.json", config)
     return trainer, held_out, config, done

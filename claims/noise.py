@@ -138,7 +138,7 @@ def run(task):
             if not moved or done not in AFTER:
                 continue
             with torch.no_grad():
-                logp, _ = t.updater.forward(probe, everyone, t.model, with_entropy=False)
+                logp, _ = t.updater.forward(probe, everyone, t.model)
             log_w = (logp - probe.old_logprobs).double()
             found = by_length(log_w, probe.mask, probe.advantages)
             rows += [{"seed": seed, "updates": done, **row} for row in found]

@@ -55,7 +55,7 @@ def gradients(model, rollout, row):
     weights = list(model.parameters())
     mask = rollout.mask[row : row + 1]
     prompts, ids = [rollout.prompts[row]], rollout.completions[row : row + 1]
-    logprobs, _ = token_logprobs(model, prompts, ids, mask)
+    logprobs, _ = token_logprobs(model, prompts, ids, mask, through_head=False)
     for logp in logprobs[mask]:
         parts = torch.autograd.grad(logp, weights, retain_graph=True)
         yield torch.cat([part.flatten() for part in parts])

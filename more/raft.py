@@ -33,6 +33,8 @@ import torch
 
 from grpo import clip_term, constant, exp_ratio, prepare, split_groups, token_mean
 
+NEEDS_ALL_ROWS = True  # groups that are all right have an advantage
+
 
 def check(variant):
     if variant not in ("raft", "raft++", "reinforce_rej"):

@@ -3,12 +3,14 @@
 import functools
 import inspect
 import math
+from types import SimpleNamespace
 
 import torch
 
 from run.ownfile import guarded, load_file, place_of
 from trainer.methods import (
     OwnFileError,
+    inputs,
     is_file,
     keywords,
     known,
@@ -18,7 +20,7 @@ from trainer.methods import (
     split_options,
     with_advantages,
 )
-from trainer.update import gradient_of, toy, toy_inputs
+from trainer.update import gradient_of
 
 ARGUMENTS = {  # of the two functions; what stands after them is keyword-only
     "advantages": ("rewards", "group_size"),
@@ -76,6 +78,21 @@ def converted(name, text, kind):
         if not (abs(value) < math.inf and value >= least):  # NaN fails this test
             raise ValueError(f"--option {name}={text}: {wanted} of at least {least} is required")
     return value
+
+
+def toy():
+    """A batch of two groups of two completions, of 3, 1, 2 and 3 tokens. [4, 3]"""
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]).bool()
+    right = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    batch = SimpleNamespace(mask=mask, completions=mask.long(), right=right, history=[0.5])
+    batch.entropy = mask.float()
+    batch.ref_logprobs = -mask.float()
+    return batch
+
+
+def toy_inputs(function):
+    batch = toy()
+    return inputs(function, batch, slice(None), batch.entropy, batch.mask.shape[1])
 
 
 def try_out(module, values, algo):

@@ -95,7 +95,7 @@ def write_evaluation(trainer, out, held_out, step):
         return evaluated(o, model, trainer.tokenizer, held_out, *how)
 
     line = {"phase": "eval", "step": step}
-    line.update(trainer.updater.with_smaller_batches("sample_batch", work))
+    line.update(trainer.updater.sizes.with_smaller("sample_batch", work))
     greedy = [{"step": step, **shown} for shown in line.pop("greedy", [])]
     tqdm.write(evaluation_in_words(line))
     checkpoint.append_lines(out / "held_out.jsonl", greedy)

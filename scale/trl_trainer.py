@@ -88,7 +88,8 @@ from trainer.data import load_problems, split_overlap
 from trainer.methods import named, parameters, split_options
 from trainer.policy import context_length, load_policy
 from trainer.prompts import Chat, encode_problems
-from trainer.update import KL_COEFFICIENTS, kl_estimate
+from trainer.records import kl_estimate
+from trainer.update import KL_COEFFICIENTS
 
 # Fields of GRPOConfig for TRL's own loss and advantages. Ours replace both, so these must keep
 # their defaults.

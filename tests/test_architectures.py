@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trainer import probes, sampling
 from trainer.bf16 import named_tensors, sampling_copy
 from trainer.logprobs import Layout, token_logprobs
+from trainer.memory import enable_checkpointing
 from trainer.policy import context_length, load_policy, name_outputs, switch_off_randomness
 from trainer.probes import probe
 from trainer.sampling import sample
-from trainer.update import enable_checkpointing
 
 PROMPTS = [[5, 9, 17, 30, 4, 8, 21], [11, 6], [7, 33, 12, 19, 40], [11, 6]]
 LENGTHS = torch.tensor([6, 2, 1, 4])

@@ -13,9 +13,10 @@ from run.checks import fill
 from trainer import update
 from trainer.cache import cache_argument
 from trainer.logprobs import Layout, token_logprobs
-from trainer.methods import ALGORITHMS, named
+from trainer.methods import ALGORITHMS, MORE, inputs
+from trainer.records import kl_estimate
 from trainer.sampling import Rollout
-from trainer.update import Updater, kl_estimate
+from trainer.update import Updater
 
 B, T, G = 8, 6, 4
 
@@ -48,7 +49,24 @@ def updater(model, algo, loss_options=None, **options):
     return Updater(model, load_algorithm(algo), loss_options or {}, o, 16, Layout(True, True))
 
 
-def two_updates(algo, dtype, loss_options=None, r=None, keep_graph=False, **options):
+def advantages(u, r):
+    """What train.py's Trainer.advantages gives, without its checks."""
+    return u.algo.advantages(
+        r.rewards, G, **inputs(u.algo.advantages, r, slice(None), r.entropy, T)
+    )
+
+
+def measured(algo, loss_options=None, r=None, model=None, **options):
+    """(updater, rollout with its advantages) before the only update, whose rows are all eight."""
+    model = tiny_model() if model is None else model
+    r = rollout(dtype=model.dtype) if r is None else r
+    u = updater(model, algo, loss_options, **{"updates": 1, "micro_batch": "8"} | options)
+    u.measure(r, [torch.arange(B)])
+    r.advantages = advantages(u, r)
+    return u, r
+
+
+def two_updates(algo, dtype, loss_options=None, r=None, learn_at_once=False, **options):
     """Measure and update twice, on policy and then off it. Returns the trained model, what update
     returned, and the rollout, `r` if given.
     """
@@ -63,12 +81,8 @@ def two_updates(algo, dtype, loss_options=None, r=None, keep_graph=False, **opti
             p.data += 0.05 * torch.randn_like(p)
     mini_batches = torch.arange(B).split(B // 2)
 
-    def advantages(r):
-        more = named(u.algo.advantages, {"entropy": r.entropy, "mask": r.mask})
-        return u.algo.advantages(r.rewards, G, **more)
-
-    u.measure(r, mini_batches, keep_graph, advantages)
-    r.advantages = advantages(r)
+    u.measure(r, mini_batches, learn_at_once)
+    r.advantages = advantages(u, r)
     torch.manual_seed(2)  # Clip-Cov draws tokens
     return (
         model,
@@ -97,21 +111,25 @@ def test_a_micro_batch_does_not_change_the_parameters(algo, loss_options):
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=1e-10)
 
 
-@pytest.mark.parametrize("size", ["4", "3"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("algo", "loss_options"), KINDS)
-def test_one_pass_that_measures_and_learns_changes_no_bit(algo, loss_options, checkpointing, size):
-    """Size 4 keeps the graph of the mini-batch of 4 rows; size 3 guesses its gradient."""
+# Those whose gradient on policy depends on the probabilities, the entropy or rows without advantage.
+MEASURED_FIRST = {"gtpo", "grpo_s", "trgrpo", "clip_cov", "kl_cov", "raft", "reweight"}
+
+
+@pytest.mark.parametrize(("size", "checkpointing"), [("4", False), ("3", False), ("3", True)])
+@pytest.mark.parametrize(("algo", "loss_options"), [*KINDS, *((algo, None) for algo in MORE)])
+def test_one_pass_that_measures_and_learns_changes_no_bit(algo, loss_options, size, checkpointing):
     how = {"gradient_checkpointing": checkpointing, "micro_batch": size}
     twice, said, first = two_updates(algo, torch.float32, loss_options, **how)
-    once, said_once, second = two_updates(algo, torch.float32, loss_options, keep_graph=True, **how)
+    how["learn_at_once"] = True
+    once, said_once, second = two_updates(algo, torch.float32, loss_options, **how)
     for a, b in zip(twice.parameters(), once.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert torch.equal(first.old_logprobs, second.old_logprobs) and not once.training
-    guessed = algo in ("grpo", "dapo", "gspo", "tepo") and not loss_options
-    in_one_pass = size == "4" or guessed
-    # 1 by construction where it was one pass: not measured
-    assert said[0]["ratio"] and (said_once[0]["ratio"] == []) == in_one_pass
+    assert not once.training
+    for name in ("old_logprobs", "entropy", "measured"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    # A ratio that is 1 by construction is not measured.
+    learns_at_once = algo not in MEASURED_FIRST and not loss_options
+    assert said[0]["ratio"] and (said_once[0]["ratio"] == []) == learns_at_once
     for a, b in zip(said, said_once, strict=True):
         assert {**a, "ratio": []} == {**b, "ratio": []}
 
@@ -187,10 +205,8 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
 
 
 def test_a_checkpointed_layer_runs_again_in_the_backward_pass():
-    model, r, passes = tiny_model(), rollout(dtype=torch.float32), []
-    u = updater(model, "grpo", updates=1, micro_batch="8", gradient_checkpointing=True)
-    u.measure(r, [torch.arange(B)])
-    r.advantages = u.algo.advantages(r.rewards, G)
+    model, passes = tiny_model(), []
+    u, r = measured("grpo", model=model, gradient_checkpointing=True)
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
     u.update(r, torch.arange(B), on_policy=True)
     assert len(passes) == 2  # transformers checkpoints in train mode alone
@@ -203,11 +219,8 @@ def test_the_ratio_before_the_first_update_is_1_and_measured():
         assert max(abs(x - 1) for x in said[0]["ratio"]) < 1e-5
         assert said[1]["ratio"] == []
     # were the two sides of the ratio not one code path, this would see it
-    model, r = tiny_model(), rollout(dtype=torch.float32)
-    u = updater(model, "grpo")
-    u.measure(r, torch.arange(B).split(4))
+    u, r = measured("grpo")
     r.old_logprobs -= 0.1
-    r.advantages = u.algo.advantages(r.rewards, G)
     assert u.update(r, torch.arange(4), on_policy=True)["ratio"][0] == pytest.approx(
         2.718281828**0.1, rel=1e-4
     )
@@ -227,169 +240,115 @@ def rows_run(monkeypatch):
 
 
 def test_no_forward_pass_without_need(rows_run):
-    two_updates("grpo", torch.float64)
-    # measure: 2 mini-batches; then one pass each, with the graph: the first update takes the old
-    # log-probabilities for
-    # the current ones, the others fit one micro-batch
-    assert rows_run == [(4, False)] * 2 + [(4, True)] * 4
-    rows_run.clear()
-    two_updates("grpo", torch.float64, micro_batch="2")
-    first, second = rows_run[4:6], rows_run[6:10]
-    assert first == [(2, True)] * 2 and second == [(2, False)] * 2 + [(2, True)] * 2
+    """A pass without a graph measures; the first update takes its log-probabilities as current."""
+    passes = {
+        # one micro-batch: off policy its graph is kept
+        ("gtpo", "4"): [(4, False)] * 2 + [(4, True)] * 4,
+        ("grpo", "4"): [(4, False)] + [(4, True)] * 4,  # the first update measures its own rows
+        ("gtpo", "2"): [(2, False)] * 4 + [(2, True)] * 2 + [(2, False)] * 2 + [(2, True)] * 2,
+        ("grpo", "2"): [(2, False)] * 2 + [(2, True)] * 2 + [(2, False)] * 2 + [(2, True)] * 2,
+    }
+    for (algo, size), want in passes.items():
+        rows_run.clear()
+        two_updates(algo, torch.float64, micro_batch=size, learn_at_once=True)
+        assert rows_run[: len(want)] == want
 
 
-def test_the_pass_that_measures_is_the_pass_that_learns_where_it_fits(rows_run):
-    two_updates("gtpo", torch.float64, keep_graph=True, micro_batch="4")
-    assert rows_run == [(4, True), (4, False)] + [(4, True)] * 3
-    rows_run.clear()
-    two_updates("gtpo", torch.float64, keep_graph=True, micro_batch="2")
-    assert rows_run[:6] == [(2, False)] * 4 + [(2, True)] * 2
-    rows_run.clear()
-    two_updates("dapo", torch.float64, keep_graph=True, micro_batch="2")
-    assert rows_run[:4] == [(2, True)] * 2 + [(2, False)] * 2
-    assert rows_run[4:6] == [(2, False)] * 2  # already the second update, off policy
-
-
-def one_mixed_group():
-    """A rollout whose second group is all right."""
+def one_mixed_group(constant=1.0):
+    """A rollout whose second group is all right, or all wrong."""
     r = rollout()
-    r.right = r.rewards = torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1], dtype=torch.float64)
+    r.right = r.rewards = torch.tensor([1.0, 0, 0, 1, *[constant] * 4], dtype=torch.float64)
     return r
 
 
-@pytest.mark.parametrize("keep_graph", [False, True])
-def test_a_group_without_signal_is_not_run(rows_run, keep_graph):
-    _, _, r = two_updates("grpo", torch.float64, r=one_mixed_group(), keep_graph=keep_graph)
-    assert rows_run[0] == (4, keep_graph) and {n for n, _ in rows_run} == {4}
-    # One pass that measures (and learns), and the pass of the first mini-batch's second update.
-    assert len(rows_run) == (2 if keep_graph else 3)
+@pytest.mark.parametrize("learn_at_once", [False, True])
+def test_a_group_without_signal_is_not_run(rows_run, learn_at_once):
+    r = one_mixed_group()
+    _, said, _ = two_updates("grpo", torch.float64, r=r, learn_at_once=learn_at_once)
+    # The pass that measures, that of the first update, and that of its second time.
+    assert rows_run == [(4, False)] * (not learn_at_once) + [(4, True)] * 2
     assert r.measured.tolist() == [True] * 4 + [False] * 4
     assert (r.entropy[4:] == 9.0 * r.mask[4:]).all() and (r.old_logprobs[:4] != -3).all()
+    # Nothing to learn from: no pass, and no step on momentum alone.
+    assert (said[1]["moved"], said[1]["grad_norm"], said[1]["signal"]) == (False, 0, 0)
 
 
-def test_groups_that_differ_in_rewards_or_in_right_answers_are_run():
-    r = one_mixed_group()
-    r.rewards, r.right = torch.ones(B), torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1])
-    u = updater(tiny_model(), "grpo")
-    assert u.may_have_signal(r).tolist() == [True] * 4 + [False] * 4
-    r.rewards = torch.tensor([0.0, 0, 0, 0, 1, 2, 1, 1])
-    assert u.may_have_signal(r).all()
+@pytest.mark.parametrize(
+    ("rewards", "right", "run"),
+    [
+        ([1, 0, 0, 1, 0, 0, 0, 0], [1, 0, 0, 1, 0, 0, 0, 0], [0]),
+        ([1, 1, 1, 1, 1, 1, 1, 1], [1, 0, 0, 1, 1, 1, 1, 1], [0]),
+        ([0, 0, 0, 0, 1, 2, 1, 1], [1, 0, 0, 1, 1, 1, 1, 1], [0, 1]),
+        ([0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1], []),
+    ],
+)
+def test_groups_that_differ_in_rewards_or_in_right_answers_are_run(rewards, right, run):
+    r, u = rollout(), updater(tiny_model(), "grpo")
+    r.rewards, r.right = torch.tensor(rewards).double(), torch.tensor(right).double()
+    assert u.has_signal(r).view(2, G).all(1).nonzero()[:, 0].tolist() == run
+    assert u.has_signal(r).sum() == G * len(run)
 
 
-@pytest.mark.parametrize("keep_graph", [False, True])
-@pytest.mark.parametrize("micro_batch", ["2", "4"])
-def test_a_constant_group_with_an_advantage_is_measured_after_all(micro_batch, keep_graph):
-    """RAFT trains on groups that are all right. The result is that of a file that needs all."""
-    trained = []
-    for needs in (False, True):
-        r, u = (
-            one_mixed_group(),
-            updater(tiny_model().double(), "raft", updates=1, micro_batch=micro_batch),
-        )
-        u.needs_all_rows = needs
-
-        def advantages(r, u=u):
-            return u.algo.advantages(r.rewards, G)
-
-        u.measure(r, [torch.arange(B)], keep_graph, advantages)
-        r.advantages = advantages(r)
-        left_out = not r.measured.all()
-        assert u.measure_rest(r, [torch.arange(B)]) == left_out
-        u.update(r, torch.arange(B), on_policy=True)
-        trained.append((r, list(u.model.parameters())))
-    (a, some), (b, every) = trained
-    assert a.measured.all() and torch.equal(a.old_logprobs, b.old_logprobs)
-    assert all(torch.equal(*pair) for pair in zip(some, every, strict=True))
+@pytest.mark.parametrize("algo", [*ALGORITHMS, *MORE])
+def test_a_method_that_gives_a_constant_group_an_advantage_needs_all_rows(algo):
+    """Else its rows would be pushed from the sampler's log-probabilities, and never run."""
+    for constant in (0.0, 1.0):
+        u, r = measured(algo, r=one_mixed_group(constant), model=tiny_model().double())
+        r.history = [0.2, 0.4]
+        pushes = advantages(u, r).view(B, -1)[G:].any()
+        assert u.needs_all_rows or not pushes
 
 
-def test_a_wrong_guess_is_undone(monkeypatch, rows_run):
-    """TR-GRPO's gradient depends on the probabilities themselves."""
-    how = {"keep_graph": True, "micro_batch": "2"}
-    want, _, _ = two_updates("trgrpo", torch.float64, **how)
-    monkeypatch.setattr(update, "takes_ratios_only", lambda *_: True)
-    rows_run.clear()
-    got, said, _ = two_updates("trgrpo", torch.float64, **how)
-    assert rows_run[:6] == [(2, True)] * 2 + [(2, False)] * 2 + [(2, True)] * 2 and said[0]["ratio"]
-    for a, b in zip(want.parameters(), got.parameters(), strict=True):
-        assert torch.equal(a, b)
+def test_a_file_of_the_user_runs_all_rows_unless_it_says_not_to(tmp_path):
+    body = "from grpo import loss\n"
+    for line, needs in (("", True), ("NEEDS_ALL_ROWS = False\n", False)):
+        path = tmp_path / f"own{needs}.py"
+        path.write_text(body + line)
+        assert updater(tiny_model(), str(path)).needs_all_rows == needs
 
 
-def test_micro_batches_of_several_kinds_keep_their_graphs_together(rows_run):
-    """The first group is all wrong, so its rows are a micro-batch of their own."""
-    r = rollout(dtype=torch.float32)
-    r.rewards = torch.tensor([0.0, 0, 0, 0, 0, 1, 0, 0])
-    u = updater(tiny_model(), "grpo", {"beta": 0.1}, updates=1, micro_batch="8")
-    u.measure(r, [torch.arange(B)], keep_graph=True)
-    r.advantages = u.algo.advantages(r.rewards, G)
-    assert rows_run == [(G, False)] * 2 + [(G, True)] * 2 and len(u.graphs) == 2
-    assert u.update(r, torch.arange(B), on_policy=True)["moved"]
-    assert len(rows_run) == 4 and not u.graphs
-
-
-def test_no_graph_outlives_a_skipped_step_or_an_error_of_memory():
-    r = rollout(dtype=torch.float32)
-    u = updater(tiny_model(), "grpo", updates=1, micro_batch="auto")
-    u.measure(r, [torch.arange(B)], keep_graph=True)
-    r.advantages = u.algo.advantages(r.rewards, G)
+def test_no_graph_outlives_a_skipped_step_or_an_error_of_memory(monkeypatch):
+    u, r = measured("grpo", micro_batch="auto")
     r.advantages[0] = float("nan")
-    assert u.graphs and u.update(r, torch.arange(B), on_policy=True)["bad_rows"] == [0]
-    assert not u.graphs
-    u.measure(r, [torch.arange(B)], keep_graph=True)
+    assert u.update(r, torch.arange(B), on_policy=False)["bad_rows"] == [0]
+    assert u.graph is None and u.sizes.rows["micro_batch"] == B
+    r.advantages[0] = 0.0
+    real, graphs = u.loss_gradient, []
 
-    def work(size):
-        if u.graphs:
+    def small(*args):
+        graphs.append(u.graph)
+        if len(graphs) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return size
+        return real(*args)
 
-    assert u.with_smaller_batches("micro_batch", work) == B // 2
-
-
-def test_rows_without_push_are_not_run(rows_run):
-    model, r = tiny_model(), rollout(dtype=torch.float32)
-    r.rewards = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0])  # the second group is all wrong
-    u = updater(model, "tepo", updates=1, micro_batch="8")
-    u.measure(r, [torch.arange(B)])
-    r.advantages = u.algo.advantages(r.rewards, G)
-    rows_run.clear()
-    assert u.update(r, torch.arange(B), on_policy=True)["signal"] == r.mask[:G].sum()
-    assert rows_run == [(4, True)]
-    before = [p.clone() for p in model.parameters()]
-    rows_run.clear()
-    said = u.update(
-        r, torch.arange(4, 8), on_policy=False
-    )  # nothing to learn from: no pass, no step on momentum alone
-    assert rows_run == [] and said["grad_norm"] == 0 and said["signal"] == 0
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    monkeypatch.setattr(u, "loss_gradient", small)
+    assert u.update(r, torch.arange(B), on_policy=False)["moved"]
+    assert graphs[0] is not None and graphs[1] is None  # two micro-batches keep none
 
 
 def test_a_file_that_needs_all_rows_has_current_logprobs_of_rows_without_advantage(monkeypatch):
     """KL-Cov with every token in S, by hand: 0.5 |log w| / N pushes by 0.5 sign(log w) / N."""
-    model, r = tiny_model(), rollout(dtype=torch.float32)
-    r.rewards = r.right = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0])  # the second group is all wrong
-    u = updater(model, "kl_cov", {"cov_ratio": 1.0, "cov_coef": 0.5}, updates=1)
-    u.measure(r, [torch.arange(B)])
-    r.advantages = u.algo.advantages(r.rewards, G)
+    u, r = measured("kl_cov", {"cov_ratio": 1.0, "cov_coef": 0.5}, one_mixed_group(0.0))
     current = r.old_logprobs.clone()
     r.old_logprobs[4] += 1.0  # log w = -1 on 3 tokens
     r.old_logprobs[5] -= 1.0  # log w = 1 on 6 tokens
     r.logprobs[:] = -9.0  # what an earlier update left here
-    said, pushes, real = None, [], u.loss_gradient
+    gradients, real = [], u.loss_gradient
 
     def recorded(*args):
-        loss, push = real(*args)
-        pushes.append(push)
-        return loss, push
+        loss, gradient = real(*args)
+        gradients.append(gradient)
+        return loss, gradient
 
     monkeypatch.setattr(u, "loss_gradient", recorded)
     said = u.update(r, torch.arange(B), on_policy=False)
     torch.testing.assert_close(r.logprobs[r.mask], current[r.mask], rtol=0, atol=1e-6)
     want = torch.zeros(4, T)
     want[0, :3], want[1, :6] = -0.5 / 29, 0.5 / 29  # N is 29
-    torch.testing.assert_close(pushes[0][4:6], want[:2], rtol=0, atol=1e-9)
+    torch.testing.assert_close(gradients[0][4:6], want[:2], rtol=0, atol=1e-9)
     assert said["signal"] == r.mask[:G].sum() and said["clipped"] == 0
     # Without any advantage the penalty alone moves the weights, and only off policy.
-    r.rewards = torch.zeros(B)
-    r.advantages = u.algo.advantages(r.rewards, G)
+    r.advantages = torch.zeros(B)
     said = u.update(r, torch.arange(B), on_policy=False)
     assert said["moved"] and said["signal"] == 0 and said["grad_norm"] > 0
 
@@ -399,7 +358,7 @@ def test_a_file_that_needs_all_rows_has_current_logprobs_of_rows_without_advanta
     [
         ("dapo", {}, G),
         ("clip_cov", {}, B),
-        ("kl_cov", {}, B),
+        ("raft", {}, B),
         ("tepo", {}, G),
         ("tepo", {"kl_coef": 0.5}, B),
         ("grpo", {"beta": 0.0}, G),
@@ -408,22 +367,18 @@ def test_a_file_that_needs_all_rows_has_current_logprobs_of_rows_without_advanta
     ],
 )
 def test_one_rule_says_which_rows_are_run(algo, loss_options, rows, rows_run):
-    """Those with an advantage, half of them here; all for NEEDS_ALL_ROWS and for any KL."""
-    r = rollout(dtype=torch.float32)
-    r.rewards = r.right = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0])
-    u = updater(tiny_model(), algo, loss_options, updates=1, micro_batch="8")
-    u.measure(r, [torch.arange(B)])
-    r.advantages = u.algo.advantages(r.rewards, G)
+    """Those of mixed groups, half of them here; all for NEEDS_ALL_ROWS and for any KL."""
+    u, r = measured(algo, loss_options, one_mixed_group(0.0))
     rows_run.clear()
     u.update(r, torch.arange(B), on_policy=False)
-    current = [count for count, _ in rows_run]
-    assert sum(current[: 1 + (rows == B)]) == rows  # the pass that measures; groups run apart
+    assert rows_run == [(rows, True)]
 
 
 @pytest.mark.parametrize("size", ["8", "3"])
-def test_rows_left_out_do_not_pad_the_others_otherwise(size, monkeypatch):
+@pytest.mark.parametrize("algo", ["grpo", "gtpo"])
+def test_rows_left_out_do_not_pad_the_others_otherwise(algo, size, monkeypatch):
     """In bf16 another padding rounds otherwise, and the ratio is off by that: rows run beside the
-    same rows again.
+    same rows again. Group 0 is all right; for gtpo one of its rows is punished: A = 0 all the same.
     """
     runs = []
 
@@ -433,20 +388,20 @@ def test_rows_left_out_do_not_pad_the_others_otherwise(size, monkeypatch):
 
     monkeypatch.setattr(update, "token_logprobs", recorded)
     r = rollout(dtype=torch.float32)
-    r.rewards = torch.tensor([0.0, 0, 0, 0, 0, 1, 0, 0])  # the first group is all wrong
-    u = updater(tiny_model(), "grpo", updates=1, micro_batch=size)
-    u.measure(r, [torch.arange(B)])
-    r.advantages = u.algo.advantages(r.rewards, G)
-    measured = [run[1:] for run in runs]
-    assert sum(len(ids) for ids, _ in measured) == B
+    r.right = torch.tensor([1.0, 1, 1, 1, 0, 1, 0, 0])
+    r.rewards = r.right - torch.tensor([0.5, 0, 0, 0, 0, 0, 0, 0]) * (algo == "gtpo")
+    u, r = measured(algo, r=r, micro_batch=size)
+    assert not r.advantages[:G].any() and r.advantages[G:].any()
+    before = [run[1:] for run in runs]
+    assert sum(len(ids) for ids, _ in before) == (B if algo == "gtpo" else G)
     runs.clear()
-    u.update(r, torch.arange(B), on_policy=True)
-    assert runs and all(grad and tuple(run) in measured for grad, *run in runs)
+    said = u.update(r, torch.arange(B), on_policy=True)
+    assert runs and all(grad and tuple(run) in before for grad, *run in runs)
+    assert said["signal"] == r.mask[G:].sum()
     runs.clear()
     u.update(r, torch.arange(B), on_policy=False)
-    assert runs and all(
-        grad or tuple(run) in measured for grad, *run in runs
-    )  # the backward pass may have fewer rows
+    # The backward pass may have fewer rows.
+    assert runs and all(grad or tuple(run) in before for grad, *run in runs)
 
 
 def test_clip_frac_counts_tokens_with_advantage_and_no_push():
@@ -568,30 +523,6 @@ def test_kl_estimate_is_not_lost_to_rounding_nor_to_overflow():
     assert kl_estimate(log_w, torch.zeros(3)).tolist() == pytest.approx(want, rel=2e-3)
     far = kl_estimate(torch.tensor([90.0, -90.0]), torch.zeros(2))
     assert far.isfinite().all() and far[1] == 89  # e^-90 - 1 + 90
-
-
-def test_groups_left_out_by_correctness_do_not_pad_the_others_otherwise(monkeypatch):
-    """Shaped rewards: GTPO leaves out group 0 (all right, one row punished), and keeps group 1."""
-    runs = []
-
-    def recorded(model, prompts, completions, mask, **options):
-        runs.append((torch.is_grad_enabled(), completions.tolist(), mask.tolist()))
-        return token_logprobs(model, prompts, completions, mask, **options)
-
-    monkeypatch.setattr(update, "token_logprobs", recorded)
-    r = rollout(dtype=torch.float32)
-    r.right = torch.tensor([1.0, 1, 1, 1, 0, 1, 0, 0])
-    r.rewards = r.right - torch.tensor([0.5, 0, 0, 0, 0, 0, 0, 0])
-    u = updater(tiny_model(), "gtpo", updates=1, micro_batch="8")
-    u.measure(r, [torch.arange(B)])
-    inputs = {"entropy": r.entropy, "mask": r.mask, "right": r.right}
-    r.advantages = u.algo.advantages(r.rewards, G, **inputs)
-    assert not r.advantages[:G].any() and r.advantages[G:].any()
-    measured = [run[1:] for run in runs]
-    runs.clear()
-    said = u.update(r, torch.arange(B), on_policy=True)
-    assert len(runs) == 1 and len(runs[0][1]) == G and runs[0][1:] in measured
-    assert said["signal"] == r.mask[G:].sum() and len(said["ratio"]) == said["signal"]
 
 
 def test_a_kl_to_the_reference_runs_and_pushes_groups_without_advantage(rows_run):

@@ -127,7 +127,7 @@ def test_the_update_is_that_of_the_machinery(walk):
     rows = [kept["prompt"]] * 8, torch.tensor(kept["completions"]), mask
 
     def logprobs():
-        return token_logprobs(model, *rows, temperature=1.0, with_entropy=False)[0]
+        return token_logprobs(model, *rows, temperature=1.0)[0]
 
     push = torch.tensor(want_pushes(kept)["TEPO"][1]).float()
     before = logprobs()

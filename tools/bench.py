@@ -103,7 +103,6 @@ def parse_args(argv):
 if __name__ == "__main__":  # --help and a wrong option do not wait for torch to be imported
     parse_args(sys.argv[1:])
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -270,14 +269,16 @@ def random_batch(vocabulary, rows, tokens, device, prompt=64):
 
 def backward(model, batch, push, size, autocast=False, through_head=True):
     """Forward and backward of the batch, `size` rows at a time; push: dL/dlogprobs [B, T]."""
-    from trainer.bf16 import bf16_compute
     from trainer.logprobs import token_logprobs
 
     prompts, ids, mask = batch
+    casts = {}
     for rows in torch.arange(len(prompts)).split(size):
         piece = [prompts[i] for i in rows]
-        with bf16_compute(ids.device.type) if autocast else contextlib.nullcontext():
-            out, _ = token_logprobs(model, piece, ids[rows], mask[rows], through_head=through_head)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
+            out, _ = token_logprobs(
+                model, piece, ids[rows], mask[rows], through_head=through_head, casts=casts
+            )
         out.backward(gradient=push[rows])
 
 
@@ -480,7 +481,7 @@ def qwen(args, device, prompts=4, group_size=8, prompt_tokens=100, most_tokens=2
     trainer = Graded(fill(parse(line.split())), model, None, generation, problems)
     found, _, _ = trainer.step(2)
     found = {name: found[name] for name in ("rollout_s", "update_s", "length")}
-    found["micro_batch"] = trainer.updater.at_once["micro_batch"]
+    found["micro_batch"] = trainer.updater.sizes.rows["micro_batch"]
     found["peak_mib"] = peak_bytes(device) / 2**20
     return found
 

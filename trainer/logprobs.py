@@ -6,12 +6,14 @@ the log-probabilities are kept. The G completions of a group share one prompt. W
 its keys and values are the same in every row, so the prompt is run once instead of G times.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from trainer.cache import PLAIN_LAYERS, cache_argument, left_padded, prefill
+from trainer.cache import cache_argument, left_padded, prefill
+from trainer.gradients import InPlace, add_product, cast
 
 # Elements of one chunk of logits, by device: 64 MiB in fp32 on a CPU, 256 MiB on a GPU. Each chunk,
 # [n, V], launches a dozen kernels and goes over the head's whole gradient, [V, D]. With Qwen2.5's
@@ -40,63 +42,52 @@ PLAIN = Layout()
 class HeadLogprobs(torch.autograd.Function):
     """log softmax(h W^T / temperature) at each row's target token, and the entropy, in chunks.
 
-    hidden [N, D], weight [V, D], bias [V] or None, targets [N] -> log-probabilities [N] and entropy
-    [N] in nats, without gradient. Forward keeps only the log-sum-exp of each row. Backward computes
-    each chunk's logits again and turns them in place into the gradient
+    hidden [N, D], weight [V, D] and its cast, bias [V] or None, targets [N] -> log-probabilities
+    [N], and entropy [N] in nats, without gradient. Forward keeps only the log-sum-exp of each row.
+    Backward adds to weight.grad in place, as trainer/gradients.py does. It computes each chunk's
+    logits again and turns them in place into the gradient
 
         d(logp)/d(logits) = (onehot - softmax) / temperature.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, with_entropy):
-        kind = hidden.device.type
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(kind):  # cast here: backward runs outside autocast
-            dtype = torch.get_autocast_dtype(kind)
-        h, head = hidden.to(dtype), weight.to(dtype)
-        chunk = max(1, logits_at_once(kind) // len(weight))  # rows
-        result_dtype = torch.promote_types(dtype, torch.float32)
+    def forward(ctx, hidden, weight, head, bias, targets, temperature):
+        h = hidden.to(head.dtype)
+        chunk = max(1, logits_at_once(h.device.type) // len(head))  # rows
+        result_dtype = torch.promote_types(head.dtype, torch.float32)
         logprobs = torch.empty(len(h), dtype=result_dtype, device=h.device)
         logsumexp = torch.empty_like(logprobs)
-        entropy = torch.zeros_like(logprobs)
+        entropy = torch.empty_like(logprobs)
         for start in range(0, len(h), chunk):
             rows = slice(start, start + chunk)
             z = chunk_logits(h[rows], head, bias, temperature)  # [chunk, V]
             lse = logsumexp[rows] = z.logsumexp(1)
             logprobs[rows] = z.gather(1, targets[rows, None])[:, 0] - lse
-            if with_entropy:  # H = - sum p log p; lse - sum p z would cancel where H is near 0
-                z -= lse[:, None]
-                entropy[rows] = -z.exp().mul_(z).sum(1)
-        ctx.save_for_backward(h, head, bias, targets, logsumexp)
-        ctx.chunk, ctx.temperature = chunk, temperature
-        ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
+            z -= lse[:, None]  # H = - sum p log p; lse - sum p z would cancel where H is near 0
+            entropy[rows] = -z.exp().mul_(z).sum(1)
+        ctx.save_for_backward(h, bias, targets, logsumexp)
+        ctx.weight, ctx.head, ctx.chunk, ctx.temperature = weight, head, chunk, temperature
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, push, _):
-        h, head, bias, targets, logsumexp = ctx.saved_tensors
-        grad_h = torch.empty_like(h, dtype=ctx.hidden_dtype)
-        grad_weight = grad_bias = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(head, dtype=ctx.weight_dtype)
-        if bias is not None and ctx.needs_input_grad[2]:
-            grad_bias = torch.zeros_like(bias)
+    def backward(ctx, grad, _):
+        h, bias, targets, logsumexp = ctx.saved_tensors
+        grad_h = torch.empty_like(h)
+        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
         for start in range(0, len(h), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            z = chunk_logits(h[rows], head, bias, ctx.temperature)
-            scale = push[rows, None] / ctx.temperature  # [chunk, 1]
-            z = z.sub_(logsumexp[rows, None]).exp_().mul_(-scale)  # - softmax push / temperature
-            z = z.scatter_add_(1, targets[rows, None], scale)  # + onehot push / temperature
+            z = chunk_logits(h[rows], ctx.head, bias, ctx.temperature)
+            scale = grad[rows, None] / ctx.temperature  # [chunk, 1]
+            z = z.sub_(logsumexp[rows, None]).exp_().mul_(-scale)  # - softmax grad / temperature
+            z = z.scatter_add_(1, targets[rows, None], scale)  # + onehot grad / temperature
             if grad_bias is not None:
                 grad_bias += z.sum(0)
-            z = z.to(head.dtype)
-            grad_h[rows] = z @ head
-            if grad_weight is not None and grad_weight.dtype == z.dtype:
-                grad_weight.addmm_(z.T, h[rows])  # without a temporary as large as the head
-            elif grad_weight is not None:
-                grad_weight += z.T @ h[rows]
-        return grad_h, grad_weight, grad_bias, None, None, None
+            z = z.to(h.dtype)
+            grad_h[rows] = z @ ctx.head
+            if ctx.needs_input_grad[1]:
+                add_product(ctx.weight, z, h[rows])
+        return grad_h, None, None, grad_bias, None, None
 
 
 def logits_at_once(kind):
@@ -120,31 +111,36 @@ def token_logprobs(
     mask,
     *,
     temperature=1.0,
-    with_entropy=True,
     through_head=True,
     share_prompts=False,
+    casts=None,
 ):
     """The log-probability of each completion token, and the entropy of its distribution, in nats.
 
     prompts: B lists of token ids. completions: [B, T] ids. mask: [B, T] bool, on for the first
-    tokens of a row. Returns (logprobs, entropy), both [B, T], 0 where mask is off. entropy has no
-    graph; with_entropy=False may leave it 0. through_head: put only the needed hidden states
+    tokens of a row. Returns (logprobs, entropy), both [B, T], 0 where mask is off; entropy has no
+    graph. through_head: put only the needed hidden states
     through the output head, in chunks; share_prompts then runs equal prompts once. Without
-    through_head it uses the model's own logits, which is right for any architecture.
+    through_head it uses the model's own logits, which is right for any architecture. casts: of
+    gradients.InPlace, which then runs the model.
     """
     targets = completions[mask]  # [N], row after row
-    if through_head:
-        if share_prompts:
-            hidden = shared_hidden(model, prompts, completions, mask)
+    rows = prompts, completions, mask
+    with nullcontext() if casts is None else InPlace(casts):
+        if not through_head:
+            logits = by_row(model, "logits", *rows)
+        elif share_prompts:
+            hidden = shared_hidden(model, *rows)
         else:
-            hidden = by_row(model.base_model, "last_hidden_state", prompts, completions, mask)
+            hidden = by_row(model.base_model, "last_hidden_state", *rows)
+    if through_head:
         head = model.get_output_embeddings()
+        weight = cast(head.weight, {} if casts is None else casts)
         bias = getattr(head, "bias", None)
         logprobs, entropy = HeadLogprobs.apply(
-            hidden, head.weight, bias, targets, temperature, with_entropy
+            hidden, head.weight, weight, bias, targets, temperature
         )
     else:
-        logits = by_row(model, "logits", prompts, completions, mask)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logp = (logits / temperature).log_softmax(1)  # [N, V]
         logprobs = logp.gather(1, targets[:, None])[:, 0]
@@ -188,7 +184,6 @@ def shared_hidden(model, prompts, completions, mask):
     which = torch.tensor([number[prompt] for prompt in prompts], device=device)  # [B]
     ids, real = left_padded(distinct, 0, device)  # [P, L]
     cache = prefill(model, ids, real, which)
-    cut = cut_graph(cache) if torch.is_grad_enabled() else []
     longest = int(mask.sum(1).max())
     mask = mask[:, :longest]  # [B, T]
     last = real.sum(1)[which, None] - 1  # [B, 1], the position of the prompt's last token
@@ -199,52 +194,4 @@ def shared_hidden(model, prompts, completions, mask):
         use_cache=True,
         **{cache_argument(model.base_model): cache},
     ).last_hidden_state
-    hidden = hidden[mask]
-    if not cut:
-        return hidden
-    anchor = torch.empty(0, device=device, requires_grad=True)  # so that the result has a graph
-    return PromptsLast.apply(anchor, [hidden], cut)
-
-
-def cut_graph(cache):
-    """Replace the cache's keys and values by leaves, so that backward ends at them.
-
-    Returns [(tensor with its graph, leaf)]; empty, and the cache as it was, if some layer keeps
-    anything but keys and values.
-    """
-    kinds = {type(layer) for layer in cache.layers}
-    if not kinds <= PLAIN_LAYERS:
-        return []
-    cut = []
-    for layer in cache.layers:
-        for name in ("keys", "values"):
-            tensor = getattr(layer, name)
-            if tensor is not None and tensor.requires_grad:
-                leaf = tensor.detach().requires_grad_()
-                setattr(layer, name, leaf)
-                cut.append((tensor, leaf))
-    return cut
-
-
-class PromptsLast(torch.autograd.Function):
-    """The hidden states of the completions; backward runs their graph, then that of the prompts.
-
-    In one graph, autograd would hold each weight's gradient from the completions until that from
-    the prompts can be added: one more gradient of the whole model. Here both are added to `.grad`
-    when they are computed. So use backward(), not torch.autograd.grad.
-    """
-
-    @staticmethod
-    def forward(ctx, anchor, hidden, cut):
-        """hidden: a list, which autograd does not look into. cut: of cut_graph."""
-        ctx.hidden, ctx.cut = hidden[0], cut
-        return hidden[0].detach()
-
-    @staticmethod
-    def backward(ctx, push):
-        torch.autograd.backward(ctx.hidden, push)
-        tensors = [tensor for tensor, leaf in ctx.cut if leaf.grad is not None]
-        grads = [leaf.grad for _, leaf in ctx.cut if leaf.grad is not None]
-        ctx.hidden = ctx.cut = None
-        torch.autograd.backward(tensors, grads)
-        return None, None, None
+    return hidden[mask]

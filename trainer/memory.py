@@ -2,16 +2,17 @@
 
 import ctypes
 import functools
+import math
 import os
 from pathlib import Path
 
 import torch
 
 from trainer import logprobs
-from trainer.bf16 import keep_once, restore
+from trainer.probes import train_mode_agrees
 
 # What to use of the memory that is free. CUDA: the allocator leaves gaps between its blocks, and
-# an error is corrected (update.with_smaller_batches). CPU: other programs need memory too, and an
+# an error is corrected (BatchSizes.with_smaller). CPU: other programs need memory too, and an
 # error ends the process.
 SHARE = {"cuda": 0.9, "cpu": 0.5}
 UNKNOWN = 8 * 2**30  # free bytes, where the system does not tell (Windows); our choice
@@ -25,17 +26,38 @@ CGROUPS = (  # a container's limit and use, in bytes: version 2 and version 1
 )
 
 
+def choose_micro_batch(model, longest, options, through_head):
+    """The rows of a micro-batch for --micro-batch auto, rows of `longest` tokens. Prints them.
+
+    As few passes as fit take a mini-batch, and they are of equal size: a pass has a price whatever
+    its rows, and equal passes need the least memory.
+    """
+    fit, row, budget = rows_that_fit(
+        model,
+        longest,
+        dtype=options.dtype,
+        through_head=through_head,
+        checkpointing=options.gradient_checkpointing,
+    )
+    mini_batch = options.rows // options.updates
+    passes = math.ceil(mini_batch / fit)
+    rows = math.ceil(mini_batch / passes)
+    print(
+        f"micro-batch: {rows} rows (auto: {row / 2**20:,.1f} MiB per row of {longest} tokens, "
+        f"{budget / 2**20:,.0f} MiB for rows); --micro-batch N changes it"
+    )
+    return rows
+
+
 def rows_that_fit(model, tokens, *, dtype="fp32", through_head=False, checkpointing=False):
     """(rows of `tokens` tokens that fit into one pass of an update, bytes per row, bytes for rows).
 
-    Call it before the first step, when gradients and moments are not allocated yet. The number of
-    rows is a power of two, at least 1, so that it rarely changes with what else is running.
+    Call it before the first step, when gradients and moments are not allocated yet.
     """
     row = tokens * bytes_per_token(model, dtype, through_head, checkpointing)
     left = free_bytes(model.device) - bytes_to_come(model, dtype)
     budget = max(0, int(left * SHARE.get(model.device.type, 0.5)))
-    fit = max(1, budget // row)
-    return 2 ** (fit.bit_length() - 1), row, budget
+    return max(1, budget // row), row, budget
 
 
 def bytes_per_token(model, dtype, through_head, checkpointing):
@@ -67,18 +89,16 @@ def kept_bytes(model, rows, tokens, dtype, through_head):
     kept = {}  # tensors may share their storage
 
     bf16 = dtype == "bf16"
-    keep = keep_once() if bf16 else torch.Tensor.detach
 
     def count(tensor):
-        tensor = keep(tensor)
-        if isinstance(tensor, torch.Tensor):  # else a weight
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
+        tensor = tensor.detach()  # its graph would hold it, and it the graph, for ever
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with (
         torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(count, restore),
+        torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
         torch.autocast(model.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False),
     ):
         out = logprobs.token_logprobs(
@@ -87,6 +107,7 @@ def kept_bytes(model, rows, tokens, dtype, through_head):
             completions,
             torch.ones_like(completions, dtype=torch.bool),
             through_head=through_head,
+            casts={},
         )
     del out  # the graph must live until here: a freed storage's address is used again
     return sum(kept.values())
@@ -95,16 +116,14 @@ def kept_bytes(model, rows, tokens, dtype, through_head):
 def bytes_to_come(model, dtype):
     """What an update allocates besides the activations of its rows, in bytes, by arithmetic.
 
-    Gradients and AdamW's two moments. For the head: its gradient, and three chunks of logits. For
-    bf16 also the head and its gradient in bf16, and the gradient cast back.
+    Gradients, AdamW's two moments, and three chunks of logits. For bf16 also the weights in bf16,
+    and a product of the size of the head, before it is added to the gradient.
     """
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     head = model.get_input_embeddings().weight
-    head = head.numel() * head.element_size()
-    chunks = 3 * 4 * logprobs.logits_at_once(model.device.type)
-    total = 3 * weights + head + chunks
+    total = 3 * weights + 3 * 4 * logprobs.logits_at_once(model.device.type)
     if dtype == "bf16":
-        total += head // 2 + head // 2 + head
+        total += weights // 2 + head.numel() * 2
     return total
 
 
@@ -141,6 +160,22 @@ def container_bytes():
         except (OSError, ValueError):  # no such file, or the limit is "max"
             continue
     return left
+
+
+def enable_checkpointing(model):
+    """Have the backward pass recompute each layer's activations, which needs train mode.
+
+    Raises ValueError if the model's log-probabilities differ in train mode.
+    """
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:  # its name before transformers 5.20
+        model.gradient_checkpointing_enable()
+    if not train_mode_agrees(model):
+        raise ValueError(
+            "--gradient-checkpointing needs train mode, in which this model computes other "
+            "log-probabilities than in eval mode (randomness or a clamp): leave it out"
+        )
 
 
 def return_free_memory(model):

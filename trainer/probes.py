@@ -137,7 +137,6 @@ def logprobs_of(model, rows, through_head, share_prompts=False):
     logprobs, _ = token_logprobs(
         model,
         *rows,
-        with_entropy=False,
         through_head=through_head,
         share_prompts=share_prompts,
     )

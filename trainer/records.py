@@ -8,7 +8,6 @@ import torch
 from grpo import constant
 from trainer.decoding import token_texts
 from trainer.sampling import Rollout
-from trainer.update import kl_estimate
 
 try:
     import resource
@@ -56,6 +55,24 @@ def metrics_line(rollout, sampled, updates, group_size):
         "prompts": len(groups),
         **mean_parts(every.parts or []),
     }
+
+
+def nonzero_advantages(rollout):
+    """Which tokens have an advantage other than 0. [B, T] bool"""
+    advantages = rollout.advantages.view(len(rollout.prompts), -1)  # [B, 1] or [B, T]
+    return rollout.mask & (advantages != 0)
+
+
+def kl_estimate(logprobs, old_logprobs):
+    """(w - 1) - log w with w = pi_theta / pi_old, in nats, at tokens sampled from pi_old. [B, T]
+
+    Its mean over samples of pi_old is an unbiased estimate of KL(pi_old || pi_theta), because
+    E[w] = 1, and no term is negative.
+    """
+    log_ratio = logprobs - old_logprobs
+    # clamp: w must not overflow (the losses clamp at 20 too).
+    # expm1: for w near 1, w - 1 would lose its digits to rounding.
+    return log_ratio.clamp(max=20).expm1() - log_ratio
 
 
 def length_of_wrong(mask, right):
