@@ -99,9 +99,11 @@ def test_frozen_weights_get_no_gradient_and_keep_no_input():
         torch.nn.Parameter(torch.randn(3, 3), requires_grad=on) for on in (False, True)
     )
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
-        with InPlace({}):
-            y = linear(linear(torch.randn(2, 3), trained), frozen)
+    keep = torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.shape) or x, lambda x: x
+    )
+    with keep, InPlace({}):
+        y = linear(linear(torch.randn(2, 3), trained), frozen)
     y.backward(torch.ones(2, 3))
     assert frozen.grad is None and trained.grad.any() and kept == [(2, 3)]
 

@@ -111,8 +111,8 @@ def test_a_micro_batch_does_not_change_the_parameters(algo, loss_options):
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=1e-10)
 
 
-# Those whose gradient on policy depends on the probabilities, the entropy or rows without advantage.
-MEASURED_FIRST = {"gtpo", "grpo_s", "trgrpo", "clip_cov", "kl_cov", "raft", "reweight"}
+# Those whose gradient on policy depends on probabilities, entropy or rows without an advantage.
+MEASURED_FIRST = {"gtpo", "grpo_s", "trgrpo", "clip_cov", "kl_cov", "raft", "reweight", "dro"}
 
 
 @pytest.mark.parametrize(("size", "checkpointing"), [("4", False), ("3", False), ("3", True)])

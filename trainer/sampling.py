@@ -316,7 +316,8 @@ class Draw(LogitsProcessor):
 def first_above(u, blocks, sums):
     """The first token whose cumulative probability exceeds u [B, 1]: its block, then the token.
 
-    blocks [B, n, BLOCK]: probabilities, up to a factor per row. sums [B, n]: of each block. -> [B, 1]
+    blocks [B, n, BLOCK]: probabilities, up to a factor per row. sums [B, n]: of each block.
+    Returns [B, 1].
     """
     ends = pad(sums.double().cumsum(1), (1, 0))  # [B, n + 1], the first one is 0
     target = u * ends[:, -1:]
