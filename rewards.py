@@ -184,7 +184,7 @@ WHOLE = rf"(?:[1-9]\d{{0,2}}(?:(?:,\d{{3}})++|(?:{THIN}\d{{3}})++)|\d++)"
 DECIMAL = rf"(?P<decimal>(?:{WHOLE}(?:\.\d++)?|\.\d++)(?:[eE][-+]?\d{{1,3}}(?!\d))?)"
 MIXED = rf"(?P<mixed>{WHOLE})[ \t{THIN}]++(?=\d{{1,2}}{GAP}/{GAP}\d{{1,3}}(?!\d))"  # not 2 100/3
 FRACTION = rf"(?:{MIXED})?+(?P<top>{WHOLE}){GAP}/{GAP}(?P<bottom>{WHOLE})"
-FORM = re.compile(
+FORM = re.compile(  # x = -$1,234.5% eggs, but not 0xFF
     rf"(?:[a-zA-Z]?{GAP}={GAP})?\$?(?P<sign>[-+]?){GAP}(?:{CODE}{GAP})?\$?{GAP}"
     rf"(?!0[xXbBoO])(?:{FRACTION}|{DECIMAL})(?:{GAP}%)?(?P<unit>.*)",
     re.DOTALL,
@@ -212,7 +212,7 @@ def number(text):
 # Units of one or two letters or without a vowel, and little words; others are read as they come.
 LENGTH = "mm|cm|dm|km|m|in|inch|inches|ft|foot|feet|yd|yards?|mi|miles?|[a-z]*met(?:er|re)s?|units?"
 SHORT = (
-    "g|gm|kgs?|mg|l|L|ml|mL|cl|lbs?|oz|qt|pt|sq|s|secs?|mins?|h|hrs?|days?|[ap]m|[ap]\\.m|mph|kph"
+    "g|gm|kgs?|mg|l|L|ml|mL|cl|lbs?|oz|qt|pt|sq|s|ms|secs?|mins?|h|hrs?|days?|[ap]m|[ap]\\.m|mph|kph"
     "|k?Hz|kWh?|[KMGT]B|pcs|°|°C|°F|st|nd|rd|th|[A-Z]+s|of|in|at|on|to|by|is|as|it"
 )
 LISTED = re.compile(rf"(?:{LENGTH})(?:[²³]|\^[23]|\^\{{[23]\}})?|(?:{SHORT})\.?|{CODE}")

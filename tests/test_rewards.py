@@ -192,8 +192,8 @@ def test_what_is_more_than_one_number_has_no_value_and_no_part_of_it_has_one(tex
 
 def test_each_listed_unit_is_one():
     lengths = "mm cm dm km m in inch inches ft foot feet yd yards mi mile miles meters metre units"
-    short = "g gm kgs mg l L ml mL cl lb oz qt pt sq s sec mins h hrs day pm mph kph kHz kWh MB pcs"
-    little = "°F st nd rd th of in at on to by is as it"
+    short = "g gm kgs mg l L ml mL cl lb oz qt pt sq s ms sec mins h hrs day pm mph kph kHz kWh"
+    little = "MB pcs °F st nd rd th of in at on to by is as it"
     for unit in f"{lengths} {short} {little}".split():
         assert extract_answer(f"#### 5 {unit}") == extract_answer(f"#### 5{unit}") == 5
         exponents = [extract_answer(f"#### 5 {unit}{mark}") for mark in ("²", "^3", "^{2}")]
