@@ -180,13 +180,30 @@ def test_ended_rows_are_not_run_again():
     assert rows[1:] == want and want[-1] < want[0]
 
 
+@pytest.mark.parametrize("vocab", [1, 5, 1024, 1025, 5000])
+@pytest.mark.parametrize("scale", [0.1, 3, 30])
+def test_draw_takes_the_token_of_the_plain_formula(vocab, scale):
+    """That of minimal.py, unless u lies within 1e-6 of the boundary between the two tokens."""
+    torch.manual_seed(vocab)
+    logits, u = scale * torch.randn(200, vocab), torch.rand(200, 1, dtype=torch.float64)
+    u[0], u[1] = 0, 1 - 2.0**-53  # the least and the largest that torch.rand returns
+    logits[3:40] -= 1000 * (torch.rand(37, vocab) < 0.5)  # half of the tokens have probability 0
+    p = logits.double().softmax(1)
+    ends = p.cumsum(1)
+    token = sampling.Draw(1.0, 200, 1, "cpu", u)(None, logits.clone()).argmax(1, keepdim=True)
+    end, share = ends.gather(1, token), p.gather(1, token)
+    assert (u < end + 1e-6).all() and (u > end - share - 1e-6).all() and (share > 0).all()
+    plain = torch.searchsorted(ends, u * ends[:, -1:], right=True)
+    assert (plain == token)[2:].float().mean() > 0.99
+
+
 def test_draw_takes_the_first_token_whose_cumulative_probability_is_above_u():
     """Tokens of probability 0 are never drawn, at the ends and in the middle."""
     p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
     largest = 1 - 2.0**-53  # that torch.rand returns
     us = torch.tensor([0.0, 0.2499999, 0.25, 0.7499999, 0.75, largest], dtype=torch.float64)
     draw = sampling.Draw(2.0, 6, 1, "cpu", us[:, None])
-    scores = draw(None, (2 * p.log() + 3).expand(6, 6))
+    scores = draw(None, (2 * p.log() + 3).repeat(6, 1))
     assert scores.argmax(1).tolist() == [1, 1, 3, 3, 4, 4]
     assert draw.logprobs.exp().flatten().tolist() == pytest.approx(
         [0.25, 0.25, 0.5, 0.5, 0.25, 0.25]

@@ -26,6 +26,7 @@ from trainer.logprobs import PLAIN
 from trainer.packed import packed
 
 SEGMENT = 8  # tokens between two looks at which rows have ended
+BLOCK = 1024  # tokens of the vocabulary whose probabilities are added up first
 
 
 @dataclass
@@ -279,9 +280,6 @@ class Draw(LogitsProcessor):
     """Draws each token from softmax(logits / temperature), and records what it was drawn from.
 
     generate calls it with the logits of each token, and takes the token with the largest result.
-    Sampling by generate itself draws V random numbers per token, which takes a tenth of a rollout's
-    time or more. Draw needs one, U[i, t]: the token is the first whose cumulative probability
-    exceeds it.
     """
 
     def __init__(self, temperature, rows, tokens, device, U=None):
@@ -294,19 +292,39 @@ class Draw(LogitsProcessor):
         self.t = 0  # tokens drawn so far
 
     def __call__(self, input_ids, logits):
-        logp = (logits / self.temperature).log_softmax(1)  # [B, V]
-        p = logp.exp()
+        """logits [B, V]: a copy that generate has made for this; it is overwritten."""
+        if self.temperature != 1:
+            logits /= self.temperature
+        logits -= logits.amax(1, keepdim=True)  # log p plus a constant per row
+        B, V = logits.shape
+        blocks = logits.new_zeros(B, -(-V // BLOCK), BLOCK)
+        p = blocks.view(B, -1)[:, :V]  # a view; probabilities but for the factor `total`
+        torch.exp(logits, out=p)
+        sums = blocks.sum(2)  # [B, n]
+        total = sums.sum(1)  # [B]
         if self.U is None:
             token = logits.argmax(1, keepdim=True)  # [B, 1]
         else:
-            cumulative = p.cumsum(1, dtype=torch.float64)
-            cumulative = cumulative / cumulative[:, -1:]  # rounding: the last one may not be 1
-            u = self.U[self.rows, self.t, None]
-            token = torch.searchsorted(cumulative, u, right=True)
-        self.logprobs[self.rows, self.t] = logp.gather(1, token)[:, 0]
-        self.entropy[self.rows, self.t] = -(p * logp).sum(1)
+            token = first_above(self.U[self.rows, self.t, None], blocks, sums)
+        # -sum p log p. Neither term is below 0, so nothing cancels where the entropy is near 0.
+        self.logprobs[self.rows, self.t] = logits.gather(1, token)[:, 0] - total.log()
+        self.entropy[self.rows, self.t] = total.log() - logits.mul_(p).sum(1) / total
         self.t += 1
-        return logits.scatter(1, token, torch.inf)
+        return torch.zeros_like(logits, dtype=torch.int8).scatter_(1, token, 1)
+
+
+def first_above(u, blocks, sums):
+    """The first token whose cumulative probability exceeds u, both [B, 1]: its block, then it.
+
+    blocks [B, n, BLOCK]: probabilities, up to a factor per row. sums [B, n]: those of the blocks.
+    """
+    ends = pad(sums.double().cumsum(1), (1, 0))  # [B, n + 1], the first one is 0
+    target = u * ends[:, -1:]
+    block = torch.searchsorted(ends, target, right=True) - 1
+    before, end = ends.gather(1, block), ends.gather(1, block + 1)
+    share = ((target - before) / (end - before)).clamp(max=1 - 2**-53)  # rounding may give 1
+    inside = blocks[torch.arange(len(u)), block[:, 0]].double().cumsum(1)  # [B, BLOCK]
+    return block * BLOCK + torch.searchsorted(inside, share * inside[:, -1:], right=True)
 
 
 @contextlib.contextmanager
