@@ -314,10 +314,9 @@ class Draw(LogitsProcessor):
 
 
 def first_above(u, blocks, sums):
-    """The first token whose cumulative probability exceeds u [B, 1]: its block, then the token.
+    """The first token whose cumulative probability exceeds u, both [B, 1]: its block, then it.
 
-    blocks [B, n, BLOCK]: probabilities, up to a factor per row. sums [B, n]: of each block.
-    Returns [B, 1].
+    blocks [B, n, BLOCK]: probabilities, up to a factor per row. sums [B, n]: those of the blocks.
     """
     ends = pad(sums.double().cumsum(1), (1, 0))  # [B, n + 1], the first one is 0
     target = u * ends[:, -1:]
