@@ -163,8 +163,8 @@ def kill_in_write(what):
         checkpoint.os.replace = replace
 
 
-def interrupt_in_step(step, times):
-    """SIGINT, `times` times, in the middle of a step: between its rollout and its first update."""
+def interrupt_in_step(step, times, number=signal.SIGINT):
+    """A signal, `times` times, in a step: between its rollout and its first update."""
     import train
 
     measure = train.Updater.measure
@@ -174,7 +174,7 @@ def interrupt_in_step(step, times):
         interrupted.calls += 1
         if interrupted.calls == step:
             for _ in range(times):
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
 
     interrupted.calls = 0
     train.Updater.measure = interrupted

@@ -57,7 +57,9 @@ def quiet_run(monkeypatch):
     """train.main without pictures; afterwards the signals' handlers are those of pytest again."""
     import train
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {}
+    for number in (signal.SIGINT, signal.SIGTERM):  # a signal that train.py leaves alone is seen
+        handlers[number] = signal.signal(number, signal.default_int_handler)
     monkeypatch.setattr(train, "plot_runs", lambda *_: None)
     yield
     for number, handler in handlers.items():

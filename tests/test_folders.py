@@ -4,44 +4,25 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import time
 
 import child
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from small import WORDS, change, contents, copy_tiny, refused, run
 from test_plot import write_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import plot
-import train
-from run import checkpoint, lock, origin, start
+from run import checkpoint, lock, origin, ownfile, start
 from run.runs import read_folder, read_runs
-from tiny.problems import problems
 from trainer.methods import ALGORITHMS, MORE
 from trainer.policy import load_policy
 
-TINY = child.ROOT / "tiny"
-# The options of every run here: four steps of four short completions, no evaluation in between.
-WORDS = """--preset tiny --steps 4 --prompts 2 --group-size 2 --updates 2 --max-new-tokens 8
-    --eval-n 2 --eval-every 0 --k 0""".split()
-
-
-@pytest.fixture(autouse=True)
-def _as_it_was(monkeypatch):
-    """No plots, and afterwards the SIGINT handler that pytest had: train.main sets its own."""
-    handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(train, "plot_runs", lambda *_: None)
-    yield
-    signal.signal(signal.SIGINT, handler)
-
-
-@pytest.fixture
-def file(tmp_path):
-    path = tmp_path / "problems.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in problems(12, 0, "train")))
-    return path
+pytestmark = pytest.mark.usefixtures("quiet_run")
+TINY = ROOT / "tiny"
 
 
 @pytest.fixture
@@ -49,26 +30,10 @@ def model_copy(tmp_path):
     return copy_tiny(tmp_path / "model")
 
 
-def copy_tiny(folder):
-    return shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-
-
-def change_a_weight(folder):
-    weights = load_file(folder / "model.safetensors")
-    weights["model.norm.weight"][0] += 1e-6
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
-def error_line(capsys, *argv):
-    capsys.readouterr()
-    assert train.main([str(word) for word in argv]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "%|" not in line]
-    assert len(lines) == 1 and lines[0].startswith("train.py: error: "), lines
-    return lines[0]
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def stopped(words, folder, step=2):
+    """Run train.py in a child until Ctrl-C in this step."""
+    status, log = child.run(words, folder / "log", "interrupt_in_step", step, 1)
+    assert status == 130, log
 
 
 # One process per folder
@@ -93,7 +58,7 @@ def test_a_second_run_in_the_same_folder_is_refused_with_the_process_id(file, tm
             ["--resume", out],
             ["--eval-only", "--preset", "tiny", "--out", out],
         ):
-            line = error_line(capsys, *again)
+            line = refused(capsys, *again)
             assert f"{out} is in use by process {first.pid} on " in line
         assert first.is_alive()
     finally:
@@ -101,7 +66,7 @@ def test_a_second_run_in_the_same_folder_is_refused_with_the_process_id(file, tm
         first.join()
     assert (out / lock.NAME).exists()
     words = [*WORDS, "--data", file, "--out", out, "--overwrite"]
-    assert train.main([str(word) for word in words]) == 0
+    assert run(*words) == 0
     assert not (out / lock.NAME).exists()
 
 
@@ -109,7 +74,7 @@ def test_a_folder_is_locked_before_its_run_is_looked_for(file, tmp_path, capsys,
     """The other run has the folder, but has written nothing yet, as while it loads its model."""
     monkeypatch.setattr(start, "load_policy", lambda *_: pytest.fail("it had loaded the model"))
     with lock.locked(tmp_path / "run"):
-        line = error_line(capsys, *WORDS, "--data", file, "--out", tmp_path / "run")
+        line = refused(capsys, *WORDS, "--data", file, "--out", tmp_path / "run")
     assert f"process {os.getpid()} on " in line
     assert not (tmp_path / "run").exists()
 
@@ -134,7 +99,7 @@ def test_no_two_processes_hold_a_folder_at_once(tmp_path):
     context = multiprocessing.get_context("fork")
     failed = context.Event()
     (tmp_path / "run").mkdir()
-    args = (tmp_path / "run", 2000, failed)
+    args = (tmp_path / "run", 1000, failed)
     workers = [context.Process(target=hold_often, args=args) for _ in range(3)]
     for worker in workers:
         worker.start()
@@ -153,8 +118,8 @@ def test_the_lock_ends_with_an_error_and_leaves_no_folder(tmp_path):
 
 def test_a_folder_in_the_place_of_the_lock_is_named(tmp_path, capsys):
     (tmp_path / lock.NAME).mkdir()
-    line = error_line(capsys, *WORDS, "--out", tmp_path)
-    assert line.endswith(f"cannot write the lock {tmp_path / lock.NAME}: Is a directory")
+    line = refused(capsys, *WORDS, "--out", tmp_path)
+    assert line.endswith(f"({tmp_path / lock.NAME}: Is a directory)")
     assert (tmp_path / lock.NAME).is_dir()
 
 
@@ -201,13 +166,15 @@ def test_code_checksums_are_of_the_files_that_determine_the_numbers(tmp_path, mo
     assert not {"plot.py", "run/runs.py", "tepo.py"} & files.keys()
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(child.ROOT / name, tmp_path / name)
-    monkeypatch.setattr(origin, "ROOT", tmp_path)
+        shutil.copy(ROOT / name, tmp_path / name)
+    for module in (origin, ownfile):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     assert origin.code_checksums("grpo_s") == files
     with open(tmp_path / "gtpo.py", "a") as source:
         source.write("\n")
-    now = {"code": origin.code_checksums("grpo_s"), "versions": {}}
-    assert origin.other_code({"code": files, "versions": {}}, now) == "gtpo.py"
+    versions = {"torch": "2"}
+    now = {"code": origin.code_checksums("grpo_s"), "versions": versions}
+    assert origin.other_code({"code": files, "versions": versions}, now) == "gtpo.py"
 
 
 def test_code_checksums_follow_the_imports_of_more():
@@ -229,9 +196,6 @@ def test_other_code_names_files_and_versions():
     assert origin.other_code(held, held) == ""
     assert origin.other_code(held, now) == "b.py; c.py; torch 2.0, now 2.1"
     assert origin.other_code({}, now) == "code not recorded; versions not recorded"
-    edited = {"code": [], "versions": {"torch": ["2.0"]}}  # by hand
-    assert origin.other_code(edited, now) == "code not recorded; versions not recorded"
-    assert origin.both(edited, now) == origin.both({}, now)
     mixed = origin.both(held, now)
     assert mixed["versions"] == {"torch": "2.0, then 2.1"} and mixed["code"]["a.py"] == "1"
     assert origin.other_code(mixed, now) and origin.other_code(mixed, held)
@@ -245,7 +209,7 @@ def test_a_run_stands_for_its_model_or_its_latest_checkpoint(file, tmp_path, cap
     """A finished run: model/. One that was stopped or got more steps: its last checkpoint."""
     out = tmp_path / "run"
     words = [*WORDS, "--data", file, "--save-every", "1", "--out", out]
-    assert child.run(words, tmp_path / "log", "interrupt_in_step", 2, 1)[0] == 130
+    stopped(words, tmp_path)
     latest = out / "checkpoints" / "step-000002"
     assert checkpoint.model_folder(str(out)) == str(latest)
     capsys.readouterr()
@@ -257,16 +221,15 @@ def test_a_run_stands_for_its_model_or_its_latest_checkpoint(file, tmp_path, cap
     assert again.generation_config.eos_token_id == [0] and eos_ids == [0]
     text = AutoTokenizer.from_pretrained(latest)("1+1=2\n").input_ids
     assert text == AutoTokenizer.from_pretrained(TINY)("1+1=2\n").input_ids
-    assert child.run(["--resume", out], tmp_path / "log")[0] == 0
+    assert run("--resume", out) == 0
     assert checkpoint.model_folder(str(out)) == str(out / "model")
-    words = ["--resume", out, "--steps", "9"]
-    assert child.run(words, tmp_path / "log", "interrupt_in_step", 3, 1)[0] == 130
+    stopped(["--resume", out, "--steps", "9"], tmp_path, 3)
     assert checkpoint.model_folder(str(out)) == str(out / "checkpoints" / "step-000007")
     shutil.rmtree(out / "checkpoints")
     assert checkpoint.model_folder(str(out)) == str(out / "model")
     shutil.rmtree(out / "model")
     words = [*WORDS, "--model", out, "--data", file, "--out", tmp_path / "other"]
-    assert f"--model {out} is a run without a model or a checkpoint" in error_line(capsys, *words)
+    assert f"--model {out} is a run without a model or a checkpoint" in refused(capsys, *words)
 
 
 def test_what_is_no_run_stands_for_itself(model_copy):
@@ -274,21 +237,11 @@ def test_what_is_no_run_stands_for_itself(model_copy):
         assert checkpoint.model_folder(name) == name
 
 
-def test_overwrite_never_deletes_the_run_it_starts_from(file, tmp_path, capsys):
-    out = tmp_path / "run"
-    words = [*WORDS, "--data", file, "--steps", "1", "--out", out]
-    assert train.main([str(word) for word in words]) == 0
-    before = contents(out)
-    line = error_line(capsys, *words, "--overwrite", "--model", out)
-    assert f"would delete {out / 'model'}" in line and contents(out) == before
-
-
 def test_a_model_with_sampling_flags_that_transformers_refuses_is_saved(model_copy, file, tmp_path):
     """Llama-2's generation_config has a temperature without do_sample; its EOS must stay."""
-    path = model_copy / "generation_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": 0.6}))
+    change(model_copy / "generation_config.json", temperature=0.6)
     words = [*WORDS, "--model", model_copy, "--data", file, "--steps", "1", "--out", tmp_path / "r"]
-    assert train.main([str(word) for word in words]) == 0
+    assert run(*words) == 0
     config = json.loads((tmp_path / "r" / "model" / "generation_config.json").read_text())
     assert config["eos_token_id"] == [0] and config["pad_token_id"] == 1
 
@@ -350,7 +303,7 @@ def test_load_takes_the_latest_and_cuts_the_lines_to_it(saved, tmp_path):
     with open(tmp_path / "metrics.jsonl", "a") as lines:
         lines.write("more")
     (tmp_path / "samples.jsonl").write_text("made after the checkpoint")
-    found = checkpoint.load(tmp_path, saved.model, saved.optimizer, print, steps=20)
+    found = checkpoint.load(tmp_path, saved.model, saved.optimizer, steps=20)
     assert found == {"step": 10, "cursor": 10}
     assert torch.equal(weight, before) and torch.equal(torch.get_rng_state(), state)
     assert (tmp_path / "metrics.jsonl").read_text() == LINE * 3
@@ -366,27 +319,28 @@ def test_resume_with_another_start_model_of_the_same_name(model_copy, file, tmp_
     """Its KL would have another reference. The same weights at another place are the same model."""
     out = tmp_path / "run"
     words = [*WORDS, "--model", model_copy, "--data", file, "--save-every", "1", "--out", out]
-    assert child.run(words, tmp_path / "log", "interrupt_in_step", 2, 1)[0] == 130
-    change_a_weight(model_copy)
+    stopped(words, tmp_path)
+    weights = load_file(model_copy / "model.safetensors")
+    weights["model.norm.weight"][0] += 1e-6
+    save_file(weights, model_copy / "model.safetensors", {"format": "pt"})
     before = contents(out)
-    line = error_line(capsys, "--resume", out)
+    line = refused(capsys, "--resume", out)
     assert f"the start model {model_copy} is not what it was when the run began" in line
     assert contents(out) == before
     shutil.rmtree(model_copy)
     copy_tiny(model_copy)
-    assert train.main(["--resume", str(out)]) == 0
+    assert run("--resume", out) == 0
 
 
 def test_resume_with_other_code_is_noted_in_a_line(file, tmp_path, capsys):
     out = tmp_path / "run"
     words = [*WORDS, "--data", file, "--save-every", "1", "--out", out]
-    assert child.run(words, tmp_path / "log", "interrupt_in_step", 2, 1)[0] == 130
+    stopped(words, tmp_path)
     config = json.loads((out / "config.json").read_text())
-    config["code"]["train.py"] = "00000000"
-    config["versions"]["torch"] = "1.0"
-    (out / "config.json").write_text(json.dumps(config))
+    code, versions = ({"train.py": "00000000"}, {"torch": "1.0"})
+    change(out / "config.json", code=config["code"] | code, versions=config["versions"] | versions)
     capsys.readouterr()
-    assert train.main(["--resume", str(out)]) == 0
+    assert run("--resume", out) == 0
     told = capsys.readouterr().out
     note = f"note: changed since the run began: train.py; torch 1.0, now {torch.__version__}\n"
     assert note in told and told.count("note:") == 1

@@ -24,22 +24,10 @@ SMALL = """--preset tiny --prompts 2 --group-size 4 --updates 2 --max-new-tokens
 COUNTDOWN = ["--data", str(EXAMPLES / "countdown.jsonl")]
 
 
-def write(folder, text, name="mine.py"):
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(text)
-    return folder / name
-
-
-def run(tmp_path, path, *words, out="run"):
+def run_with(tmp_path, path, *words, out="run"):
     """(exit status, the run's folder) of a small run with this reward."""
     folder = tmp_path / out
-    words = [*SMALL, "--reward", str(path), "--out", str(folder), *words]
-    return train.main(words), folder
-
-
-def lines(folder, phase):
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [row for row in rows if row["phase"] == phase]
+    return run(*SMALL, "--reward", path, "--out", folder, *words), folder
 
 
 def grader(path, **options):
@@ -51,7 +39,7 @@ def grader(path, **options):
 
 @pytest.mark.parametrize("name", ["format_reward", "length_reward", "countdown"])
 def test_each_example_trains(tmp_path, name):
-    status, folder = run(tmp_path, EXAMPLES / f"{name}.py", *(COUNTDOWN * (name == "countdown")))
+    status, folder = run_with(tmp_path, EXAMPLES / f"{name}.py", *(COUNTDOWN * (name == "countdown")))
     assert status == 0
     for line in lines(folder, "train"):
         parts = {key: value for key, value in line.items() if key.startswith("reward/")}
@@ -165,7 +153,7 @@ def test_the_reward_by_math_verify_with_the_real_package(tmp_path):
 
 def test_accuracy_stays_what_it_is(tmp_path):
     """A constant reward gives no signal, and the same held-out accuracy as the default."""
-    status, own = run(tmp_path, write(tmp_path, "def reward(completion, problem): return 1\n"))
+    status, own = run_with(tmp_path, own_file(tmp_path, "def reward(completion, problem): return 1\n"))
     assert status == 0
     assert train.main([*SMALL, "--out", str(tmp_path / "plain")]) == 0
     first, plain = lines(own, "eval")[0], lines(tmp_path / "plain", "eval")[0]
@@ -180,9 +168,9 @@ def reward(completion, problem): return {"a": 0.25, "b": -3}
 def correct(completion, problem): return problem["answer"] == "yes"
 """
     train_csv = "question,answer\n" + "".join(f"q{i},yes\n" for i in range(8))
-    write(tmp_path, train_csv, "train.csv")
-    write(tmp_path, "question,answer\np,no\nq,no\n", "test.csv")
-    status, folder = run(tmp_path, write(tmp_path, text), "--data", str(tmp_path))
+    own_file(tmp_path, train_csv, "train.csv")
+    own_file(tmp_path, "question,answer\np,no\nq,no\n", "test.csv")
+    status, folder = run_with(tmp_path, own_file(tmp_path, text), "--data", str(tmp_path))
     assert status == 0
     for line in lines(folder, "train"):
         assert (line["reward"], line["reward/a"], line["reward/b"]) == (-2.75, 0.25, -3)
@@ -191,15 +179,15 @@ def correct(completion, problem): return problem["answer"] == "yes"
 
 
 def test_the_fields_of_a_line_reach_the_reward(tmp_path):
-    path = write(tmp_path, "def reward(completion, problem): return problem['more']['x'][0]\n")
-    write(tmp_path, '{"question": "q", "answer": 1, "more": {"x": [0.5, 1]}}\n', "test.jsonl")
+    path = own_file(tmp_path, "def reward(completion, problem): return problem['more']['x'][0]\n")
+    own_file(tmp_path, '{"question": "q", "answer": 1, "more": {"x": [0.5, 1]}}\n', "test.jsonl")
     (problem,) = load_problems(str(tmp_path), "test")
     assert problem == {"question": "q", "answer": "1", "more": {"x": [0.5, 1]}}
     assert grader(path).reward("", {**problem, "prompt_ids": [1]}, 1, False)[1] == 0.5
 
 
 def test_the_overlong_penalty_is_added(tmp_path):
-    path = write(tmp_path, "def reward(completion, problem): return {'x': 2}\n")
+    path = own_file(tmp_path, "def reward(completion, problem): return {'x': 2}\n")
     own = grader(path, overlong_cache=4, max_new_tokens=12)
     assert own.reward("", {"question": "q", "answer": "1"}, 10, False) == (0, 1.5, {"x": 2})
 
@@ -211,7 +199,7 @@ NUMPY = "__import__('numpy')"
     "value", ["1", "True", "0.5", "-10.0**15", f"{NUMPY}.float32(2)", f"{NUMPY}.bool_(True)"]
 )
 def test_numbers_of_any_kind(tmp_path, value):
-    path = write(tmp_path, f"def reward(completion, problem): return {value}\n")
+    path = own_file(tmp_path, f"def reward(completion, problem): return {value}\n")
     assert grader(path).reward("", {"question": "q", "answer": "1"}, 1, False)[1] == eval(value)
 
 
@@ -219,12 +207,12 @@ def test_numbers_of_any_kind(tmp_path, value):
 def test_what_is_right_is_a_bool_of_any_kind(tmp_path, value):
     for right in (1, 0):
         text = f"def reward(c, p): return 0\ndef correct(c, p): return {value} if {right} else 0\n"
-        path = write(tmp_path, text, f"right{right}.py")
+        path = own_file(tmp_path, text, f"right{right}.py")
         assert grader(path).reward("", {"question": "q", "answer": "1"}, 1, False)[0] == right
 
 
 def test_grading_a_batch_fills_it_in(tmp_path):
-    path = write(tmp_path, "def reward(completion, problem): return {'n': len(completion)}\n")
+    path = own_file(tmp_path, "def reward(completion, problem): return {'n': len(completion)}\n")
     batch = SimpleNamespace(mask=torch.ones(2, 3).bool(), truncated=torch.tensor([False, True]))
     batch.texts, batch.problems = ["#### 1", ""], [{"question": "q", "answer": "1"}] * 2
     grader(path).grade(batch)
@@ -266,8 +254,8 @@ def test_an_error_names_the_problem_and_the_line(tmp_path, capsys, monkeypatch, 
     """Before the model is loaded, if a first call shows it."""
     if not text.startswith(LATER):
         monkeypatch.setattr(train.start, "load_policy", lambda *_: pytest.fail("loaded"))
-    path = write(tmp_path, text)
-    status, folder = run(tmp_path, path)
+    path = own_file(tmp_path, text)
+    status, folder = run_with(tmp_path, path)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert status == 2 and error.startswith("train.py: error:") and str(path) in error
     assert BROKEN[text] in error and "the problem is '" in error
@@ -276,8 +264,8 @@ def test_an_error_names_the_problem_and_the_line(tmp_path, capsys, monkeypatch, 
 
 def test_what_is_mended_goes_on(tmp_path, capsys):
     text = "import itertools\nn = itertools.count()\ndef reward(c, p): return 1 / (13 - next(n))\n"
-    path = write(tmp_path, text)
-    status, folder = run(tmp_path, path)
+    path = own_file(tmp_path, text)
+    status, folder = run_with(tmp_path, path)
     assert status == 2 and f"--resume {folder}" in capsys.readouterr().err
     assert len(lines(folder, "train")) == 1
     path.write_text("def reward(c, p): return 1\n")
@@ -297,16 +285,16 @@ UNUSABLE = {
 @pytest.mark.parametrize("text", UNUSABLE)
 def test_a_file_that_is_no_reward_is_refused_before_the_model(tmp_path, capsys, monkeypatch, text):
     monkeypatch.setattr(train.start, "load_policy", lambda *_: pytest.fail("loaded"))
-    status, folder = run(tmp_path, write(tmp_path, text))
+    status, folder = run_with(tmp_path, own_file(tmp_path, text))
     error = capsys.readouterr().err.strip()
     assert status == 2 and UNUSABLE[text] in error and len(error.splitlines()) == 1
     assert not (folder / "metrics.jsonl").exists()
 
 
 def test_no_such_file(tmp_path, capsys):
-    assert run(tmp_path, tmp_path / "none.py")[0] == 2
+    assert run_with(tmp_path, tmp_path / "none.py")[0] == 2
     assert "no such file" in capsys.readouterr().err
-    assert run(tmp_path, tmp_path)[0] == 2
+    assert run_with(tmp_path, tmp_path)[0] == 2
 
 
 # Resume and reuse
@@ -315,8 +303,8 @@ def test_no_such_file(tmp_path, capsys):
 def test_a_run_goes_on_exactly_from_anywhere(tmp_path, monkeypatch):
     shutil.copy(EXAMPLES / "format_reward.py", tmp_path / "r.py")
     monkeypatch.chdir(tmp_path)
-    status, whole = run(tmp_path, "r.py", "--steps", "3", out="whole")
-    _, part = run(tmp_path, "r.py", out="part")
+    status, whole = run_with(tmp_path, "r.py", "--steps", "3", out="whole")
+    _, part = run_with(tmp_path, "r.py", out="part")
     monkeypatch.chdir("/")
     assert status == 0 and train.main(["--resume", str(part), "--steps", "3"]) == 0
     timeless = [
@@ -330,7 +318,7 @@ def test_a_run_goes_on_exactly_from_anywhere(tmp_path, monkeypatch):
 
 
 def test_the_file_is_part_of_what_a_run_was_made_from(tmp_path):
-    path = write(tmp_path, "from rewards import correct\ndef reward(c, p): return 1\n")
+    path = own_file(tmp_path, "from rewards import correct\ndef reward(c, p): return 1\n")
     before = origin.code_checksums("grpo", str(path))
     assert before.keys() - origin.code_checksums("grpo").keys() == {str(path)}
     path.write_text("from rewards import correct\ndef reward(c, p): return 2\n")
