@@ -26,10 +26,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
 
-import grpo
 from rewards import correct
 from trainer.data import load_problems, problems_at, split_overlap
-from trainer.methods import inputs, load_method, parameters
+from trainer.methods import inputs, load_method, parameters, with_advantages
 
 STEPWISE = "\nReason step by step, then end with the answer alone on a line: #### number"
 OPTIONS = (  # name, default for the embedded model, default for another model or GSM8K, meaning
@@ -112,8 +111,9 @@ def sample(model, tokenizer, problems, o, greedy=False):
     rollout.mask = is_eos.cumsum(1) - is_eos.long() == 0  # [B, T] no EOS before this token
     rollout.attention = torch.cat([prompt.attention_mask, rollout.mask], 1)  # [B, L + T]
     rollout.truncated = ~is_eos.any(1)  # [B]
+    # Without EOS, but with the other special tokens: a model may have learned #### as one.
     kept = zip(completions, rollout.mask & ~is_eos, strict=True)
-    rollout.texts = tokenizer.batch_decode([row[on] for row, on in kept])  # with special tokens
+    rollout.texts = tokenizer.batch_decode([row[on] for row, on in kept])
     graded = zip(rollout.texts, problems, rollout.truncated.tolist(), strict=True)
     right = [correct(text, problem["answer"], cut) for text, problem, cut in graded]
     rollout.right = torch.tensor(right, device=DEVICE)  # [B]
@@ -178,9 +178,8 @@ def step(model, reference, tokenizer, optimizer, method, problems, history, o):
     if reference is not None:
         rollout.ref_logprobs, _ = measure(reference, rollout, torch.arange(len(rewards)), o)
     # 3 Compute the advantages, [B] or [B, T].
-    advantages = getattr(method, "advantages", grpo.advantages)
-    by_name = inputs(advantages, rollout, slice(None), rollout.entropy, o.max_new_tokens)
-    rollout.advantages = advantages(rewards, o.group_size, **by_name)
+    by_name = inputs(method.advantages, rollout, slice(None), rollout.entropy, o.max_new_tokens)
+    rollout.advantages = method.advantages(rewards, o.group_size, **by_name)
     # 4 Update the policy.
     updates = [update(model, optimizer, method.loss, rollout, rows, o) for rows in mini_batches]
     kl, clipped, signal, norm = torch.stack(updates).sum(0).tolist()
@@ -218,9 +217,10 @@ def main(argv=None):
     o = types.SimpleNamespace(**{**defaults, **given})
     torch.manual_seed(o.seed)
     model, tokenizer = load_policy(o.model)
-    method = types.ModuleType("method")
     if o.algo.endswith(".py"):
+        method = types.ModuleType("method")
         importlib.machinery.SourceFileLoader("method", o.algo).exec_module(method)
+        with_advantages(method)  # GRPO's, if it has none
     else:
         method = load_method(o.algo)
     beta = parameters(method.loss).get("beta")  # the weight of a KL to the start policy

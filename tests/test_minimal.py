@@ -23,7 +23,7 @@ from trainer.methods import ALGORITHMS, MORE
 METRICS = ("reward", "accuracy", "entropy", "kl", "clip_frac", "grad_norm", "length", "truncated")
 # 16 completions per step, and 4 updates of one group each.
 STEP = "--prompts 4 --group-size 4 --max-new-tokens 8 --steps 4 --lr 2e-5 --temperature 0.9"
-OTHER = "--sample-batch 5 --micro-batch 3"
+OTHER = "--sample-batch 8 --micro-batch 3"
 HELD_OUT = {"question": "How many?", "answer": "1000000"}
 PATTERN = "1001 0110 1000 0111  0000 1001 0011 1010"  # what is right in two steps
 
