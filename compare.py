@@ -13,9 +13,9 @@ import itertools
 import json
 import os
 import shlex
-import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
@@ -28,29 +28,27 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from plot import method_name, plot_runs
 from run.checks import fill
+from run.curves import plot_runs
 from run.names import algorithm_names
 from run.options import FIELDS, flag
 from run.parser import parse
 from run.progress import Progress
-from run.runs import BAD_VALUE, group, read_folder, read_runs, write_csv
+from run.runs import BAD_VALUE, read_folder, read_runs
+from run.style import method_name, style
+from run.table import LAST, cell, per_seed, tabulate, write_csv
 from trainer.methods import ALGORITHMS, label
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
 OURS = ("--algo", "--seed", "--out", "--resume", "--overwrite", "--eval-only", "--show-prompt")
 # The number of draws of an evaluation changes only its pass@k.
 NOT_COMPARED = {"out", "overwrite", "threads", "k", "eval_samples"}
-# Student's t at 97.5% for 1, 2, ... degrees of freedom. The last stands for all beyond it, whose
-# intervals are a little too wide.
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-LAST = 5  # training steps that the table's entropy and length are means over
 EXAMPLES = """examples:
   python compare.py                                  all seven, seeds 0, 1, 2
   python compare.py --off-policy 1,4,16              1, 4, 16 updates per rollout, at equal samples
   python compare.py --eps 0.2/0.28,3e-4/4e-4         the clip range, of TEPO
   python compare.py --algos tepo,gspo -- --steps 20  shorter, two algorithms
-  python compare.py --algos all                      all 28, as small multiples
+  python compare.py --algos all                      all 28, sorted
   python compare.py --algos tepo,my_method.py        a method of your own (docs/own.md) beside TEPO
   python compare.py --table docs/methods.csv         the table of earlier runs; trains nothing
 """
@@ -219,8 +217,9 @@ def tell_end(run, status, message, done):
         tqdm.write(f"{run.out} failed with exit status {status}: {message}", file=sys.stderr)
         return
     done.append(run.out)
-    accuracies = values(read_folder(run.out), "eval", "accuracy")
-    said = f"{run.out.name}: greedy {accuracies[0]:.3f} -> {accuracies[-1]:.3f}"
+    rows = read_folder(run.out)["rows"]
+    first, *_, last = rows.loc[rows["phase"] == "eval", "accuracy"]
+    said = f"{run.out.name}: greedy {first:.3f} -> {last:.3f}"
     tqdm.write(said, file=sys.stderr)
 
 
@@ -247,94 +246,18 @@ def last_step(out):
         return 0
 
 
-# The table
+# The tables
 
 
-def mean_interval(values):
-    """The mean of numbers and the half-width of its 95% t-interval, None of a single number."""
-    n = len(values)
-    mean = statistics.fmean(values)
-    if n == 1:
-        return mean, None
-    t = T975[min(n - 1, len(T975)) - 1]
-    return mean, t * statistics.stdev(values) / n**0.5
-
-
-def cell(values, digits, sign=""):
-    """Mean ± half-width of the values that are not None; a dash where all are."""
-    values = [value for value in values if value is not None]
-    if not values:
-        return "–"
-    mean, half = mean_interval(values)
-    text = f"{mean:{sign}.{digits}f}"
-    return text if half is None else f"{text} ± {half:.{digits}f}"
-
-
-def values(run, phase, key):
-    """The values of one metric of a run, in its order, without gaps."""
-    rows = [row for row in run["rows"] if row["phase"] == phase]
-    return [row[key] for row in rows if row[key] is not None]
-
-
-def first_accuracy(run):
-    """Held-out accuracy before training, or None."""
-    found = values(run, "eval", "accuracy")
-    return found[0] if found else None
-
-
-def at_end(run, phase, key, n=1):
-    """The mean of the last n values of a metric, or None."""
-    found = values(run, phase, key)
-    return statistics.fmean(found[-n:]) if found else None
-
-
-def typical_seconds(run):
-    """Seconds of the whole run if every step took as long as the median step, or None.
-
-    One step during which the machine slept does not count.
-    """
-    found = values(run, "train", "seconds")
-    return statistics.median(found) * len(found) if found else None
-
-
-def less_grpo(seeds, baselines):
-    """Final accuracies less that of GRPO at the same seed, where both are known.
-
-    baselines: {seed: final accuracy of GRPO}.
-    """
-    differences = []
-    for run in seeds:
-        mine, baseline = at_end(run, "eval", "accuracy"), baselines.get(run["seed"])
-        if mine is not None and baseline is not None:
-            differences.append(mine - baseline)
-    return differences
-
-
-def table_row(name, seeds, baselines):
-    """The cells of one method: its name, then what the runs of its seeds give."""
-    return [
-        name,
-        str(len(seeds)),
-        cell([first_accuracy(run) for run in seeds], 3),
-        cell([at_end(run, "eval", "accuracy") for run in seeds], 3),
-        cell(less_grpo(seeds, baselines), 3, "+"),
-        cell([at_end(run, "eval", "pass_at_k") for run in seeds], 3),
-        cell([at_end(run, "train", "entropy", LAST) for run in seeds], 3),
-        cell([at_end(run, "train", "length", LAST) for run in seeds], 1),
-        cell([typical_seconds(run) for run in seeds], 0),
-    ]
-
-
-def table_head(runs):
-    """The column titles. The k of pass@k are those of the runs."""
-    ks = set()
-    for run in runs:
-        ks.update(int(k) for k in values(run, "eval", "k") if k)
-    ks = "/".join(map(str, sorted(ks))) or "k"
-    accuracies = ["accuracy before", "final accuracy", "final less GRPO's"]
-    return ["method", "seeds", *accuracies, f"pass@{ks}", "entropy left", "length", "seconds"]
-
-
+COMPARED = (  # key of `per_seed`, title in Markdown, title in a terminal, digits, sign
+    ("before", "accuracy before", None, 3, ""),
+    ("final", "final accuracy", "accuracy", 3, ""),
+    ("less", "final less GRPO's", "less GRPO's", 3, "+"),
+    ("pass", "pass@{k}", "pass@{k}", 3, ""),
+    ("entropy", "entropy left", "entropy", 3, ""),
+    ("length", "length", "length", 1, ""),
+    ("seconds", "seconds", "seconds", 0, ""),
+)
 NOTE = f"""
 Means over the seeds, ± the half-width of the 95% t-interval over them. Accuracy: greedy, on
 held-out problems, before the first step and after the last. Less GRPO's: the difference at equal
@@ -344,19 +267,58 @@ the median step's, rollout and updates, times the steps.
 """
 
 
-def table(runs):
-    """The markdown table of some runs: one row per method and variant, averaged over seeds."""
-    head = table_head(runs)
-    lines = [head, ["---"] * len(head)]
-    for variant, algos in group(runs).items():
-        baselines = {}
-        for run in algos.get("grpo", []):
-            baselines[run["seed"]] = at_end(run, "eval", "accuracy")
-        for algo, seeds in algos.items():
-            others = {} if algo == "grpo" else baselines
-            lines.append(table_row(method_name(algo, variant), seeds, others))
+def compared(runs):
+    """(rows of `per_seed`, [(variant, algo, its part of them), ...], the k of pass@k as text)."""
+    table = tabulate(runs)
+    found = per_seed(table)
+    parts = found.groupby(level=["variant", "algo"], observed=True)
+    ks = sorted({int(k) for k in table["k"].dropna() if k})
+    return found, [(*key, part) for key, part in parts], "/".join(map(str, ks)) or "k"
+
+
+def markdown(runs):
+    """The comparison in Markdown: one row per method and variant, averaged over seeds."""
+    _, parts, k = compared(runs)
+    titles = [title.format(k=k) for _, title, _, _, _ in COMPARED]
+    lines = [["method", "seeds", *titles], ["---"] * (2 + len(titles))]
+    for variant, algo, part in parts:
+        cells = [cell(part[key].dropna(), digits, sign) for key, _, _, digits, sign in COMPARED]
+        lines.append([method_name(algo, variant), str(len(part)), *cells])
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{text}\n{NOTE}"
+
+
+def aligned(runs):
+    """The comparison for a terminal of 80 columns: means, with intervals of accuracies only."""
+    found, parts, k = compared(runs)
+    columns = [column for column in COMPARED if column[2]]
+    lines = [["method", *(title.format(k=k) for _, _, title, _, _ in columns)]]
+    for variant, algo, part in parts:
+        if variant and f"{variant}:" not in lines:
+            lines.append(f"{variant}:")
+        cells = [textwrap.shorten(style(algo)[0], 14, placeholder="…")]
+        for key, _, _, digits, sign in columns:
+            text = cell(part[key].dropna(), digits, sign)
+            cells.append(text if key in ("final", "less") else text.split(" ±")[0])
+        lines.append(cells)
+    rows = [line for line in lines if isinstance(line, list)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    texts = []
+    for line in lines:
+        if isinstance(line, list):
+            line = "  ".join(map(str.ljust, line, widths)).rstrip()
+        texts.append(line)
+    seeds = span([len(part) for *_, part in parts], 0)
+    before = span(found["before"].dropna(), 3)
+    texts.append(f"Greedy accuracy after the last step; before the first it was {before}.")
+    texts.append(f"Means of {seeds} seeds, ± the half-width of the 95% t-interval.")
+    return "\n".join(texts)
+
+
+def span(values, digits):
+    """ "3", or "2 to 3": the lowest and the highest of some numbers."""
+    ends = sorted({f"{value:.{digits}f}" for value in values}, key=float)
+    return " to ".join(dict.fromkeys([*ends[:1], *ends[-1:]])) or "unknown"
 
 
 # Command line
@@ -458,8 +420,8 @@ def write_results(args, folders):
     with writing(numbers):
         write_csv(runs, numbers)
     with writing(text):
-        text.write_text(table(runs), encoding="utf-8")
-    print(table(runs))
+        text.write_text(markdown(runs), encoding="utf-8")
+    print(aligned(runs))
     print(figure, numbers, text, sep="\n")
 
 
@@ -471,7 +433,7 @@ def main(argv=None):
     args = parse_args(sys.argv[1:] if argv is None else argv)
     try:
         if args.table:
-            print(table(read_runs(args.table)), end="")
+            print(markdown(read_runs(args.table)), end="")
             return 0
         runs = plan(args)
         args.out.mkdir(parents=True, exist_ok=True)

@@ -19,9 +19,9 @@ if __name__ == "__main__":  # before torch is imported, so that --help does not 
 import torch
 
 from grpo import constant
-from plot import plot_runs
 from run import checkpoint, session, start
 from run.algorithm import check_advantages, load_algorithm
+from run.curves import plot_runs
 from run.evaluation import evaluate_only
 from run.lock import locked
 from run.ownreward import load_reward

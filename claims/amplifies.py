@@ -37,8 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from claims import kit
-from compare import cell
-from plot import new_figure, save
+from run.style import new_figure, save
+from run.table import cell
 from tiny.problems import problems
 
 KINDS = {2: range(8), 3: range(8, 16)}  # steps of a problem: the places of these problems

@@ -32,7 +32,7 @@ import numpy as np
 from scipy import stats
 
 from claims import kit
-from plot import new_figure, save, style
+from run.style import new_figure, save, style
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("grpo", "dapo", "gspo", "tepo", "gtpo", "grpo_s", "trgrpo")

@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, whe
 import torch
 
 from claims.kit import command, each, trainer
-from compare import cell, mean_interval
 from grpo import advantages as grpo_advantages
 from more.ha_dw import advantages as ha_dw_advantages
-from plot import new_figure, save, style
+from run.style import new_figure, save, style
+from run.table import cell, mean_interval
 
 GROUPS = (4, 8, 16)
 ANCHOR = 0.5  # HA-DW's, in the exact sums

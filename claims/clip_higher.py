@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from claims import kit
-from compare import cell, mean_interval
-from plot import new_figure, save
+from run.style import new_figure, save
+from run.table import cell, mean_interval
 
 BOUNDS = (0.2, 0.28)  # eps_high: GRPO's, DAPO's
 STEPS = 20

@@ -18,10 +18,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from claims import kit
-from compare import cell, mean_interval
 from grpo import advantages
-from plot import new_figure, save
 from run.runs import read_runs
+from run.style import new_figure, save
+from run.table import cell, mean_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {  # name: --updates, --epochs
@@ -85,7 +85,7 @@ def from_docs():
         named.append(("TEPO, 0.2 / 0.28" if wide else "TEPO, 3e-4 / 4e-4", run))
     rows = []
     for name, run in named:
-        for line in run["rows"]:
+        for line in run["rows"].to_dict("records"):
             if line["phase"] == "eval" and line["step"] in STOPS:
                 rows.append(row("range", name, run["seed"], line["step"], line["accuracy"]))
     return rows

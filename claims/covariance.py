@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from claims import kit
-from compare import cell, mean_interval
-from plot import new_figure, save, style
+from run.style import new_figure, save, style
+from run.table import cell, mean_interval
 from trainer.logprobs import shared_hidden
 
 METHODS = ("grpo", "dapo", "gspo", "tepo", "gtpo", "grpo_s", "trgrpo")

@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from claims import kit
-from compare import mean_interval
 from grpo import constant
 from gtpo import share
-from plot import new_figure, save
+from run.style import new_figure, save
+from run.table import mean_interval
 
 STEPS = 40
 PROBLEMS, GROUP = 64, 8

@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from claims import kit
-from compare import mean_interval
-from plot import new_figure, save, style
 from run.runs import read_runs
+from run.style import new_figure, save, style
+from run.table import mean_interval
 
 DATA = Path(__file__).resolve().parents[1] / "docs" / "methods.csv"
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8)
@@ -83,7 +83,7 @@ def in_band(accuracy, values, level):
 
 def held_out(run, level):
     """Where greedy accuracy passes the level, in steps from the first."""
-    rows = [row for row in run["rows"] if row["phase"] == "eval"]
+    rows = run["rows"].query("phase == 'eval'").to_dict("records")
     step, accuracy = ([row[key] for row in rows] for key in ("step", "accuracy"))
     i = next(i for i, value in enumerate(accuracy) if value >= level)
     return float(np.interp(level, accuracy[i - 1 : i + 1], step[i - 1 : i + 1])) - 1
@@ -91,7 +91,7 @@ def held_out(run, level):
 
 def readings(run):
     """Rows of one run: its step, entropy and length at each level, in each way."""
-    rows = [row for row in run["rows"] if row["phase"] == "train"]
+    rows = run["rows"].query("phase == 'train'").to_dict("records")
     keys = ("accuracy", "entropy", "length")
     accuracy, entropy, length = (np.array([row[key] for row in rows]) for key in keys)
     step = np.arange(1.0, len(rows) + 1)

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from claims import kit
-from compare import cell, mean_interval
-from plot import new_figure, save
+from run.style import new_figure, save
+from run.table import cell, mean_interval
 
 COEFFICIENTS = (0, 0.01, 0.1, 10)
 STEPS = 20

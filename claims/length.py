@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from claims import kit
-from compare import cell, mean_interval
 from grpo import advantages
-from plot import new_figure, save, style
 from run.algorithm import load_algorithm
+from run.style import new_figure, save, style
+from run.table import cell, mean_interval
 
 STEPS, LAST = 20, 5
 COUNTS = (2, 3, 4, 5)  # calculations of a problem

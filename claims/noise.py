@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, whe
 import torch
 
 from claims.kit import command, each, trainer
-from compare import cell
-from plot import new_figure, save, style
+from run.style import new_figure, save, style
+from run.table import cell
 
 SIZES = {"steps": 25, "prompts": 96, "probe": 48}
 MINI_BATCH = 32  # completions, as in a run with the default options

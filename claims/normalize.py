@@ -14,9 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from claims import kit
-from compare import cell, mean_interval
-from plot import new_figure, save
 from run.algorithm import load_algorithm
+from run.style import new_figure, save
+from run.table import cell, mean_interval
 
 STEPS = 20
 PROBLEMS, GROUP = 64, 8

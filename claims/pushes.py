@@ -19,9 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when run as a script
 
 from claims import kit
-from plot import new_figure, save, style
 from run.algorithm import load_algorithm, option_defaults
 from run.commandline import Parser, output_file
+from run.style import new_figure, save, style
 
 OUT = Path(__file__).with_suffix(".png")
 LENGTH = 20  # tokens of the completion in the figure

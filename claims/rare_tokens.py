@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, whe
 import torch
 
 from claims.kit import command, each, trainer
-from compare import cell
-from plot import new_figure, save, style
 from run.algorithm import load_algorithm
+from run.style import new_figure, save, style
+from run.table import cell
 from trainer.logprobs import by_row, token_logprobs
 from trainer.methods import inputs
 

@@ -24,9 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, whe
 
 import compare
 from claims import kit
-from plot import plot_runs, style
 from run.commandline import Parser, output_file, output_folder
-from run.runs import ORDER, is_run, read_runs, write_csv
+from run.curves import plot_runs
+from run.runs import ORDER, is_run, read_runs
+from run.style import style
+from run.table import cell, write_csv
 from tiny.problems import problems
 from trainer.methods import ALGORITHMS
 
@@ -47,7 +49,8 @@ def write_problems(folder):
 
 def measures(run):
     """{name: greedy accuracy} of one run: after its last step, and the mean of all evaluations."""
-    found = compare.values(run, "eval", "accuracy")
+    rows = run["rows"]
+    found = rows.loc[rows["phase"] == "eval", "accuracy"].tolist()
     return {"final": found[-1], "mean": statistics.fmean(found[1:])}
 
 
@@ -73,7 +76,7 @@ def say(runs):
     algos = {algo for algo, _ in found}
     for algo in sorted(algos, key=[*ORDER, *algos].index):
         sign = "" if algo == "grpo" else "+"
-        cells = [compare.cell(found[algo, name], 3, sign) for name in ("final", "mean")]
+        cells = [cell(found[algo, name], 3, sign) for name in ("final", "mean")]
         name = style(algo)[0] + (" (itself)" if algo == "grpo" else "")
         seeds = len(found[algo, "final"])
         lines.append(f"| {name} | {seeds} | " + " | ".join(cells) + " |")

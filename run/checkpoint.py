@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from run.runs import read_metrics
+from run.runs import checked_rows, read_log
 
 KEPT = 2  # checkpoints
 # One JSON object per line, appended while the run goes on.
@@ -257,7 +257,8 @@ def restore(run, folder, model, optimizer):
         if (run / name).stat().st_size < size:
             raise ValueError(f"{name} is shorter than it was")
     if "metrics.jsonl" in state["sizes"]:  # what cannot be drawn is found now, not after training
-        read_metrics(run / "metrics.jsonl", state["sizes"]["metrics.jsonl"])
+        path = run / "metrics.jsonl"
+        checked_rows(read_log(path, state["sizes"]["metrics.jsonl"]), path)
     saved, found = type(model).from_pretrained(
         folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
     )

@@ -1,48 +1,34 @@
-"""Runs as data: read from folders or .csv files, grouped by what differs, averaged over seeds.
+"""Runs as data: read from folders, .csv files and logs of minimal.py.
 
-A run is {"algo", "seed", "settings": {option: value}, "rows": [{"phase", "step", and COLUMNS}]}.
-Settings are the options that define the experiment. A value that a row does not have is None. The
-algo of a user's file is its label; "file" tells two files with one label apart.
+A run is {"algo", "seed", "settings", "path", "rows"}. settings: {name: value} of the options that
+define its experiment. rows: a DataFrame with `phase`, `step` and a column per metric of
+metrics.jsonl, NaN where a row has no value; `ci_lo` and `ci_hi` are the ends of ci95, `seconds` is
+rollout_s + update_s. The algo of a user's file is its label; "file" tells two of one label apart.
 
-pandas is imported where it is used: a training run draws its curves without it.
+pandas is imported where it is used: --help does not wait for it.
 """
 
+import csv
 import json
 import math
 import sys
 from dataclasses import fields
-from itertools import permutations
 from pathlib import Path
-from statistics import fmean
-
-import numpy as np
 
 from run.options import DEFAULTS, MOST, Options
 from trainer.methods import MORE, is_file, label
 
 # In figures and tables.
 ORDER = ("grpo", "dapo", "gspo", "tepo", "gtpo", "grpo_s", "trgrpo", *MORE)
-COLUMNS = (
-    "accuracy",
-    "accuracy_trained",
-    "accuracy_lenient",
-    "ci_lo",
-    "ci_hi",
-    "entropy",
-    "length",
-    "truncated",
-    "clip_frac",
-    "pass_at_k",
-    "k",
-    "n",
-    "seconds",
+COLUMNS = (  # that every table of rows has
+    *("accuracy", "accuracy_trained", "accuracy_lenient", "ci_lo", "ci_hi", "entropy", "length"),
+    *("truncated", "clip_frac", "pass_at_k", "k", "n", "seconds"),
 )
+ABOUT = ("algo", "seed", "settings", "phase", "step")  # of a row; the rest are metrics
+NO_RUN = "no metrics.jsonl in it, so it is not a run of train.py"
 DETAILS = {about.name for about in fields(Options) if not about.metadata["experiment"]}
 # What reading a value raises where a file holds something else.
 BAD_VALUE = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
-
-
-# Reading and writing runs
 
 
 def read_log(path, size=None):
@@ -77,28 +63,50 @@ def finite(value):
     return number if math.isfinite(number) else None
 
 
-def metrics_row(raw):
-    """The row of a run from a raw one, {column: JSON value or text}. Raises one of BAD_VALUE."""
-    row = {"phase": raw["phase"], "step": int(raw["step"])}
-    if not 0 <= row["step"] <= MOST:
+def metrics_row(line):
+    """A row of `rows` of a line of metrics.jsonl or of a .csv. Raises one of BAD_VALUE."""
+    row = {"phase": line["phase"], "step": int(line["step"])}
+    if row["phase"] not in ("train", "eval") or not 0 <= row["step"] <= MOST:
         raise ValueError
-    for column in COLUMNS:
-        row[column] = finite(raw.get(column))
+    values = dict(line)
+    if "ci95" in line:
+        values["ci_lo"], values["ci_hi"] = line["ci95"] or (None, None)
+    if "rollout_s" in line:
+        values["seconds"] = (line["rollout_s"] or 0) + (line.get("update_s") or 0)
+    for name, value in values.items():
+        if name not in ABOUT and not isinstance(value, list | dict):
+            row[name] = finite(value)
     return row
 
 
-def renamed(line):
-    """A line of metrics.jsonl with its interval and its seconds under the names of COLUMNS."""
-    low, high = line.get("ci95") or (None, None)
-    seconds = (line.get("rollout_s") or 0) + (line.get("update_s") or 0)
-    return {**line, "ci_lo": low, "ci_hi": high, "seconds": seconds}
+def checked_rows(numbered, path):
+    """[row, ...] of [(line number, line), ...]. Raises ValueError for the first bad line."""
+    rows = []
+    for number, line in numbered:
+        try:
+            rows.append(metrics_row(line))
+        except BAD_VALUE:
+            raise ValueError(f"{path}: line {number} is not a line of metrics") from None
+    return rows
+
+
+def frame(rows):
+    """The DataFrame of some rows."""
+    import pandas as pd
+
+    names = dict.fromkeys(COLUMNS)
+    for row in rows:
+        names.update(row)
+    metrics = [name for name in names if name not in ABOUT]
+    table = pd.DataFrame(rows, columns=["phase", "step", *metrics])
+    return table.astype({"phase": str, "step": int, **dict.fromkeys(metrics, float)})
 
 
 def read_folder(folder):
     """The run in a folder of train.py. Raises ValueError."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        raise ValueError(f"{folder}: no metrics.jsonl in it, so it is not a run of train.py")
+        raise ValueError(f"{folder}: {NO_RUN}")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         options = config["options"]
@@ -110,19 +118,7 @@ def read_folder(folder):
     except (OSError, *BAD_VALUE):
         why = "config.json is missing or does not say algo and seed"
         raise ValueError(f"{folder}: {why}") from None
-    run["rows"] = read_metrics(path)
-    return run
-
-
-def read_metrics(path, size=None):
-    """The rows of a metrics.jsonl, or of its first `size` bytes. Raises ValueError."""
-    rows = []
-    for number, line in read_log(path, size):
-        try:
-            rows.append(metrics_row(renamed(line)))
-        except BAD_VALUE:
-            raise ValueError(f"{path}: line {number} is not a line of metrics") from None
-    return rows
+    return {**run, "path": folder, "rows": frame(checked_rows(read_log(path), path))}
 
 
 def settings_of(options):
@@ -140,89 +136,77 @@ def settings_of(options):
     return settings
 
 
+def read_log_of_minimal(path):
+    """The run in a file of minimal.py --log. Raises ValueError."""
+    lines = read_log(path)
+    about = {"algo": path.name, "seed": 0}
+    if lines and isinstance(lines[0][1].get("algo"), str):
+        about["algo"] = f"minimal.py {label(lines[0][1]['algo'])}"
+    if lines and isinstance(lines[0][1].get("seed"), int):
+        about["seed"] = lines[0][1]["seed"]
+    return {**about, "settings": {}, "path": path, "rows": frame(checked_rows(lines, path))}
+
+
 def read_csv(path):
     """The runs in a file of `write_csv`, in its order. Raises ValueError."""
-    import pandas as pd
-
-    look = {"dtype": str, "keep_default_na": False, "encoding_errors": "replace"}
-    try:
-        table = pd.read_csv(path, skip_blank_lines=False, **look)
-    except pd.errors.EmptyDataError:
-        raise ValueError(f"{path}: no metrics in it") from None
-    except pd.errors.ParserError as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
-    if not isinstance(table.index, pd.RangeIndex):  # pandas took the first cells for an index
-        raise ValueError(f"{path}: line 2 has more cells than line 1")
-    table.index += 2  # the number of the line
-    table = table[(table != "").any(axis="columns")]  # without blank lines
     runs = {}
-    for number, raw in table.to_dict("index").items():
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        lines = csv.DictReader(file)
         try:
-            key = raw["algo"], int(raw["seed"]), raw["settings"]
-            if key not in runs:
-                runs[key] = {"algo": key[0], "seed": key[1], "settings": read_settings(key[2])}
-                runs[key]["rows"] = []
-            runs[key]["rows"].append(metrics_row(raw))
-        except BAD_VALUE:
-            raise ValueError(f"{path}: line {number} is not a line of metrics") from None
+            for line in lines:
+                key = line["algo"], int(line["seed"]), line["settings"]
+                if None in line:  # more cells than line 1
+                    raise ValueError
+                if key not in runs:
+                    runs[key] = read_settings(key[2]), []
+                runs[key][1].append(metrics_row(line))
+        except (csv.Error, *BAD_VALUE):
+            raise ValueError(f"{path}: line {lines.line_num} is not a line of metrics") from None
     if not runs:
         raise ValueError(f"{path}: no metrics in it")
-    return list(runs.values())
+    found = []
+    for (algo, seed, _), (settings, rows) in runs.items():
+        run = {"algo": algo, "seed": seed, "settings": settings}
+        found.append({**run, "path": path, "rows": frame(rows)})
+    return found
 
 
 def read_settings(cell):
     """The settings in a cell of a .csv: a JSON object, or name=value;name=value in older files."""
     if cell.startswith("{"):
         return json.loads(cell)
-    settings = {}
-    for pair in filter(None, cell.split(";")):
-        name, value = pair.split("=", 1)
-        settings[name] = json.loads(value)
-    return settings
-
-
-def write_csv(runs, path):
-    """The numbers behind a figure, one line per row of a run, with four digits.
-
-    The file is small enough to commit, and the figure can be drawn again from it. Of the settings
-    it has those in which the runs differ.
-    """
-    import pandas as pd
-
-    names = differing(runs)
-    lines = []
-    for run in runs:
-        values = varied(run, names)
-        cell = json.dumps(values) if values else ""
-        about = {"algo": run["algo"], "seed": run["seed"], "settings": cell}
-        lines += [{**about, **row} for row in run["rows"]]
-    columns = ["algo", "seed", "settings", "phase", "step", *COLUMNS]
-    table = pd.DataFrame(lines, columns=columns)
-    table.to_csv(path, index=False, float_format="%.4g", lineterminator="\n")
+    pairs = [pair.split("=", 1) for pair in cell.split(";") if pair]
+    return {name: json.loads(value) for name, value in pairs}
 
 
 def read_runs(paths):
-    """All runs of some folders and .csv files.
+    """The runs of folders, .csv files and logs of minimal.py (.jsonl).
 
     A folder that is not a run but holds some, as compare.py makes it, stands for those. What is not
     a run is skipped with a note on stderr. Raises ValueError, one line, if no run is left.
     """
-    runs, notes, inside = [], [], []
-    for path in map(Path, paths):
+    runs, notes, inside = [], [], {}
+    for path in dict.fromkeys(map(Path, paths)):
         if not path.exists():
             raise ValueError(f"{path}: no such run")
-        if is_run(path):
-            runs.append(read_folder(path))
-        elif path.is_dir() and any(map(is_run, path.iterdir())):
-            inside += sorted(filter(is_run, path.iterdir()))
-        elif path.suffix == ".csv":
+        if path.suffix == ".csv":
             runs += read_csv(path)
+        elif path.suffix == ".jsonl":
+            runs.append(read_log_of_minimal(path))
+        elif is_run(path):
+            runs.append(read_folder(path))
+        elif path.is_file():
+            notes.append(f"{path}: neither a run's folder, nor a .csv or .jsonl")
         else:
-            notes.append(why_no_run(path))
-    for path in inside:  # last: of two equal runs, the one that was named itself is taken
-        run = read_folder(path)
-        if any(same_experiment(run, other) for other in runs):
-            notes.append(f"{path}: another run of the same algorithm, seed and settings is taken")
+            folders = sorted(filter(is_run, path.iterdir()))
+            inside.update({folder.resolve(): folder for folder in folders})
+            if not folders:
+                is_evaluation = (path / "eval.json").is_file()
+                notes.append(f"{path}: {'an evaluation, no run' if is_evaluation else NO_RUN}")
+    given = [about(run) for run in runs]
+    for run in map(read_folder, inside.values()):
+        if about(run) in given:
+            notes.append(f"{run['path']}: another run of the same experiment and seed is taken")
         else:
             runs.append(run)
     if not runs:
@@ -232,130 +216,10 @@ def read_runs(paths):
     return runs
 
 
+def about(run):
+    """What tells a run from others, whatever its folder is called."""
+    return run["algo"], run.get("file"), run["seed"], run["settings"]
+
+
 def is_run(path):
     return (path / "metrics.jsonl").is_file()
-
-
-def why_no_run(path):
-    """A line for a path that is not a run and holds none."""
-    if not path.is_dir():
-        return f"{path}: neither a run's folder nor a .csv"
-    if (path / "eval.json").is_file():
-        return f"{path}: an evaluation, no run"
-    return f"{path}: no metrics.jsonl in it, so it is not a run of train.py"
-
-
-def same_experiment(run, other):
-    same = all(run[key] == other[key] for key in ("algo", "seed", "settings"))
-    return same and not other_file(run, other)
-
-
-def other_file(run, other):
-    """Whether two runs have one label, but were made with two files of the user."""
-    files = run.get("file"), other.get("file")
-    return run["algo"] == other["algo"] and None not in files and files[0] != files[1]
-
-
-# Grouping runs and averaging seeds
-
-
-def differing(runs):
-    """The names of the settings in which runs of one algorithm differ: they make the variants."""
-    names = []
-    for run, other in permutations(runs, 2):
-        if run["algo"] != other["algo"]:
-            continue
-        theirs = other["settings"]
-        for name, value in run["settings"].items():
-            if name not in theirs or theirs[name] != value:
-                names.append(name)
-    return list(dict.fromkeys(names))
-
-
-def varied(run, names):
-    """Those settings of a run that are among the names."""
-    settings = run["settings"]
-    return {name: settings[name] for name in names if name in settings}
-
-
-def group(runs):
-    """{variant: {algo: [runs that differ in the seed alone]}}, algorithms in ORDER.
-
-    A lone variant is "". Raises ValueError where a run comes twice, which would count as two seeds,
-    and where one name stands for two methods.
-    """
-    for run, other in permutations(runs, 2):
-        if other_file(run, other):
-            raise ValueError(
-                f"these runs of {run['algo']} were made with two different files: leave some out, "
-                f"or name the files differently before training"
-            )
-    names = differing(runs)
-    groups = {}
-    for run in sorted(runs, key=place):
-        values = varied(run, names)
-        variant = rank(values, names), title(values) or ("defaults" if names else "")
-        seeds = groups.setdefault(variant, {}).setdefault(run["algo"], [])
-        if any(other["seed"] == run["seed"] for other in seeds):
-            same = f"{run['algo']}, seed {run['seed']}, same settings"
-            raise ValueError(f"two runs of {same}: leave one out")
-        seeds.append(run)
-    return {variant[1]: groups[variant] for variant in sorted(groups)}
-
-
-def place(run):
-    """Where the algorithm of a run stands in ORDER; an unknown one is last."""
-    return [*ORDER, run["algo"]].index(run["algo"])
-
-
-def rank(values, names):
-    """Sorts variants by number. Before the numbers come texts and settings that are missing."""
-    ranks = []
-    for name in names:
-        value = values.get(name)
-        is_number = isinstance(value, int | float)
-        ranks.append((value, "") if is_number else (-math.inf, str(value)))
-    return tuple(ranks)
-
-
-def title(values):
-    """A variant in words: "16 updates per rollout, lr = 0.001"."""
-    words = []
-    for name, value in values.items():
-        if name == "updates":
-            words.append(f"{value} update{'s' * (value != 1)} per rollout")
-        else:
-            words.append(f"{name} = {value}")
-    return ", ".join(words)
-
-
-def rows_of(runs, phase):
-    """The rows of one phase, "train" or "eval", in one DataFrame. What is missing is NaN.
-
-    Columns: run (its index in `runs`), step, and COLUMNS.
-    """
-    import pandas as pd
-
-    rows = []
-    for i, run in enumerate(runs):
-        rows += [{"run": i, **row} for row in run["rows"] if row["phase"] == phase]
-    table = pd.DataFrame(rows, columns=["run", "step", *COLUMNS])
-    return table.astype({"step": int, **dict.fromkeys(COLUMNS, float)})
-
-
-def average(runs, phase, metric):
-    """Steps at which any run has a value; over the runs that have one there: the mean, the lowest,
-    the highest, and how many runs they are. Five arrays [N], the last of whole numbers.
-    """
-    found = {}  # step: the values of the runs
-    for run in runs:
-        rows = [row for row in run["rows"] if row["phase"] == phase]
-        of_step = {row["step"]: row[metric] for row in rows}  # the last row of a step counts
-        for step, value in of_step.items():
-            if value is not None:
-                found.setdefault(step, []).append(value)
-    steps = sorted(found)
-    spread = [(fmean(found[step]), min(found[step]), max(found[step])) for step in steps]
-    mean, low, high = np.array(spread, float).reshape(-1, 3).T
-    count = np.array([len(found[step]) for step in steps], int)
-    return np.array(steps, int), mean, low, high, count

@@ -372,14 +372,14 @@ def test_what_is_no_run_is_skipped_with_a_note(tmp_path, capsys):
     assert len(notes) == 4 and all(line.startswith("note: skipped ") for line in notes)
     for part in ("s0: an evaluation", "waiting: no metrics.jsonl", "curves.png: neither"):
         assert part in printed.err
-    assert f"{runs / 'compare' / 'tepo-s0'}: another run of the same algorithm" in printed.err
+    assert f"{runs / 'compare' / 'tepo-s0'}: another run of the same experiment" in printed.err
     read = read_runs(sorted(runs.iterdir()))
     found = [(run["algo"], run["seed"], run["settings"]["updates"]) for run in read]
     assert found == [("tepo", 0, 4), ("gspo", 0, 4), ("tepo", 0, 16), ("tepo", 1, 4)]
 
 
 def test_a_folder_of_one_run_is_read_as_it_is(tmp_path):
-    row = read_folder(write_run(tmp_path / "run", steps=0))["rows"][0]
+    row = read_folder(write_run(tmp_path / "run", steps=0))["rows"].iloc[0]
     assert (row["phase"], row["step"]) == ("eval", 0)
     assert (row["ci_lo"], row["ci_hi"]) == pytest.approx((0.15, 0.25))
     assert (row["accuracy"], row["pass_at_k"], row["k"], row["n"]) == (0.2, 0.5, 4, 100)

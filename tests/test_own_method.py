@@ -15,13 +15,15 @@ from test_plot import write_run
 import compare
 import grpo
 import plot
-from run import origin
+from run import origin, style
 from run.algorithm import load_algorithm, option_defaults
 from run.checks import fill
 from run.commandline import command
 from run.names import algorithm_names, method
 from run.parser import parse
-from run.runs import group, read_csv, read_folder, read_runs
+from run.runs import read_csv, read_folder, read_runs
+from run.table import tabulate
+from tools import credit
 from trainer import grading
 from trainer.methods import label
 
@@ -125,11 +127,11 @@ def test_readmes_four_commands_with_fewer_steps(soft_length, tmp_path, monkeypat
     assert (out / "methods.png").read_bytes().startswith(b"\x89PNG")
 
     figures = []
-    monkeypatch.setattr(plot, "save", lambda figure, out: figures.append(figure))
+    monkeypatch.setattr(credit, "save", lambda figure, out: figures.append(figure))
     words = [word.replace("docs/", f"{ROOT}/docs/") for word in lines[3][2:]]
     plot.main([*words, "--out", str(tmp_path / "credit.png")])
     titles = [ax.get_title(loc="left").split(":")[0] for ax in figures[0].axes]
-    assert titles == ["Entropy", "GRPO", "DAPO", "soft_length"]
+    assert titles[1:] == ["GRPO", "DAPO", "soft_length"]
 
     # Another version of the file: the run is not taken for one of this version.
     capsys.readouterr()
@@ -181,27 +183,24 @@ def test_a_copy_of_grpo_is_grpo_under_another_name(tmp_path, monkeypatch, half_r
     folders = [tmp_path / "runs" / name for name in ("grpo.py-tiny-s0", "grpo-tiny-s0")]
     copy, ours = map(timeless, folders)
     assert copy == ours and all(row["phase"] == "eval" or row["grad_norm"] > 0 for row in copy)
-    (methods,) = group(read_runs(folders)).values()
-    assert list(methods) == ["grpo", "grpo.py"]
-    assert plot.style("grpo.py")[0] == "grpo.py" != plot.style("grpo")[0]
+    assert sorted(set(tabulate(read_runs(folders))["algo"])) == ["grpo", "grpo.py"]
+    assert style.style("grpo.py")[0] == "grpo.py" != style.style("grpo")[0]
 
 
 def test_own_methods_have_colours_of_their_own(monkeypatch):
-    monkeypatch.setattr(plot, "own", {})
-    looks = [plot.style(name) for name in ("a", "b", "c", "d", "e", "f")]
-    colours = {look[1] for look in looks} | {look[1] for look in plot.STYLES.values()}
-    assert len(colours) == 6 + 28 and plot.style("b") == looks[1]
+    monkeypatch.setattr(style, "own", {})
+    looks = [style.style(name) for name in ("a", "b", "c", "d", "e", "f")]
+    colours = {look[1] for look in looks} | {look[1] for look in style.STYLES.values()}
+    assert len(colours) == 6 + 28 and style.style("b") == looks[1]
 
 
-def test_one_figure_refuses_two_files_of_one_name(tmp_path):
-    runs = []
+def test_two_files_of_one_name_are_two_curves(tmp_path):
+    """Seeds 0 and 1 are of one file, 2 of another; their folders tell them apart."""
     for seed, checksum in enumerate(("aa", "aa", "bb")):
-        folder = write_run(tmp_path / f"{seed}", f"/{seed}/mine.py", seed)
+        folder = write_run(tmp_path / f"{checksum}-s{seed}", f"/{seed}/mine.py", seed)
         change(folder / "config.json", code={f"/{seed}/mine.py": checksum})
-        runs.append(folder)
-    assert [len(seeds["mine"]) for seeds in group(read_runs(runs[:2])).values()] == [2]
-    with pytest.raises(ValueError, match="of mine were made with two different files"):
-        plot.plot_runs(runs, tmp_path / "curves.png")
+    found = tabulate(read_runs([tmp_path])).groupby("variant", observed=True)["seed"]
+    assert {name: set(seeds) for name, seeds in found} == {"aa": {0, 1}, "bb": {2}}
 
 
 # Errors: one line each, with the file and the line

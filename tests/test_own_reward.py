@@ -39,7 +39,9 @@ def grader(path, **options):
 
 @pytest.mark.parametrize("name", ["format_reward", "length_reward", "countdown"])
 def test_each_example_trains(tmp_path, name):
-    status, folder = run_with(tmp_path, EXAMPLES / f"{name}.py", *(COUNTDOWN * (name == "countdown")))
+    status, folder = run_with(
+        tmp_path, EXAMPLES / f"{name}.py", *(COUNTDOWN * (name == "countdown"))
+    )
     assert status == 0
     for line in lines(folder, "train"):
         parts = {key: value for key, value in line.items() if key.startswith("reward/")}
@@ -153,7 +155,9 @@ def test_the_reward_by_math_verify_with_the_real_package(tmp_path):
 
 def test_accuracy_stays_what_it_is(tmp_path):
     """A constant reward gives no signal, and the same held-out accuracy as the default."""
-    status, own = run_with(tmp_path, own_file(tmp_path, "def reward(completion, problem): return 1\n"))
+    status, own = run_with(
+        tmp_path, own_file(tmp_path, "def reward(completion, problem): return 1\n")
+    )
     assert status == 0
     assert train.main([*SMALL, "--out", str(tmp_path / "plain")]) == 0
     first, plain = lines(own, "eval")[0], lines(tmp_path / "plain", "eval")[0]

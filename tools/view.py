@@ -25,10 +25,11 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from plot import NOTES, is_complete, push, style, tensors
 from run.names import algorithm_names
 from run.runs import ORDER, finite, read_folder
 from run.samples import read_groups
+from run.style import NOTES, style
+from tools.credit import is_complete, push, tensors
 from trainer.methods import ALGORITHMS, is_file, label
 
 TEMPLATE = Path(__file__).with_name("view.html")
