@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from small import lines, own_file, refused, run, timeless
 
-import train
-from run import origin, ownfile
+from run import origin, ownfile, start
 from run.options import Options
 from run.ownfile import load_file
 from run.ownreward import load_reward
@@ -19,15 +19,16 @@ from trainer.data import load_problems
 from trainer.grading import Grader
 
 EXAMPLES = ROOT / "examples"
+pytestmark = pytest.mark.usefixtures("quiet_run")
 SMALL = """--preset tiny --prompts 2 --group-size 4 --updates 2 --max-new-tokens 12 --eval-n 4
     --k 0 --steps 2 --save-every 1""".split()
 COUNTDOWN = ["--data", str(EXAMPLES / "countdown.jsonl")]
 
 
-def run_with(tmp_path, path, *words, out="run"):
-    """(exit status, the run's folder) of a small run with this reward."""
-    folder = tmp_path / out
-    return run(*SMALL, "--reward", path, "--out", folder, *words), folder
+def trained(folder, path, *words):
+    """The folder of a small run with this reward."""
+    assert run(*SMALL, "--reward", path, "--out", folder, *words) == 0
+    return folder
 
 
 def grader(path, **options):
@@ -39,10 +40,8 @@ def grader(path, **options):
 
 @pytest.mark.parametrize("name", ["format_reward", "length_reward", "countdown"])
 def test_each_example_trains(tmp_path, name):
-    status, folder = run_with(
-        tmp_path, EXAMPLES / f"{name}.py", *(COUNTDOWN * (name == "countdown"))
-    )
-    assert status == 0
+    words = COUNTDOWN if name == "countdown" else []
+    folder = trained(tmp_path / "run", EXAMPLES / f"{name}.py", *words)
     for line in lines(folder, "train"):
         parts = {key: value for key, value in line.items() if key.startswith("reward/")}
         names = {"format_reward": {"right", "format"}, "countdown": {"right", "legal"}}
@@ -126,10 +125,10 @@ def test_the_reward_by_math_verify_says_in_one_line_that_the_package_is_missing(
 ):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     ownfile.run.cache_clear()
-    status, folder = run(tmp_path, EXAMPLES / "math_verify_reward.py", *LATEX)
-    error = capsys.readouterr().err
-    assert status == 2 and error.count("\n") == 1 and not folder.exists()
-    assert "math_verify_reward.py:" in error and "pip install math-verify" in error
+    words = [*SMALL, *LATEX, "--out", tmp_path / "run", "--reward"]
+    line = refused(capsys, *words, EXAMPLES / "math_verify_reward.py")
+    assert "math_verify_reward.py:" in line and "pip install math-verify" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_reward_by_math_verify_with_the_real_package(tmp_path):
@@ -146,8 +145,8 @@ def test_the_reward_by_math_verify_with_the_real_package(tmp_path):
     assert grade(r"\boxed{9^{9^{9^{9}}}}", problems[0], False) == 0.0  # takes too long
     with pytest.raises(ValueError, match="math-verify cannot read the answer"):
         grade(r"\boxed{1}", {"question": "q", "answer": r"\frac{1"}, False)
-    status, folder = run(tmp_path, EXAMPLES / "math_verify_reward.py", *LATEX)
-    assert status == 0 and all(line["accuracy"] == 0.0 for line in lines(folder, "train"))
+    folder = trained(tmp_path / "run", EXAMPLES / "math_verify_reward.py", *LATEX)
+    assert all(line["accuracy"] == 0.0 for line in lines(folder, "train"))
 
 
 # What reaches the run
@@ -155,11 +154,9 @@ def test_the_reward_by_math_verify_with_the_real_package(tmp_path):
 
 def test_accuracy_stays_what_it_is(tmp_path):
     """A constant reward gives no signal, and the same held-out accuracy as the default."""
-    status, own = run_with(
-        tmp_path, own_file(tmp_path, "def reward(completion, problem): return 1\n")
-    )
-    assert status == 0
-    assert train.main([*SMALL, "--out", str(tmp_path / "plain")]) == 0
+    path = own_file(tmp_path, "def reward(completion, problem): return 1\n")
+    own = trained(tmp_path / "run", path)
+    assert run(*SMALL, "--out", tmp_path / "plain") == 0
     first, plain = lines(own, "eval")[0], lines(tmp_path / "plain", "eval")[0]
     assert first == plain
     assert [line["reward"] for line in lines(own, "train")] == [1.0, 1.0]
@@ -174,8 +171,7 @@ def correct(completion, problem): return problem["answer"] == "yes"
     train_csv = "question,answer\n" + "".join(f"q{i},yes\n" for i in range(8))
     own_file(tmp_path, train_csv, "train.csv")
     own_file(tmp_path, "question,answer\np,no\nq,no\n", "test.csv")
-    status, folder = run_with(tmp_path, own_file(tmp_path, text), "--data", str(tmp_path))
-    assert status == 0
+    folder = trained(tmp_path / "run", own_file(tmp_path, text), "--data", tmp_path)
     for line in lines(folder, "train"):
         assert (line["reward"], line["reward/a"], line["reward/b"]) == (-2.75, 0.25, -3)
     held_out = lines(folder, "eval")[0]
@@ -257,23 +253,19 @@ LATER = "import itertools"  # wrong only from the second call on
 def test_an_error_names_the_problem_and_the_line(tmp_path, capsys, monkeypatch, text):
     """Before the model is loaded, if a first call shows it."""
     if not text.startswith(LATER):
-        monkeypatch.setattr(train.start, "load_policy", lambda *_: pytest.fail("loaded"))
+        monkeypatch.setattr(start, "load_policy", lambda *_: pytest.fail("loaded"))
     path = own_file(tmp_path, text)
-    status, folder = run_with(tmp_path, path)
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert status == 2 and error.startswith("train.py: error:") and str(path) in error
-    assert BROKEN[text] in error and "the problem is '" in error
-    assert "Traceback" not in error
+    line = refused(capsys, *SMALL, "--reward", path, "--out", tmp_path / "run")
+    assert str(path) in line and BROKEN[text] in line and "the problem is '" in line
 
 
 def test_what_is_mended_goes_on(tmp_path, capsys):
     text = "import itertools\nn = itertools.count()\ndef reward(c, p): return 1 / (13 - next(n))\n"
-    path = own_file(tmp_path, text)
-    status, folder = run_with(tmp_path, path)
-    assert status == 2 and f"--resume {folder}" in capsys.readouterr().err
-    assert len(lines(folder, "train")) == 1
+    path, folder = own_file(tmp_path, text), tmp_path / "run"
+    line = refused(capsys, *SMALL, "--reward", path, "--out", folder)
+    assert f"--resume {folder}" in line and len(lines(folder, "train")) == 1
     path.write_text("def reward(c, p): return 1\n")
-    assert train.main(["--resume", str(folder)]) == 0
+    assert run("--resume", folder) == 0
     assert f"changed since the run began: {path}" in capsys.readouterr().out
 
 
@@ -283,22 +275,16 @@ UNUSABLE = {
     "def reward(": "SyntaxError",
     "import nothing_like_it": ":1: ModuleNotFoundError",
     "raise SystemExit": ":1: SystemExit",
+    None: "no such file",
 }
 
 
 @pytest.mark.parametrize("text", UNUSABLE)
 def test_a_file_that_is_no_reward_is_refused_before_the_model(tmp_path, capsys, monkeypatch, text):
-    monkeypatch.setattr(train.start, "load_policy", lambda *_: pytest.fail("loaded"))
-    status, folder = run_with(tmp_path, own_file(tmp_path, text))
-    error = capsys.readouterr().err.strip()
-    assert status == 2 and UNUSABLE[text] in error and len(error.splitlines()) == 1
-    assert not (folder / "metrics.jsonl").exists()
-
-
-def test_no_such_file(tmp_path, capsys):
-    assert run_with(tmp_path, tmp_path / "none.py")[0] == 2
-    assert "no such file" in capsys.readouterr().err
-    assert run_with(tmp_path, tmp_path)[0] == 2
+    monkeypatch.setattr(start, "load_policy", lambda *_: pytest.fail("loaded"))
+    path = tmp_path if text is None else own_file(tmp_path, text)
+    line = refused(capsys, *SMALL, "--reward", path, "--out", tmp_path / "run")
+    assert UNUSABLE[text] in line and not (tmp_path / "run").exists()
 
 
 # Resume and reuse
@@ -307,18 +293,11 @@ def test_no_such_file(tmp_path, capsys):
 def test_a_run_goes_on_exactly_from_anywhere(tmp_path, monkeypatch):
     shutil.copy(EXAMPLES / "format_reward.py", tmp_path / "r.py")
     monkeypatch.chdir(tmp_path)
-    status, whole = run_with(tmp_path, "r.py", "--steps", "3", out="whole")
-    _, part = run_with(tmp_path, "r.py", out="part")
+    whole = trained(tmp_path / "whole", "r.py", "--steps", "3")
+    part = trained(tmp_path / "part", "r.py")
     monkeypatch.chdir("/")
-    assert status == 0 and train.main(["--resume", str(part), "--steps", "3"]) == 0
-    timeless = [
-        [
-            {k: v for k, v in line.items() if not k.endswith(("_s", "mib"))}
-            for line in lines(f, "train")
-        ]
-        for f in (whole, part)
-    ]
-    assert timeless[0] == timeless[1]
+    assert run("--resume", part, "--steps", "3") == 0
+    assert timeless(part) == timeless(whole)
 
 
 def test_the_file_is_part_of_what_a_run_was_made_from(tmp_path):

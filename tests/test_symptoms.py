@@ -1,14 +1,13 @@
 """symptoms.py: each limit from both sides, the committed runs, once per run, the page's table."""
 
 import csv
-import json
 import math
 import re
 
 import pytest
 from conftest import ROOT
+from small import WORDS, read, run
 
-import train
 from run.symptoms import SYMPTOMS, WINDOW, Watch
 from trainer import grading
 
@@ -139,8 +138,8 @@ def committed(name):
 
 @pytest.mark.parametrize("name", ["methods", "more", "more-16", "off-policy", "eps"])
 def test_no_committed_run_that_learns_gives_a_warning(name):
-    for run, lines in committed(name).items():
-        assert warnings(lines) == [], run
+    for name, lines in committed(name).items():
+        assert warnings(lines) == [], name
 
 
 def test_the_committed_runs_that_break_give_one():
@@ -164,22 +163,21 @@ def test_a_resumed_run_does_not_warn_again():
     assert len(second.see(step(8, ratio_first_max=0.5))) == 1
 
 
-def test_a_run_prints_its_warning_once_also_across_a_resume(tmp_path, monkeypatch, capsys):
+def test_a_run_prints_its_warning_once_also_across_a_resume(
+    tmp_path, monkeypatch, capsys, quiet_run
+):
     """No group has a signal; a torn line at the end of metrics.jsonl does not matter."""
     monkeypatch.setattr(grading, "correct", lambda *_: 1.0)
-    monkeypatch.setattr(train, "plot_runs", lambda *_: None)
-    words = """--preset tiny --prompts 2 --group-size 2 --updates 1 --max-new-tokens 4 --eval-n 2
-        --k 0 --eval-every 0 --samples-every 0 --save-every 3 --steps 7""".split()
-    assert train.main([*words, "--out", str(tmp_path)]) == 0
+    words = "--samples-every 0 --save-every 3 --steps 7 --max-new-tokens 4".split()
+    assert run(*WORDS, *words, "--out", tmp_path) == 0
     told = capsys.readouterr().out
     assert told.count("warning: step 5: 100% of the groups") == 1
     assert told.count("warning: ") == 1 + ("were cut off" in told)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"phase": "tr')
-    assert train.main(["--resume", str(tmp_path), "--steps", "9"]) == 0
+    assert run("--resume", tmp_path, "--steps", "9") == 0
     assert "warning: " not in capsys.readouterr().out
-    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()]
-    assert steps == [0, *range(1, 10), 9]
+    assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [0, *range(1, 10), 9]
 
 
 def test_the_page_has_each_symptom_with_its_limit():

@@ -13,20 +13,16 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from small import WORDS as SMALL
+from small import read, refused, run, write
 
-import train
 from run import runs, session, start, track
 from run.commandline import python
 from run.options import TRACKERS, Options
 from run.symptoms import Watch
 
 # A run of four steps of four short completions, a checkpoint and an evaluation every second.
-WORDS = """--preset tiny --steps 4 --prompts 2 --group-size 2 --updates 2 --max-new-tokens 8
-    --eval-n 2 --eval-every 2 --save-every 2 --k 1 --samples-every 0""".split()
-
-
-def lines(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+WORDS = [*SMALL, *"--eval-every 2 --save-every 2 --k 1 --samples-every 0".split()]
 
 
 # A stand-in for a run of train.py, which takes much longer: it writes the lines of these phases
@@ -53,7 +49,7 @@ def go(out, tool, *phases):
 def cut(out, phase):
     """metrics.jsonl back to this line, as a resumed run does it."""
     rows = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-    last = [(row["phase"], row["step"]) for row in lines(out)].index(phase)
+    last = [(row["phase"], row["step"]) for row in read(out / "metrics.jsonl")].index(phase)
     (out / "metrics.jsonl").write_text("".join(rows[: last + 1]))
 
 
@@ -188,7 +184,7 @@ def expected(rows):
 
 def check_held(found, out):
     """found: of `held`. It is what metrics.jsonl says."""
-    want = expected(lines(out))
+    want = expected(read(out / "metrics.jsonl"))
     assert found.keys() == want.keys()
     for key, value in want.items():
         assert found[key] == pytest.approx(value, rel=1e-6), key
@@ -211,7 +207,7 @@ def test_it_may_begin_later_stop_and_go_on(fake, tmp_path):
     assert not shown and not (tmp_path / "track.json").exists()
     go(tmp_path, tool)
     (mine,) = shown.values()
-    assert held(mine.rows) == expected(lines(tmp_path))
+    assert held(mine.rows) == expected(read(tmp_path / "metrics.jsonl"))
     go(tmp_path, "none", *TO_STEP_3[3:])
     go(tmp_path, tool, *FROM_STEP_2[2:])
     check_held(held(mine.rows), tmp_path)
@@ -228,7 +224,7 @@ def test_each_evaluation_hands_over_its_completions(fake, tmp_path):
     """... those of before the tracker was begun, too; as text that any file can take."""
     tool, shown = fake
     go(tmp_path, "none", ("eval", 0), ("train", 1))
-    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(g) + "\n" for g in greedy_of(0)))
+    write(tmp_path / "held_out.jsonl", greedy_of(0))
     tracker = track.Tracker(Options(track=tool), tmp_path)
     tracker.log(line_of("eval", 2), greedy_of(2))
     (mine,) = shown.values()
@@ -265,36 +261,28 @@ def test_a_run_has_a_line_of_its_own_in_each_tracker(tmp_path, monkeypatch):
     go(tmp_path / "run" / "run", "trackio", *TO_STEP_3)
     assert [len(lines) for lines in shown.values()] == [2, 1]
     (mine,) = shown["wandb"].values()
-    assert held(mine.rows) == expected(lines(tmp_path / "run")[:3])
+    assert held(mine.rows) == expected(read(tmp_path / "run" / "metrics.jsonl")[:3])
 
 
 # train.py calls it
 
 
-@pytest.fixture
-def train_py(monkeypatch):
-    """train.main without plots; it leaves the handler of SIGINT alone."""
-    monkeypatch.setattr(train, "plot_runs", lambda *_: None)
-    monkeypatch.setattr(session, "on_interrupt", list)
-    return lambda *words: train.main([str(word) for word in words])
-
-
-def test_train_py_shows_its_metrics_and_resumes(train_py, tmp_path, monkeypatch):
+def test_train_py_shows_its_metrics_and_resumes(quiet_run, tmp_path, monkeypatch):
     shown = put_fake("trackio", monkeypatch)
     out = tmp_path / "run"
-    write = session.write_metrics
+    write_metrics = session.write_metrics
 
     def full_disk(trainer, out, line, *greedy):
         if (line["phase"], line["step"]) == ("train", 4):
             raise OSError("no space left")
-        write(trainer, out, line, *greedy)
+        write_metrics(trainer, out, line, *greedy)
 
     with monkeypatch.context() as patch:
         patch.setattr(session, "write_metrics", full_disk)
-        assert train_py(*WORDS, "--out", out, "--track", "trackio") == 2
-    assert train_py("--resume", out) == 0
+        assert run(*WORDS, "--out", out, "--track", "trackio") == 2
+    assert run("--resume", out) == 0
     (mine,) = shown.values()
-    found, want = held(mine.rows), expected(lines(out))
+    found, want = held(mine.rows), expected(read(out / "metrics.jsonl"))
     assert found.keys() == want.keys() and len(mine.starts) == mine.closed == 2
     times = "rollout_s", "update_s", "tokens_per_s", "peak_mib"  # not repeated by a resumed run
     assert {key: x for key, x in found.items() if key[0] not in times} == {
@@ -303,7 +291,7 @@ def test_train_py_shows_its_metrics_and_resumes(train_py, tmp_path, monkeypatch)
     # Another run in the same folder begins a line of its own.
     (out / "tensorboard").mkdir()
     words = "--track trackio --steps 1 --overwrite".split()
-    assert train_py(*WORDS, "--out", out, *words) == 0
+    assert run(*WORDS, "--out", out, *words) == 0
     assert len(shown) == 2 and not (out / "tensorboard").exists()
 
 
@@ -326,7 +314,7 @@ def test_a_tracker_that_fails_costs_one_line_and_no_metrics(tmp_path, monkeypatc
     go(tmp_path, "trackio", *TO_STEP_3)
     said = "warning: --track trackio failed and is off now (the server is gone); training goes on"
     assert capsys.readouterr().out == said + "\n"
-    assert calls == [0, 1] and len(lines(tmp_path)) == len(TO_STEP_3)
+    assert calls == [0, 1] and len(read(tmp_path / "metrics.jsonl")) == len(TO_STEP_3)
 
 
 def test_nor_does_one_that_fails_to_close(tmp_path, monkeypatch, capsys):
@@ -341,21 +329,10 @@ def test_one_that_does_not_start_is_one_line(tmp_path, monkeypatch):
         go(tmp_path, "trackio")
 
 
-def refused(capsys, *words):
-    """The error of train.py."""
-    capsys.readouterr()
-    assert train.main([*WORDS, *map(str, words)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line.removeprefix("train.py: error: ")
-
-
 @pytest.mark.parametrize("tool", TRACKERS)
 def test_a_missing_package_is_named_before_the_model_is_loaded(tool, tmp_path, monkeypatch, capsys):
-    def load(_):
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(start, "set_up", load)
-    words = "--out", tmp_path / "run", "--track", tool
+    monkeypatch.setattr(start, "set_up", lambda *_: pytest.fail("the model was loaded"))
+    words = [*WORDS, "--out", tmp_path / "run", "--track", tool]
     want = f"--track {tool}: it is not installed; pip install {tool}"
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, tool, None)
@@ -369,21 +346,8 @@ def test_a_missing_package_is_named_before_the_model_is_loaded(tool, tmp_path, m
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_tracker_is_refused(capsys):
-    assert (
-        refused(capsys, "--track", "mlflow")
-        == "--track mlflow: tensorboard, trackio, wandb or none"
-    )
-
-
 def test_runs_that_differ_in_their_tracker_are_one_experiment():
     assert "track" in runs.DETAILS
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"trackio": 3}', '{"trackio": {"name": "a"}}'])
-def test_a_damaged_record_begins_a_new_line(content, tmp_path):
-    (tmp_path / "track.json").write_text(content)
-    assert track.read_records(tmp_path / "track.json") == {}
 
 
 def test_only_numbers_are_shown():
