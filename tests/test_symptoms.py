@@ -138,8 +138,8 @@ def committed(name):
 
 @pytest.mark.parametrize("name", ["methods", "more", "more-16", "off-policy", "eps"])
 def test_no_committed_run_that_learns_gives_a_warning(name):
-    for name, lines in committed(name).items():
-        assert warnings(lines) == [], name
+    for key, lines in committed(name).items():
+        assert warnings(lines) == [], key
 
 
 def test_the_committed_runs_that_break_give_one():
