@@ -22,8 +22,8 @@ right tokens get A < 0; with 15 of 16 wrong, more than half of the wrong ones A 
 Source: the paper's own text. Our choices:
 - eps 0.2 / 0.28, DAPO's: Eq. 7 gives no value. The one sentence with these numbers clips the
   entropy at them: entropy_low=0.2, entropy_high=0.28 (0, the default: no bound);
-- success is correctness, `right`: a reward shaped further enters as r_i only. The paper's length
-  punishment (Appendix D) is rewards.group_overlong_penalty;
+- success is correctness, `right`: a reward shaped further enters as r_i only, also by the length
+  punishment (Appendix D), `train.py --group-overlong 0.75`;
 - a group without O+ or O- gets 0; sums run over the group; std as in grpo.py;
 - the geometric variant (Appendix C) is not built.
 

@@ -157,7 +157,12 @@ class Trainer:
         function, rows = self.algo.advantages, slice(None)  # all rows
         filled = inputs(function, rollout, rows, rollout.entropy, self.o.max_new_tokens)
         options = {**filled, **self.advantage_options}
-        advantages = function(rollout.rewards, self.o.group_size, **options)
+        try:
+            advantages = function(rollout.rewards, self.o.group_size, **options)
+        except OwnFileError:
+            raise
+        except ValueError as error:  # such as MaxRL's, of a negative mean reward
+            raise BadReward(error) from error
         check_advantages(function, advantages, rollout.mask)
         return corrected(advantages, rollout, self.o.sampler_correction)
 

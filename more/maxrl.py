@@ -31,7 +31,7 @@ def advantages(rewards, group_size):
     r = split_groups(rewards, group_size)  # [B/G, G]
     mean = r.mean(1, keepdim=True)  # [B/G, 1]
     if torch.any(mean < 0):
-        raise ValueError("MaxRL needs groups whose mean reward is not negative: rewards of 0 and 1")
+        raise ValueError(f"MaxRL needs rewards of 0 and 1; the mean of a group is {mean.min():.3g}")
     # A_i = (r_i - mean r) / (mean r + 1e-6)
     return ((r - mean) / (mean + 1e-6)).masked_fill(constant(r), 0).flatten()  # [B]
 

@@ -92,6 +92,12 @@ class Options:
         "DAPO: over this many last tokens before --max-new-tokens the reward falls by up to 1; "
         "0: no penalty",
     )
+    group_overlong: float = setting(
+        0.0,
+        "GTPO: a right completion that is long for its group loses up to 0.5; from this share of "
+        "right ones on, only they are compared (0.75 in a replication); 0: no penalty",
+        most=0.99,
+    )
     reward: str | None = setting(
         None,
         "FILE.py with reward(completion, problem), which returns a number, or a dict of numbers "

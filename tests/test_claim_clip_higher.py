@@ -29,15 +29,15 @@ def test_the_counts_by_a_loop():
 @pytest.mark.parametrize("ratio", [w for w in RATIOS if w != 1.2])
 def test_between_the_bounds_is_where_the_two_losses_differ(ratio):
     logp = torch.tensor([[ratio]], dtype=torch.float64).log()
-    push = []
+    gets_gradient = []
     for bound in clip_higher.BOUNDS:
         leaf = logp.clone().requires_grad_()
         args = torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1)
         dapo.loss(leaf, *args, eps_high=bound).backward()
-        push.append(leaf.grad.item() != 0)
+        gets_gradient.append(leaf.grad.item() != 0)
     counts = clip_higher.counts(logp.exp()[0], torch.tensor([0.05]), torch.ones(1))
-    assert counts["between_1"] == (push == [False, True])
-    assert counts["above_1"] == (push == [False, False])
+    assert counts["between_1"] == (gets_gradient == [False, True])
+    assert counts["above_1"] == (gets_gradient == [False, False])
 
 
 def test_the_entropy_at_an_accuracy():

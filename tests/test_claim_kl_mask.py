@@ -36,8 +36,8 @@ def looked(kl_coef):
     trainer = SimpleNamespace(updater=SimpleNamespace(loss_gradient=loss_gradient))
     filled = {"entropy": H, "old_entropy": H_old, "kl_coef": kl_coef}
     rows = torch.arange(2)
-    push = loss_gradient(rollout, rows, filled)[1]
-    return kl_mask.look(trainer, rollout, rows, push, filled)
+    gradient = loss_gradient(rollout, rows, filled)[1]
+    return kl_mask.look(trainer, rollout, rows, gradient, filled)
 
 
 def test_what_the_mask_takes_and_its_push_by_a_loop():

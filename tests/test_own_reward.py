@@ -192,6 +192,18 @@ def test_the_overlong_penalty_is_added(tmp_path):
     assert own.reward("", {"question": "q", "answer": "1"}, 10, False) == (0, 1.5, {"x": 2})
 
 
+def test_the_punishment_by_group_is_added_to_the_rows_of_each_group(tmp_path):
+    """Two groups of four, with L = (4 + 8) / 2 and (2 + 8) / 2."""
+    path = write(tmp_path, "def reward(completion, problem): return 2\n")
+    lengths = torch.tensor([4, 4, 4, 8, 8, 8, 2, 2])
+    batch = SimpleNamespace(mask=torch.arange(8) < lengths[:, None], truncated=torch.zeros(8) > 0)
+    batch.texts = ["#### 1", "", "#### 1", "#### 1", "#### 1", "", "#### 1", "#### 1"]
+    batch.problems = [{"question": "q", "answer": "1"}] * 8
+    grader(path, group_overlong=0.75, group_size=4).grade(batch)
+    assert batch.right.tolist() == [1, 0, 1, 1, 1, 0, 1, 1]
+    assert batch.rewards.tolist() == pytest.approx([2, 2, 2, 2 - 1 / 6, 1.7, 2, 2, 2])
+
+
 NUMPY = "__import__('numpy')"
 
 

@@ -4,6 +4,8 @@ The attacks are long texts of one repeated piece, and random texts that hypothes
 """
 
 import json
+import math
+import random
 import re
 import time
 from fractions import Fraction
@@ -14,7 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
-from rewards import correct, equal, extract_answer, overlong_penalty, true_answer
+from rewards import (
+    correct,
+    equal,
+    extract_answer,
+    group_overlong_penalty,
+    overlong_penalty,
+    true_answer,
+)
 
 # Each form of the docstring, alone: text → number, two spaces between them.
 READ = {
@@ -426,6 +435,66 @@ def test_overlong_penalty(length, max_length, cache, penalty):
 def test_overlong_penalty_refuses(max_length, cache):
     with pytest.raises(ValueError, match="cache"):
         overlong_penalty(5, max_length, cache)
+
+
+@pytest.mark.parametrize(
+    "lengths, right, penalties",
+    [
+        # 3 of 4 right: L = max((10 + 50) / 2, 80 / 3) = 30; 20 / 30 / 2 = 1/3
+        ([10, 20, 50, 90], "1110", [0, 0, -1 / 3, 0]),
+        # all right, the mean decides: L = max(50, 310 / 4) = 77.5
+        ([0, 90, 100, 120], "1111", [0, *(-(n - 77.5) / 155 for n in (90, 100, 120))]),
+        # 3 of 5: of all, L = max((4 + 100) / 2, 32) = 52; a wrong one is never punished
+        ([4, 60, 20, 76, 100], "01110", [0, -8 / 104, 0, -24 / 104, 0]),
+        ([1, 1, 1, 1, 6], "11111", [0, 0, 0, 0, -2.5 / 7]),  # L = 3.5
+        ([2, 2, 2, 2, 2, 2, 2, 20], "11111101", [0] * 7 + [-9 / 22]),  # L = 11
+        ([1, 1, 1, 1, 1, 1, 9, 3], "11111110", [0] * 6 + [-4 / 10, 0]),  # L = 5
+        ([1, 9], "10", [0, 0]),  # half is not more than half
+        ([1, 2, 3, 90], "0001", [0, 0, 0, 0]),
+        ([5, 5, 5], "000", [0, 0, 0]),
+        ([0, 0], "11", [0, 0]),
+        ([7], "1", [0]),
+    ],
+)
+def test_group_overlong_penalty(lengths, right, penalties):
+    right = [float(c) for c in right]
+    assert group_overlong_penalty(lengths, right) == pytest.approx(penalties, abs=1e-12)
+
+
+def appendix_d(lengths, right, gamma):
+    """The paper's three cases and its three stretches, one completion at a time."""
+    total, n, found = len(lengths), sum(right), []
+    of = [lengths[i] for i in range(total) if right[i]] if n / total >= gamma else lengths
+    for i in range(total):
+        found.append(0.0)
+        if not right[i] or (n / total < gamma and (n / total <= 1 - gamma or n <= total / 2)):
+            continue
+        longest = max((min(of) + max(of)) / 2, sum(of) / len(of))
+        if longest <= lengths[i] < 2 * longest:
+            found[i] = -(lengths[i] - longest) / longest / 2
+        elif lengths[i] >= 2 * longest > 0:
+            found[i] = -0.5
+    return found
+
+
+@pytest.mark.parametrize("gamma", [0.05, 0.3, 0.5, 0.55, 0.75, 0.9])
+def test_group_overlong_penalty_is_the_paper_s_by_cases(gamma):
+    draw = random.Random(2)
+    least = 0
+    for _ in range(200):
+        total = draw.randint(1, 20)
+        lengths = [draw.choice([0, 1, 2, 3, 5, 60]) for _ in range(total)]
+        right = [draw.random() < 0.7 for _ in range(total)]
+        got = group_overlong_penalty(lengths, right, gamma)
+        assert got == pytest.approx(appendix_d(lengths, right, gamma), abs=1e-12)
+        least = min(least, *got, 0)
+    assert least == -0.5
+
+
+@pytest.mark.parametrize("gamma", [0, 1, -0.1, math.nan])
+def test_group_overlong_penalty_refuses(gamma):
+    with pytest.raises(ValueError, match="gamma must lie between 0 and 1"):
+        group_overlong_penalty([1], [1.0], gamma)
 
 
 # --- attacks --------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from conftest import ROOT, tiny_model
 
 import grpo
 import train
+from rewards import group_overlong_penalty
 from run import session, start
 from run.algorithm import checked_options, load_algorithm
 from run.checks import fill
@@ -42,8 +43,9 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("algo", ALGORITHMS)
-def test_each_algorithm_trains_two_steps(algo, tmp_path):
+@pytest.mark.parametrize("algo", ["tepo", "gtpo"])
+def test_the_command_trains_two_steps(algo, tmp_path):
+    """With one advantage per completion and with one per token; below, all methods in process."""
     out = tmp_path / "run"
     done = command("--algo", algo, "--steps", 2, "--out", out, *SMALL)
     assert done.returncode == 0, done.stderr
@@ -337,6 +339,28 @@ def test_overlong_punishment_is_added_but_is_not_accuracy(tmp_path, monkeypatch)
     monkeypatch.setattr(grading, "correct", lambda *_: float("nan"))
     with pytest.raises(grading.BadReward, match="so it says"):
         reward("so it says", problem, 1, False)
+
+
+def test_rewards_that_a_method_cannot_take_stop_the_run_in_a_line(tmp_path, capsys):
+    """MaxRL divides by the mean reward; a completion cut at the limit has -1."""
+    words = "--algo maxrl --overlong-cache 12 --eval-n 4 --k 0 --out".split()
+    assert train.main([*SMALL, *words, str(tmp_path / "run")]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("train.py: error: MaxRL needs rewards of 0 and 1; the mean of a group")
+    assert "when that is mended: python" in line and "\n" not in line
+
+
+def test_the_length_punishment_of_a_group_reaches_the_reward_but_is_not_accuracy(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(grading, "correct", lambda *_: 1.0)
+    t = trainer(tmp_path, "--group-overlong", "0.75")
+    torch.manual_seed(0)
+    rollout, _ = t.sample_and_reward()
+    lengths = rollout.mask.sum(1).view(-1, t.o.group_size).tolist()
+    want = [group_overlong_penalty(group, [1.0] * len(group)) for group in lengths]
+    assert (rollout.right == 1).all() and rollout.rewards.min() < 1
+    assert torch.equal(rollout.rewards, 1 + torch.tensor(sum(want, [])))
 
 
 def test_beta_and_the_kl_mask_get_what_they_need(tmp_path):

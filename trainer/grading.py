@@ -18,7 +18,14 @@ import copy
 
 import torch
 
-from rewards import correct, equal, extract_answer, overlong_penalty, true_answer
+from rewards import (
+    correct,
+    equal,
+    extract_answer,
+    group_overlong_penalty,
+    overlong_penalty,
+    true_answer,
+)
 from trainer.decoding import text_of
 from trainer.methods import OwnFileError, named
 from trainer.prompts import ids_of
@@ -37,7 +44,7 @@ def check_answer(tokenizer):
 
 
 class BadReward(Exception):
-    """The default reward is not a number in [-1, 1]; the message quotes the completion."""
+    """A default reward that is not a number in [-1, 1], or rewards that the method cannot take."""
 
 
 class Grader:
@@ -57,6 +64,7 @@ class Grader:
             right.append(is_right)
             rewards.append(reward)
             batch.parts.append(parts)
+        rewards = self.by_group(rewards, right, lengths)
         device = batch.mask.device
         batch.right = torch.tensor(right, device=device)  # [B]
         batch.rewards = torch.tensor(rewards, device=device)  # [B]
@@ -80,6 +88,17 @@ class Grader:
                 f"the reward {reward} is not a number in [-1, 1]; it was given to {text!r}"
             )
         return right, reward, parts
+
+    def by_group(self, rewards, right, lengths):
+        """The rewards with GTPO's length punishment added, if --group-overlong is set. [B]"""
+        if not self.o.group_overlong:
+            return rewards
+        found, G = [], self.o.group_size
+        for i in range(0, len(rewards), G):
+            group = slice(i, i + G)
+            penalties = group_overlong_penalty(lengths[group], right[group], self.o.group_overlong)
+            found += [r + p for r, p in zip(rewards[group], penalties, strict=True)]
+        return found
 
     def right(self, text, problem, truncated):
         """1.0 if the completion is right, else 0.0."""
