@@ -59,7 +59,7 @@ def algorithm_names(text):
     """
     names = []
     for word in text.split(","):
-        names += NAMES if word == "all" else [method(word)]
+        names += NAMES if word.lower() == "all" else [method(word)]
     labels = {}
     for name in names:
         try:

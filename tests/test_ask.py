@@ -44,6 +44,33 @@ def completions(printed):
     return found
 
 
+@pytest.mark.parametrize(
+    ("question", "noted"),
+    [
+        ("What is 17*23?", True),
+        ("Janet has 3 apples", True),
+        ("How many cards now?", True),
+        ("Sam has 36 cards and 2 pens. How many?", True),
+        ("1 + 1", True),
+        (QUESTION, False),
+        (f" {QUESTION}\n", False),
+        ("Mia has 5 eggs. She finds 2 and gets 3. How many eggs now?", False),
+    ],
+)
+def test_tiny_says_what_it_has_learned(question, noted, capsys, monkeypatch, tmp_path):
+    """So does a run that began with it, and no other model."""
+    monkeypatch.setattr(ask, "Model", lambda _: None)
+    monkeypatch.setattr(ask, "ask", lambda *_: None)
+    for model in ("tiny", "other"):
+        (tmp_path / model).mkdir()
+        config = {"options": {"model": model}, "status": "done"}
+        (tmp_path / model / "config.json").write_text(json.dumps(config))
+    note = f"note: tiny has only learned problems such as: {QUESTION}\n"
+    for model in ("tiny", tmp_path / "tiny", tmp_path / "other", "Qwen/Qwen2.5-0.5B"):
+        said = note if noted and str(model).endswith("tiny") else ""
+        assert main(capsys, model, question) == (0, said, "")
+
+
 @pytest.fixture(scope="module")
 def drawn():
     """{temperature: texts}: what the trainer's sampler draws for QUESTION at seed 3."""

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
+from test_plot import write_run
 
 import compare
 import plot
@@ -180,6 +181,50 @@ def test_the_paths_that_help_prints_exist_from_the_users_folder(
         ours = [path for path in paths if path not in ("FILE.py", "my_method.py")]
         assert len(ours) >= 5 and all((folder / path).is_file() for path in ours), ours
         assert ("docs/own.md" in paths) == (folder == ROOT and build_parser != plot.build_parser)
+
+
+# Disks
+
+FULL = OSError(28, "No space left on device")
+LOCKED = PermissionError(13, "Permission denied")
+READ_ONLY = OSError(30, "Read-only file system")
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "name", "words"),
+    [
+        ("matplotlib.figure.Figure.savefig", FULL, "a.png", "{run} --out a.png"),
+        ("matplotlib.figure.Figure.savefig", READ_ONLY, "a.pdf", "{run} --out a.pdf"),
+        ("pathlib.Path.mkdir", LOCKED, "sub/a.png", "{run} --out sub/a.png"),
+        ("os.replace", READ_ONLY, "{run}/curves.png", "{run}"),
+        ("matplotlib.figure.Figure.savefig", FULL, "e.png", "--entropy {run} --out e.png"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_named(
+    where, error, name, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    folder = write_run(tmp_path / "run")
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(SystemExit) as stopped:
+        plot.main(words.format(run=folder).split())
+    told = f"plot.py: error: cannot write {name.format(run=folder)}: {error.strerror}\n"
+    assert stopped.value.code == 2 and capsys.readouterr().err == told
+
+
+def test_the_numbers_and_the_table_of_a_comparison_are_named(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "tepo-s0")
+    args = compare.parse_args(["--out", str(tmp_path)])
+    monkeypatch.setattr(compare, "plot_runs", lambda *_: None)
+    for name, at in (("write_csv", "methods.csv"), ("markdown", "methods.md")):
+        with monkeypatch.context() as patch, pytest.raises(OSError) as found:
+            patch.setattr(compare, name, lambda *_: (_ for _ in ()).throw(FULL))
+            compare.write_results(args, [folder])
+        assert str(found.value) == f"cannot write {tmp_path / at}: No space left on device"
 
 
 # Threads

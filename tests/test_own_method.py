@@ -160,7 +160,7 @@ def test_several_methods_with_files_among_them(tmp_path):
     assert algorithm_names(f"tepo,{mine},grpo,{grpo_copy}") == [
         *("tepo", str(mine), "grpo", str(grpo_copy))
     ]
-    assert len(algorithm_names(f"all,{mine}")) == 29
+    assert len(algorithm_names(f"All,{mine}")) == 29
     with pytest.raises(Exception, match=r"/mine.py and .*/b/mine.py have one name: rename"):
         algorithm_names(f"{mine},{other}")
     with pytest.raises(Exception, match="did you mean tepo"):
