@@ -194,7 +194,7 @@ def test_the_overlong_penalty_is_added(tmp_path):
 
 def test_the_punishment_by_group_is_added_to_the_rows_of_each_group(tmp_path):
     """Two groups of four, with L = (4 + 8) / 2 and (2 + 8) / 2."""
-    path = write(tmp_path, "def reward(completion, problem): return 2\n")
+    path = own_file(tmp_path, "def reward(completion, problem): return 2\n")
     lengths = torch.tensor([4, 4, 4, 8, 8, 8, 2, 2])
     batch = SimpleNamespace(mask=torch.arange(8) < lengths[:, None], truncated=torch.zeros(8) > 0)
     batch.texts = ["#### 1", "", "#### 1", "#### 1", "#### 1", "", "#### 1", "#### 1"]
