@@ -788,7 +788,8 @@ def test_a_long_title_never_runs_into_its_number(tmp_path):
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(credit, "save", lambda figure, out: found.append(figure))
-        rows, one = [{"tokens": ["a"], "right": True}], torch.ones(1, 1)
+        row = {"tokens": ["a"], "completion": "a", "right": True}
+        rows, one = [row], torch.ones(1, 1)
         credit.draw_panels(rows, [("word " * 60, one, one > 1), ("GRPO: x", one, one > 1)], "", "x")
     canvas = FigureCanvasAgg(found[0])
     titles = [ax._left_title for ax in found[0].axes]
@@ -836,6 +837,13 @@ def test_text_that_no_font_has_is_drawn(tmp_path):
     credit.plot_credit(tmp_path, tmp_path / "a.svg")
     ElementTree.parse(tmp_path / "a.svg")
     assert credit.cell_text(text) == "a���[31m� b"
+
+
+def test_a_cell_shows_a_part_of_a_character_and_the_eos_and_no_other_special_token_as_eos():
+    row = {"completion": "<b>½\n<think>", "tokens": ["<b>", "", "½", "\n", "<think>"]}
+    assert credit.cell_texts(row) == ["<b>", "◌", "½", "↵", "<think>"]
+    row["tokens"].append("<|endoftext|>")
+    assert credit.cell_texts(row) == ["<b>", "◌", "½", "↵", "<think>", "EOS"]
 
 
 def test_long_rows_wrap_and_end_in_an_ellipsis(tmp_path):

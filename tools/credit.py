@@ -189,7 +189,7 @@ def draw_panels(rows, panels, caption, out):
     cells = [cells_of(cell_texts(row)) for row in rows]
     starts = np.cumsum([0, *(row[-1][0] + 1 if row else 1 for row in cells)])  # lines of cells
     titles = [f"{title} (full colour: {x.abs().max():.2g})" for title, x, _ in panels]
-    titles = [textwrap.fill(title, 104) for title in titles]
+    titles = [textwrap.fill(title, 100) for title in titles]
     heights = [0.17 * title.count("\n") + 0.19 * starts[-1] + 0.27 for title in titles]  # inches
     top, height = 0.45, 0.95 + sum(heights)
     figure = new_figure(8, height, layout=None)
