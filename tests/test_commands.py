@@ -14,7 +14,7 @@ from test_plot import write_run
 
 import compare
 import plot
-from run import parser
+from run import commandline, parser
 from trainer import policy
 from trainer.methods import ALGORITHMS, MORE
 
@@ -163,6 +163,19 @@ def test_ctrl_c_while_importing_is_status_130_without_a_traceback(words, slow, t
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=30)
     assert process.returncode == 130 and printed == ""
+
+
+def test_ctrl_c_later_is_status_130_too():
+    def interrupted():
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            commandline.run_main(interrupted)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.code == 130
 
 
 # Paths
