@@ -618,18 +618,25 @@ def test_append_lines_is_all_or_nothing(tmp_path, monkeypatch):
 # Numbers that break
 
 
-def spoil(monkeypatch, calls, how):
-    """Make grpo.loss not finite in these calls, counted from 1; calls without a gradient aside.
+def spoil(monkeypatch, spoiled, how):
+    """Make grpo.loss not finite in these updates of the run, counted from 1.
 
     how: "loss", its value is NaN; "push", only the gradient of the first row is; "gradient", the
     gradient's entries are finite, but its norm over the weights overflows.
     """
     grpo = importlib.import_module("grpo")
-    real, count = grpo.loss, itertools.count(1)
+    real, real_update, updates, now = grpo.loss, train.Updater._update, itertools.count(1), [0]
 
-    def loss(logprobs, old_logprobs, *args, **options):
-        value = real(logprobs, old_logprobs, *args, **options)
-        if not logprobs.requires_grad or next(count) not in calls:
+    def update(*args):
+        now[0] = next(updates)
+        try:
+            return real_update(*args)
+        finally:
+            now[0] = 0
+
+    def loss(logprobs, *args, **options):
+        value = real(logprobs, *args, **options)
+        if now[0] not in spoiled or not logprobs.requires_grad:
             return value
         if how == "loss":
             return value * float("nan")
@@ -638,6 +645,7 @@ def spoil(monkeypatch, calls, how):
         logprobs.register_hook(lambda grad: grad * 1e38)
         return value
 
+    monkeypatch.setattr(train.Updater, "_update", update)
     monkeypatch.setattr(grpo, "loss", loss)
 
 
