@@ -35,7 +35,6 @@ import torch
 
 from grpo import clip_term, constant, exp_ratio, prepare, split_groups, token_mean
 
-
 NEEDS_ALL_ROWS = True  # groups that are all right have an advantage
 
 

@@ -63,8 +63,8 @@ class HeadLogprobs(torch.autograd.Function):
             z = chunk_logits(h[rows], head, bias, temperature)  # [chunk, V]
             lse = logsumexp[rows] = z.logsumexp(1)
             logprobs[rows] = z.gather(1, targets[rows, None])[:, 0] - lse
-            # H = - sum p log p = lse - sum p z
-            entropy[rows] = lse - (z - lse[:, None]).exp_().mul_(z).sum(1)
+            z -= lse[:, None]  # H = - sum p log p; lse - sum p z would cancel where H is near 0
+            entropy[rows] = -z.exp().mul_(z).sum(1)
         ctx.save_for_backward(h, bias, targets, logsumexp)
         ctx.weight, ctx.head, ctx.chunk, ctx.temperature = weight, head, chunk, temperature
         ctx.mark_non_differentiable(entropy)
