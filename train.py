@@ -35,7 +35,8 @@ from trainer.grading import BadReward, Grader
 from trainer.logprobs import PLAIN
 from trainer.methods import OwnFileError, inputs, label, split_options
 from trainer.records import metrics_line, peak_mib
-from trainer.sampling import Rollout, corrected, random_numbers, sample
+from trainer.rollout import Rollout, corrected
+from trainer.sampling import random_numbers, sample
 from trainer.update import Updater
 
 

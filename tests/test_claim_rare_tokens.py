@@ -7,7 +7,7 @@ from conftest import tiny_model
 from claims import rare_tokens as rare
 from run.algorithm import load_algorithm
 from trainer.logprobs import by_row, token_logprobs
-from trainer.sampling import Rollout
+from trainer.rollout import Rollout
 
 LENGTHS = [5, 3, 1, 4, 2, 2, 2, 2]  # the second group is all wrong
 

@@ -13,7 +13,7 @@ from prompt_folders import (
 )
 
 from trainer.decoding import decode, text_of, token_texts
-from trainer.sampling import Rollout
+from trainer.rollout import Rollout
 
 TOKENIZERS = {
     "byte-level": tokenizer_with(None),

@@ -18,7 +18,8 @@ from trainer import evaluate, grading
 from trainer.logprobs import Layout
 from trainer.policy import load_policy
 from trainer.prompts import encode_problems
-from trainer.sampling import Rollout, completion_mask
+from trainer.rollout import Rollout
+from trainer.sampling import completion_mask
 
 
 # The intervals of Newcombe's comparison of seven methods, Statistics in Medicine 17 (1998), table

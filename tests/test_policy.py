@@ -19,7 +19,8 @@ from trainer import logprobs, policy
 from trainer.batches import split_micro_batches
 from trainer.logprobs import Layout, token_logprobs
 from trainer.policy import special_tokens
-from trainer.sampling import Rollout, sample
+from trainer.rollout import Rollout
+from trainer.sampling import sample
 
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11], [3, 4, 5], [6]]
 COMPLETIONS = torch.tensor([[5, 6, 1, 0], [9, 8, 7, 6], [4, 0, 0, 0], [2, 1, 0, 0], [1, 0, 0, 0]])
@@ -177,7 +178,7 @@ def test_entropy_is_of_the_whole_vocabulary():
 def test_the_entropy_of_a_nearly_certain_token_keeps_its_digits():
     """One logit is 15 to 40 above the others. GTPO divides by such an entropy."""
     hidden, weight = torch.diag(torch.tensor([15.0, 20, 25, 30, 40])), torch.eye(24)[:, :5]
-    _, got = logprobs.HeadLogprobs.apply(hidden, weight, None, torch.arange(5), 1.0, True)
+    _, got = logprobs.HeadLogprobs.apply(hidden, weight, weight, None, torch.arange(5), 1.0)
     want = torch.distributions.Categorical(logits=hidden.double() @ weight.double().T).entropy()
     torch.testing.assert_close(got.double(), want, rtol=0.1, atol=0)
 

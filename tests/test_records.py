@@ -15,7 +15,7 @@ from run.parser import parse
 from trainer import records, update
 from trainer.logprobs import token_logprobs
 from trainer.records import group_to_show, metrics_line, peak_mib, sample_lines
-from trainer.sampling import Rollout, sampler_weights
+from trainer.rollout import Rollout, sampler_weights
 
 G = 2
 X = math.nan  # stands where the mask is off: it must reach nothing

@@ -15,7 +15,7 @@ from trainer.cache import cache_argument
 from trainer.logprobs import Layout, token_logprobs
 from trainer.methods import ALGORITHMS, MORE, inputs
 from trainer.records import kl_estimate
-from trainer.sampling import Rollout
+from trainer.rollout import Rollout
 from trainer.update import Updater
 
 B, T, G = 8, 6, 4

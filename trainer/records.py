@@ -7,7 +7,7 @@ import torch
 
 from grpo import constant
 from trainer.decoding import token_texts
-from trainer.sampling import Rollout
+from trainer.rollout import Rollout
 
 try:
     import resource
