@@ -735,7 +735,7 @@ def test_what_does_not_fit(names, given, says):
 def test_maxrl_refuses_a_negative_mean():
     assert call("maxrl", torch.tensor([-1.0, 1.0, 0.0, -0.0]), 2).tolist()[2:] == [0, 0]
     for rewards in ([-0.5, 0.0, 1.0, 1.0], [1.0, 0.0, -1.0, 0.9]):
-        with pytest.raises(ValueError, match="mean reward is not negative"):
+        with pytest.raises(ValueError, match="needs rewards of 0 and 1"):
             call("maxrl", torch.tensor(rewards), 2)
 
 

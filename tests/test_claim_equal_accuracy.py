@@ -1,6 +1,7 @@
 """claims/equal_accuracy.py: the ways to read a run, on made-up runs of known truth."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT
 
@@ -52,7 +53,7 @@ def test_without_noise_every_way_reads_the_truth():
 def test_held_out_reads_between_two_evaluations():
     rows = [(0, 0.1), (25, 0.5), (50, 0.9)]
     rows = [{"phase": "eval", "step": step, "accuracy": value} for step, value in rows]
-    assert claim.held_out({"rows": rows}, 0.6) == pytest.approx(25 + 6.25 - 1)
+    assert claim.held_out({"rows": pd.DataFrame(rows)}, 0.6) == pytest.approx(25 + 6.25 - 1)
 
 
 def test_the_difference_pairs_the_seeds():
