@@ -795,7 +795,7 @@ def test_a_long_title_never_runs_into_its_number(tmp_path):
     titles = [ax._left_title for ax in found[0].axes]
     for title, ax in zip(titles, found[0].axes, strict=True):
         box = title.get_window_extent(canvas.get_renderer())
-        assert box.x1 < found[0].bbox.x1 and box.y0 >= ax.bbox.y1
+        assert box.x1 < found[0].bbox.x1 and box.y0 >= ax.bbox.y1 - 1
         assert title.get_text().endswith("(full colour: 1)")
     boxes = [title.get_window_extent(canvas.get_renderer()) for title in titles]
     assert "\n" in titles[0].get_text() and boxes[1].y1 < found[0].axes[0].bbox.y0

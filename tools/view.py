@@ -149,10 +149,10 @@ def curves(rows):
     found = {}
     names = ("step", "accuracy", "ci_lo", "ci_hi", "entropy", "length", "n")
     for phase in ("train", "eval"):
-        lines = [row for row in rows if row["phase"] == phase]
-        lines = lines[:: 1 + len(lines) // MOST_POINTS]
-        found[phase] = {name: [short(line[name]) for line in lines] for name in names}
-        found[phase]["step"] = [line["step"] for line in lines]
+        lines = rows[rows["phase"] == phase]
+        lines = lines.iloc[:: 1 + len(lines) // MOST_POINTS]
+        found[phase] = {name: [short(value) for value in lines[name]] for name in names}
+        found[phase]["step"] = lines["step"].tolist()
     return found
 
 
