@@ -12,12 +12,10 @@ DAPO, but the advantage is the reward itself: no mean, no std.
   adds the ratio and its clip. --dynamic-sampling drops groups that are all right all the same.
 - "reinforce_rej" drops constant groups and keeps the wrong answers of the others.
 - With rewards of 0 and 1, on policy, the three have one gradient at equal A.
-- The dual clip: a token with A < 0 and w > dual_clip has no gradient.
 
 Source: the authors' code (RLHFlow/Minimal-RL), whose average counts the tokens with A = 0 too. Our
-choice: 2 r - 1. The code takes r as it comes; with rewards of 0 and 1 it would then train on right
-answers only, although the method is about wrong ones: that is signed=False. Left out: its KL term
-of 0.001.
+choice: 2 r - 1; the code takes r as it comes (signed=False), so with rewards of 0 and 1 it would
+train on right answers only, and the method is about wrong ones. Left out: its KL term of 0.001.
 
 Worked example: grpo.py's batch with "raft++". A = 1 and 0; w = 1.5 is clipped to 1.2.
 
@@ -33,7 +31,7 @@ import torch
 
 from grpo import clip_term, constant, exp_ratio, prepare, split_groups, token_mean
 
-NEEDS_ALL_ROWS = True  # groups that are all right have an advantage
+NEEDS_ALL_ROWS = True  # all-right groups have an advantage
 
 
 def check(variant):

@@ -2,6 +2,7 @@
 
 import json
 
+import pandas as pd
 import pytest
 
 from claims import room
@@ -28,7 +29,7 @@ def test_the_embedded_task_draws_what_it_drew_before():
 
 def run_of(algo, seed, *accuracies):
     rows = [{"phase": "eval", "accuracy": value} for value in accuracies]
-    return {"algo": algo, "seed": seed, "rows": rows}
+    return {"algo": algo, "seed": seed, "rows": pd.DataFrame(rows)}
 
 
 def test_differences_are_taken_seed_by_seed():

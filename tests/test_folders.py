@@ -181,7 +181,7 @@ def test_code_checksums_follow_the_imports_of_more():
     """kl_cov imports from clip_cov; dhpo imports whole modules, which import from grpo."""
     for algo, ours in (
         ("kl_cov", {"grpo.py", "more/clip_cov.py", "more/kl_cov.py"}),
-        ("dhpo", {"grpo.py", "dapo.py", "tepo.py", "more/dhpo.py"}),
+        ("dhpo", {"grpo.py", "dapo.py", "gspo.py", "tepo.py", "more/dhpo.py"}),
         ("ktae", {"grpo.py", "dapo.py", "more/ktae.py"}),
         ("gspo", {"grpo.py", "gspo.py"}),
     ):
