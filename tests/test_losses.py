@@ -967,7 +967,7 @@ def test_rows_without_an_advantage_get_no_gradient(name, options, form):
 
 @every_form
 def test_stale_logprobs_of_rows_without_an_advantage(name, form):
-    """They change the gradient of three that say so, and no other's. RAFT's gives such rows none."""
+    """They change the gradient of three that say so, and no other's. (RAFT's loss ignores them.)"""
     batch = make_batch(17)
     batch[form] = batch[form].index_fill(0, torch.tensor([0, 3]), 0)
     stale = batch | {"logprobs": batch["logprobs"].clone()}
