@@ -280,7 +280,7 @@ def test_columns_that_do_not_fit_are_refused_in_one_line(tmp_path, fields, colum
 def test_the_options_reach_the_data(tmp_path):
     path = write(tmp_path / "a.csv", ["Q,A", "1+1?,2", "1+2?,3", "1+3?,four"])
     options = fill(parse(f"--preset tiny --data {path} --columns q,a --skip-bad-rows".split()))
-    train, held_out, _ = start.load_data(options)
+    train, held_out, _ = start.load_data(options, False)
     assert sorted(asked(train + held_out)) == ["1+1?", "1+2?"]
 
 

@@ -182,7 +182,10 @@ def test_a_copy_of_grpo_is_grpo_under_another_name(tmp_path, monkeypatch, half_r
         assert run("--algo", algo, *SMALL, "--steps", "2") == 0
     folders = [tmp_path / "runs" / name for name in ("grpo.py-tiny-s0", "grpo-tiny-s0")]
     copy, ours = map(timeless, folders)
-    assert copy == ours and all(row["phase"] == "eval" or row["grad_norm"] > 0 for row in copy)
+    for mine, theirs in zip(copy, ours, strict=True):  # a file's rows are all measured: rounding
+        for key in {"accuracy", "reward", "length", "entropy", "grad_norm"} & mine.keys():
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-5), key
+        assert mine["phase"] == "eval" or mine["grad_norm"] > 0
     assert sorted(set(tabulate(read_runs(folders))["algo"])) == ["grpo", "grpo.py"]
     assert style.style("grpo.py")[0] == "grpo.py" != style.style("grpo")[0]
 
