@@ -74,7 +74,7 @@ def metrics_row(line):
     if "rollout_s" in line:
         values["seconds"] = (line["rollout_s"] or 0) + (line.get("update_s") or 0)
     for name, value in values.items():
-        if name not in ABOUT and not isinstance(value, list | dict):
+        if name in COLUMNS or (name not in ABOUT and not isinstance(value, list | dict)):
             row[name] = finite(value)
     return row
 

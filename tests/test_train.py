@@ -15,7 +15,7 @@ from conftest import ROOT, tiny_model
 import grpo
 import train
 from rewards import group_overlong_penalty
-from run import session, start
+from run import evaluation, session, start
 from run.algorithm import checked_options, load_algorithm
 from run.checks import fill
 from run.options import DEFAULTS
@@ -228,7 +228,7 @@ def test_evaluations_draw_before_and_after_and_halve_their_rows(tmp_path, monkey
     """Memory for 16 rows: the first evaluation tries 32, four times the step's 8, then 16; the
     others keep 16.
     """
-    real, rows = session.evaluate, []
+    real, rows = evaluation.evaluate, []
 
     def small(*args, rows_at_once, **kwargs):
         rows.append(rows_at_once)
@@ -236,7 +236,7 @@ def test_evaluations_draw_before_and_after_and_halve_their_rows(tmp_path, monkey
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*args, rows_at_once=rows_at_once, **kwargs)
 
-    monkeypatch.setattr(session, "evaluate", small)
+    monkeypatch.setattr(evaluation, "evaluate", small)
     out = tmp_path / "run"
     assert train.main(["--steps", "2", "--eval-every", "1", "--out", str(out), *SMALL]) == 0
     lines = [line for line in read(out / "metrics.jsonl") if line["phase"] == "eval"]
