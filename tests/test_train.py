@@ -347,7 +347,7 @@ def test_rewards_that_a_method_cannot_take_stop_the_run_in_a_line(tmp_path, caps
     assert train.main([*SMALL, *words, str(tmp_path / "run")]) == 2
     line = capsys.readouterr().err.strip()
     assert line.startswith("train.py: error: MaxRL needs rewards of 0 and 1; the mean of a group")
-    assert "when that is mended: python" in line and "\n" not in line
+    assert "when that is mended: " in line and "train.py --resume" in line and "\n" not in line
 
 
 def test_the_length_punishment_of_a_group_reaches_the_reward_but_is_not_accuracy(
