@@ -134,8 +134,8 @@ def test_the_ways_held_against_each_other_are_one_gradient(monkeypatch):
     monkeypatch.setattr(bench, "SMOLLM2", small)
     grads = []
     for size, through_head in ((4, False), (4, True), (1, True)):
-        model, batch, push = bench.smollm2("cpu", 4, 6)
-        bench.backward(model, batch, push, size, through_head=through_head)
+        model, batch, gradient = bench.smollm2("cpu", 4, 6)
+        bench.backward(model, batch, gradient, size, through_head=through_head)
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     for grad in grads[1:]:
         torch.testing.assert_close(grad, grads[0], rtol=1e-3, atol=1e-4)

@@ -175,9 +175,9 @@ def logprobs(args, device, through_head, size, rows=4, tokens=512):
     for p in model.parameters():
         p.grad = torch.ones_like(p)  # not zeros: the memory must really be in use
     batch = random_batch(QWEN["vocab_size"], rows, tokens, device)
-    push = torch.randn(rows, tokens, device=device)
+    gradient = torch.randn(rows, tokens, device=device)
     before, started = peak_bytes(device), clock(device)
-    backward(model, batch, push, size, through_head=through_head)
+    backward(model, batch, gradient, size, through_head=through_head)
     seconds = clock(device) - started
     return {"peak": (peak_bytes(device) - before) / 2**20, "seconds": seconds}
 
@@ -189,17 +189,17 @@ def bf16_update(args, device, kind, rows=8, tokens=96, size=2, repeats=3):
     with bf16 weights, which also sample, and AdamW updates an fp32 copy of them. `size` rows per
     micro-batch. Returns {"peak": MiB, "seconds": of the fastest of `repeats`}.
     """
-    trained, batch, push = smollm2(device, rows, tokens)
+    trained, batch, gradient = smollm2(device, rows, tokens)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
 
     def with_autocast():
-        backward(trained, batch, push, size, autocast=True)
+        backward(trained, batch, gradient, size, autocast=True)
         optimizer.step()
         optimizer.zero_grad()
         copy.deepcopy(trained).bfloat16()
 
     def with_master():
-        backward(bf16, batch, push, size)
+        backward(bf16, batch, gradient, size)
         move_gradients(bf16, trained)
         optimizer.step()
         optimizer.zero_grad()
@@ -229,15 +229,15 @@ def bf16_error(args, device, rows=8, tokens=96, size=2):
 
     Returns {"kind/rows at once": error}, for the whole batch at once and in micro-batches.
     """
-    trained, batch, push = smollm2(device, rows, tokens)
-    backward(trained, batch, push, rows)
+    trained, batch, gradient = smollm2(device, rows, tokens)
+    backward(trained, batch, gradient, rows)
     exact = [p.grad.clone() for p in trained.parameters()]
     found = {}
     for kind in ("autocast", "master"):
         model = trained if kind == "autocast" else trained.bfloat16()
         for at_once in (rows, size):
             model.zero_grad()
-            backward(model, batch, push, at_once, autocast=kind == "autocast")
+            backward(model, batch, gradient, at_once, autocast=kind == "autocast")
             found[f"{kind}/{at_once}"] = relative_error(model, exact)
     return found
 
@@ -267,8 +267,8 @@ def random_batch(vocabulary, rows, tokens, device, prompt=64):
     return prompts, ids, torch.ones_like(ids).bool()
 
 
-def backward(model, batch, push, size, autocast=False, through_head=True):
-    """Forward and backward of the batch, `size` rows at a time; push: dL/dlogprobs [B, T]."""
+def backward(model, batch, gradient, size, autocast=False, through_head=True):
+    """Forward and backward of the batch, `size` rows at a time; gradient: dL/dlogprobs [B, T]."""
     from trainer.logprobs import token_logprobs
 
     prompts, ids, mask = batch
@@ -279,7 +279,7 @@ def backward(model, batch, push, size, autocast=False, through_head=True):
             out, _ = token_logprobs(
                 model, piece, ids[rows], mask[rows], through_head=through_head, casts=casts
             )
-        out.backward(gradient=push[rows])
+        out.backward(gradient=gradient[rows])
 
 
 def shared_options(args):
