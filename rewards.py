@@ -61,32 +61,25 @@ def overlong_penalty(length: int, max_length: int, cache: int) -> float:
     return -1.0
 
 
-def group_overlong_penalty(
-    lengths: list[int], right: list[float], gamma: float = 0.75
-) -> list[float]:
+def group_overlong_penalty(lengths: list, right: list, gamma: float = 0.75) -> list[float]:
     """GTPO's length punishment, arXiv 2508.04349 Appendix D, added to the rewards of one group.
 
-    lengths [G] in tokens, right [G] 1 or 0 -> [G]. With n right ones and
-    L = max((min + max) / 2, mean) of the lengths
-    - of the right ones, if n / G >= gamma,
-    - of all, if n / G < gamma and n > G / 2; else there is no penalty:
-    a right one gets 0 up to L and -1/2 (|o| - L) / L above, a wrong one 0. The paper's -1/2 from
-    2 L on has no case: max <= 2 L. Our choice: gamma 0.75, a replication's; the paper has no value.
-    Raises ValueError unless 0 < gamma < 1.
+    lengths [G] in tokens, right [G] 1 or 0 -> [G]: -1/2 (|o| - L) / L for a right one longer than
+    L, else 0. With n right ones, L = max((min + max) / 2, mean) of their lengths if n / G >= gamma;
+    else of all lengths if n > G / 2; else there is no penalty. The paper's -1/2 from 2 L on has no
+    case: max <= 2 L. Our choice: gamma 0.75, a replication's. ValueError unless 0 < gamma < 1.
     """
     if not 0 < gamma < 1:
         raise ValueError(f"group_overlong_penalty: gamma must lie between 0 and 1; got {gamma}")
     of_right = [length for length, is_right in zip(lengths, right, strict=True) if is_right]
-    if len(of_right) / len(right) >= gamma:
-        compared = of_right
-    elif len(of_right) > len(right) / 2:
-        compared = lengths
-    else:
+    share = len(of_right) / len(right)
+    if share < gamma and share <= 0.5:
         return [0.0] * len(right)
+    compared = of_right if share >= gamma else lengths
     L = max((min(compared) + max(compared)) / 2, fmean(compared))
+    pairs = zip(lengths, right, strict=True)
     return [
-        -0.5 * (length - L) / L if is_right and length > L else 0.0
-        for length, is_right in zip(lengths, right, strict=True)
+        -0.5 * (length - L) / L if is_right and length > L else 0.0 for length, is_right in pairs
     ]
 
 

@@ -7,7 +7,6 @@ The gradient of every loss here flows through logprobs [B, T] alone, so it comes
 First half: compute the log-probabilities of the mini-batch, and call `loss` once on all of them.
 This gives dL/dlogp [B, T], whatever the loss averages over.
 Second half: run the model again, micro-batch by micro-batch, and backpropagate dL/dlogp through it.
-The size of the micro-batches changes only the memory.
 
 Three passes are saved where they would change no number. `has_signal`: rows that push nothing are
 not run. `run`: a mini-batch that is one micro-batch keeps its graph for the second half.
