@@ -119,16 +119,7 @@ def set_up(o, new=None):
     longest = context_length(model) - o.max_new_tokens
     vocabulary = len(model.get_input_embeddings().weight)
     how = o.prompt, longest, vocabulary, chat, eos_ids, o.max_new_tokens
-    long_train = 0
-    if not o.eval_only:
-        train, long_train = encode_problems(tokenizer, train, *how)
-    held_out, long_held_out = encode_problems(tokenizer, held_out, *how)
-    held_out = held_out[: o.eval_n]  # only now: no training question is among those beyond it
-    if overlap or long_train or long_held_out:
-        print(
-            f"dropped problems: {overlap} of training that are held out too; prompts over "
-            f"{longest} tokens: {long_train} of training, {long_held_out} held out"
-        )
+    train, held_out = encode(o, tokenizer, train, held_out, overlap, how)
     print(start_line(tokenizer, chat, eos_ids))
 
     prompts = [problem["prompt_ids"] for problem in train + held_out]
@@ -136,6 +127,24 @@ def set_up(o, new=None):
     generation = {"max_new_tokens": o.max_new_tokens, "eos_ids": eos_ids, "pad_id": pad_id}
     generation["layout"] = layout
     return model, tokenizer, generation, train, held_out
+
+
+def encode(o, tokenizer, train, held_out, overlap, how):
+    """(training problems, held-out problems) with their "prompt_ids"; prints how many are dropped.
+
+    how: the remaining arguments of encode_problems. overlap: of load_data.
+    """
+    long_train = 0
+    if not o.eval_only:
+        train, long_train = encode_problems(tokenizer, train, *how)
+    held_out, long_held_out = encode_problems(tokenizer, held_out, *how)
+    if overlap or long_train or long_held_out:
+        print(
+            f"dropped problems: {overlap} of training that are held out too; prompts over "
+            f"{how[1]} tokens: {long_train} of training, {long_held_out} held out"
+        )
+    # Cut only now: no training question is among the held-out ones beyond it.
+    return train, held_out[: o.eval_n]
 
 
 def load_data(o, any_answer):
