@@ -33,8 +33,6 @@ from statistics import fmean
 
 LONGEST = 300  # characters of an answer
 
-# ---- the rewards --------------------------------------------------------------------------------
-
 
 def correct(completion: str, answer: str, truncated: bool = False) -> float:
     """1.0 if the completion's strict answer equals `answer`, else 0.0: the default reward.
@@ -52,8 +50,7 @@ def overlong_penalty(length: int, max_length: int, cache: int) -> float:
     cache of 0 is a plain cut at L_max. Raises ValueError unless 0 <= cache <= max_length.
     """
     if not 0 <= cache <= max_length:
-        got = f"got {cache} and {max_length}"
-        raise ValueError(f"overlong_penalty: cache must lie in 0..max_length, {got}")
+        raise ValueError(f"overlong_penalty: cache must lie in 0..{max_length}; got {cache}")
     if length <= max_length - cache:
         return 0.0
     if length <= max_length:
@@ -71,16 +68,13 @@ def group_overlong_penalty(lengths: list, right: list, gamma: float = 0.75) -> l
     """
     if not 0 < gamma < 1:
         raise ValueError(f"group_overlong_penalty: gamma must lie between 0 and 1; got {gamma}")
-    of_right = [length for length, is_right in zip(lengths, right, strict=True) if is_right]
-    share = len(of_right) / len(right)
+    pairs = list(zip(lengths, right, strict=True))
+    share = fmean(right)
     if share < gamma and share <= 0.5:
         return [0.0] * len(right)
-    compared = of_right if share >= gamma else lengths
+    compared = [length for length, is_right in pairs if is_right or share < gamma]
     L = max((min(compared) + max(compared)) / 2, fmean(compared))
-    pairs = zip(lengths, right, strict=True)
-    return [
-        -0.5 * (length - L) / L if is_right and length > L else 0.0 for length, is_right in pairs
-    ]
+    return [(1 - n / L) / 2 if is_right and n > L else 0.0 for n, is_right in pairs]
 
 
 def extract_answer(text: str, lenient: bool = False, truncated: bool = False) -> Fraction | None:
@@ -90,9 +84,7 @@ def extract_answer(text: str, lenient: bool = False, truncated: bool = False) ->
     """
     lines, boxes = places(text, truncated)
     answer = number(plain((lines or boxes or [""])[-1]))
-    if answer is None and lenient:
-        answer = last_number(text, truncated)
-    return answer
+    return last_number(text, truncated) if answer is None and lenient else answer
 
 
 def true_answer(answer: str) -> Fraction:
@@ -281,9 +273,7 @@ def last_number(text, truncated):
         text = text.removesuffix(re.split(r"\s", text)[-1])
     pieces = CUT.split(text)
     for piece in reversed(pieces[:-1] if truncated else pieces):
-        if re.match(r"\s*[-+]\s|\D*\Z", piece):  # eggs - 5, or no digit at all
-            continue
-        found = number(piece)
-        if found is not None:
+        is_rest = re.match(r"\s*[-+]\s|\D*\Z", piece)  # eggs - 5, or no digit at all
+        if not is_rest and (found := number(piece)) is not None:
             return found
     return None
