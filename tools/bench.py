@@ -1,7 +1,6 @@
 """Measure memory and speed on this machine, each against the plain way to do the same work.
 
   logprobs   log-probabilities with and without the full logits, of a Qwen2.5-0.5B-shaped model
-  weights    bf16 compute: autocast over fp32 weights, or bf16 weights with an fp32 master copy
   rollout    generate as it comes, with --cache static, and as train.py runs it by default;
              and the time per token beside the time to read every weight once
   step       training steps of train.py; with --peer also of TRL's GRPOTrainer
@@ -31,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, whe
 
 from run.commandline import Parser
 
-PARTS = ("logprobs", "weights", "rollout", "step", "qwen", "run")
+PARTS = ("logprobs", "rollout", "step", "qwen", "run")
 
 
 def build_parser():
@@ -103,7 +102,6 @@ def parse_args(argv):
 if __name__ == "__main__":  # --help and a wrong option do not wait for torch to be imported
     parse_args(sys.argv[1:])
 
-import copy
 import dataclasses
 import functools
 
@@ -118,16 +116,6 @@ QWEN = dict(  # Qwen2.5-0.5B
     num_key_value_heads=2,
     tie_word_embeddings=True,
     max_position_embeddings=32_768,
-)
-SMOLLM2 = dict(  # SmolLM2-135M
-    vocab_size=49_152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    tie_word_embeddings=True,
-    max_position_embeddings=8192,
 )
 
 
@@ -182,84 +170,6 @@ def logprobs(args, device, through_head, size, rows=4, tokens=512):
     return {"peak": (peak_bytes(device) - before) / 2**20, "seconds": seconds}
 
 
-def bf16_update(args, device, kind, rows=8, tokens=96, size=2, repeats=3):
-    """One update of a SmolLM2-135M-shaped model, and the bf16 weights that sampling needs after it.
-
-    kind: "autocast" trains fp32 weights and copies them to bf16 for sampling. "master" computes
-    with bf16 weights, which also sample, and AdamW updates an fp32 copy of them. `size` rows per
-    micro-batch. Returns {"peak": MiB, "seconds": of the fastest of `repeats`}.
-    """
-    trained, batch, gradient = smollm2(device, rows, tokens)
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
-
-    def with_autocast():
-        backward(trained, batch, gradient, size, autocast=True)
-        optimizer.step()
-        optimizer.zero_grad()
-        copy.deepcopy(trained).bfloat16()
-
-    def with_master():
-        backward(bf16, batch, gradient, size)
-        move_gradients(bf16, trained)
-        optimizer.step()
-        optimizer.zero_grad()
-        copy_weights(trained, bf16)
-
-    if kind == "master":
-        bf16 = copy.deepcopy(trained).bfloat16()
-    update = with_master if kind == "master" else with_autocast
-    seconds, _ = fastest(update, device, repeats)
-    return {"peak": peak_bytes(device) / 2**20, "seconds": seconds}
-
-
-def move_gradients(bf16, master):
-    for p, q in zip(master.parameters(), bf16.parameters(), strict=True):
-        p.grad = q.grad.float()
-        q.grad = None
-
-
-@torch.no_grad()
-def copy_weights(master, bf16):
-    for p, q in zip(master.parameters(), bf16.parameters(), strict=True):
-        q.copy_(p)
-
-
-def bf16_error(args, device, rows=8, tokens=96, size=2):
-    """||g - g_fp32|| / ||g_fp32|| of the same gradient, in both kinds of bf16 compute.
-
-    Returns {"kind/rows at once": error}, for the whole batch at once and in micro-batches.
-    """
-    trained, batch, gradient = smollm2(device, rows, tokens)
-    backward(trained, batch, gradient, rows)
-    exact = [p.grad.clone() for p in trained.parameters()]
-    found = {}
-    for kind in ("autocast", "master"):
-        model = trained if kind == "autocast" else trained.bfloat16()
-        for at_once in (rows, size):
-            model.zero_grad()
-            backward(model, batch, gradient, at_once, autocast=kind == "autocast")
-            found[f"{kind}/{at_once}"] = relative_error(model, exact)
-    return found
-
-
-def relative_error(model, exact):
-    off = norm = 0
-    for p, g in zip(model.parameters(), exact, strict=True):
-        off += (p.grad.float() - g).square().sum()
-        norm += g.square().sum()
-    return (off / norm).sqrt().item()
-
-
-def smollm2(device, rows, tokens):
-    """(model with random weights, batch for token_logprobs, gradient of its log-probabilities)."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SMOLLM2)).to(device).eval()
-    batch = random_batch(SMOLLM2["vocab_size"], rows, tokens, device)
-    return model, batch, torch.randn(rows, tokens, device=device)
-
-
 def random_batch(vocabulary, rows, tokens, device, prompt=64):
     """(prompts, completions [rows, tokens], mask), all of full length, for token_logprobs."""
     prompts = [torch.randint(vocabulary, (prompt,)).tolist() for _ in range(rows)]
@@ -267,7 +177,7 @@ def random_batch(vocabulary, rows, tokens, device, prompt=64):
     return prompts, ids, torch.ones_like(ids).bool()
 
 
-def backward(model, batch, gradient, size, autocast=False, through_head=True):
+def backward(model, batch, gradient, size, through_head=True):
     """Forward and backward of the batch, `size` rows at a time; gradient: dL/dlogprobs [B, T]."""
     from trainer.logprobs import token_logprobs
 
@@ -275,10 +185,9 @@ def backward(model, batch, gradient, size, autocast=False, through_head=True):
     casts = {}
     for rows in torch.arange(len(prompts)).split(size):
         piece = [prompts[i] for i in rows]
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
-            out, _ = token_logprobs(
-                model, piece, ids[rows], mask[rows], through_head=through_head, casts=casts
-            )
+        out, _ = token_logprobs(
+            model, piece, ids[rows], mask[rows], through_head=through_head, casts=casts
+        )
         out.backward(gradient=gradient[rows])
 
 
@@ -490,9 +399,6 @@ MEASUREMENTS = {
     "plain": functools.partial(logprobs, through_head=False, size=4),
     "head": functools.partial(logprobs, through_head=True, size=4),
     "row": functools.partial(logprobs, through_head=True, size=1),
-    "autocast": functools.partial(bf16_update, kind="autocast"),
-    "master": functools.partial(bf16_update, kind="master"),
-    "error": bf16_error,
     "rollout": rollout,
     "ours": ours,
     "trl": trl,
@@ -534,25 +440,6 @@ def print_logprobs(args, argv):
         mib = f"{got['peak']:6.0f} MiB ({memory:.2f})"
         print(f"  {texts[name]:38} {mib} {got['seconds']:7.1f} s ({seconds:.2f})")
     return {"logprobs": {"memory_ratio": memory, "time_ratio": seconds}}  # of "row"
-
-
-def print_weights(args, argv):
-    print("weights: SmolLM2-135M-shaped, random weights, bf16 compute,")
-    print("  one update of 8 x 96 tokens in micro-batches of 2")
-    texts = {
-        "autocast": "autocast, a bf16 copy samples",
-        "master": "bf16 weights, an fp32 master copy",
-    }
-    found = {name: measure(name, argv) for name in texts}
-    error = measure("error", argv)
-    for name, got in found.items():
-        whole, split = error[f"{name}/8"], error[f"{name}/2"]
-        print(f"  {texts[name]:36} {got['peak']:6.0f} MiB {got['seconds']:7.2f} s")
-        print(f"    relative error of the gradient {whole:.4f}, in micro-batches {split:.4f}")
-    ratios = {}
-    for key in ("peak", "seconds"):
-        ratios[f"{key}_ratio"] = found["autocast"][key] / found["master"][key]
-    return {"weights": ratios}
 
 
 def print_rollout(args, argv):
@@ -641,7 +528,6 @@ def timed_run(folder):
 
 PRINT = {
     "logprobs": print_logprobs,
-    "weights": print_weights,
     "rollout": print_rollout,
     "step": print_step,
     "qwen": print_qwen,
