@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from tools import bench
+from tools import bench, tricks
 
 TINY = str(ROOT / "tiny")
 
@@ -130,20 +132,34 @@ def test_a_step_of_qwens_shape_is_measured(monkeypatch, tmp_path, capsys):
 
 
 def test_the_ways_held_against_each_other_are_one_gradient(monkeypatch):
-    small = {**bench.SMOLLM2, "num_hidden_layers": 1, "vocab_size": 50}
-    monkeypatch.setattr(bench, "SMOLLM2", small)
+    small = {**bench.QWEN, "num_hidden_layers": 1, "hidden_size": 28, "intermediate_size": 32}
+    config = Qwen2Config(**{**small, "vocab_size": 50})
     grads = []
     for size, through_head in ((4, False), (4, True), (1, True)):
-        model, batch, gradient = bench.smollm2("cpu", 4, 6)
-        bench.backward(model, batch, gradient, size, through_head=through_head)
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(config)
+        batch = bench.random_batch(50, 4, 6, "cpu")
+        bench.backward(model, batch, torch.randn(4, 6), size, through_head=through_head)
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     for grad in grads[1:]:
         torch.testing.assert_close(grad, grads[0], rtol=1e-3, atol=1e-4)
-    found = bench.bf16_error(None, "cpu", rows=4, tokens=6)
-    assert set(found) == {"autocast/4", "autocast/2", "master/4", "master/2"}
-    assert all(0 < off < 0.1 for off in found.values())
-    for kind in ("autocast", "master"):
-        assert bench.bf16_update(None, "cpu", kind, rows=4, tokens=6, repeats=1)["seconds"] > 0
+
+
+def test_a_trick_changes_no_number(monkeypatch, tmp_path, capsys):
+    parse = tricks.parse
+    monkeypatch.setattr(tricks, "parse", lambda line: parse([*line, "--prompts", "4"]))
+    monkeypatch.setattr(tricks, "WARM_UP", 1)
+    lines = []
+    step = tricks.Trainer.step
+    monkeypatch.setattr(
+        tricks.Trainer, "step", lambda *args: lines.append(step(*args)[0]) or [lines[-1]]
+    )
+    assert tricks.main(["--rounds", "1", "--csv", str(tmp_path / "tricks.csv")]) == 0
+    table = pd.read_csv(tmp_path / "tricks.csv")
+    assert len(table) == 8 and (table.ratio > 0.2).all() and len(lines) == 2 + 2 * 8
+    for line in lines[2:]:
+        for name in ("accuracy", "entropy", "kl", "length", "grad_norm"):
+            assert line[name] == pytest.approx(lines[1][name], rel=1e-3, abs=1e-9), name
 
 
 @pytest.mark.parametrize(

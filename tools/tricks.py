@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, whe
 from run.commandline import Parser, output_file
 
 MORE_OPTIONS = "--prompts 2 --max-new-tokens 96 --updates 1"  # of a step of --model FOLDER
-WARM_UP = {"tiny": 20, "other": 1}  # steps before: the embedded model first learns to write more
+WARM_UP = 20  # steps before, of the embedded model: it first learns to write more
 
 
 def parse_args(argv):
@@ -66,7 +66,7 @@ def build(args):
     o = fill(parse(line))
     model, tokenizer, generation, problems, _ = start.set_up(o)
     trainer = Trainer(o, model, tokenizer, generation, problems)
-    for step in range(1, 1 + WARM_UP.get(args.model, WARM_UP["other"])):
+    for step in range(1, 1 + (WARM_UP if args.model == "tiny" else 1)):
         trainer.step(step)
     return trainer
 
