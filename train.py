@@ -70,7 +70,7 @@ class Trainer:
         updater.optimizer.param_groups[0]["lr"] = lr
 
         # 1 Sample G completions of each prompt, and 2 reward them.
-        rollout, sampled = self.sample_and_reward()
+        rollout, every = self.sample_and_reward()
         rollout_s = time.perf_counter() - started
 
         # Measure old log-probabilities and entropies in a pass of our own, not in generate: the
@@ -93,35 +93,37 @@ class Trainer:
 
         seconds = time.perf_counter() - started
         line = {"phase": "train", "step": step}
-        line.update(metrics_line(rollout, sampled, updates, o.group_size))
+        line.update(metrics_line(rollout, every, updates, o.group_size))
         line.update(lr=lr, rollout_s=rollout_s, update_s=seconds - rollout_s)
-        line["tokens_per_s"] = sum(batch.mask.sum().item() for batch in sampled) / seconds
+        line["tokens_per_s"] = every.mask.sum().item() / seconds
         line["peak_mib"] = peak_mib(self.model.device)
         bad_rows = sorted({row for update in updates for row in update["bad_rows"]})
         return line, rollout, bad_rows
 
     def sample_and_reward(self):
-        """(the step's Rollout with its rewards, the list of all batches sampled for it).
+        """(the rollout to train on, with its rewards; the rollout of everything sampled for it).
 
         With --dynamic-sampling, groups that are all right or all wrong are replaced by groups of
         further prompts (DAPO, Eq. 11: by correctness, even if the reward is shaped). Those left
         after the last try are kept.
         """
-        o, kept, left_out, sampled = self.o, [], [], []
+        o, batches = self.o, []
+        kept, left_out = [], []  # groups, by their numbers in the order of sampling
         for _ in range(1 + o.dynamic_sampling):
             problems = self.next_problems(o.prompts - len(kept))
             batch = self.sample([p["prompt_ids"] for p in problems], o.group_size)
             self.grade(batch, problems)
-            sampled.append(batch)
+            batches.append(batch)
             one_sided = constant(batch.right.view(-1, o.group_size)).flatten()  # [P]
-            for i, group in enumerate(batch.groups(o.group_size)):
-                replace = o.dynamic_sampling and one_sided[i]
-                (left_out if replace else kept).append(group)
+            for group, replace in enumerate(one_sided, len(kept) + len(left_out)):
+                (left_out if o.dynamic_sampling and replace else kept).append(group)
             if len(kept) == o.prompts:
                 break
-        rollout = Rollout.join((kept + left_out)[: o.prompts])
+        every = Rollout.join(batches)
+        groups = (kept + left_out)[: o.prompts]
+        rollout = every.pick([g * o.group_size + i for g in groups for i in range(o.group_size)])
         rollout.history = self.history
-        return rollout, sampled
+        return rollout, every
 
     def next_problems(self, count):
         """The next problems in the run's order."""

@@ -47,7 +47,7 @@ def hand_made():
     """
     first = rollout([1, 3, 1, 3], 3, [1.0, 1, 1, 0], [1.0, 0.38, 0.4, -1], [False] * 4)
     second = rollout([4, 3], 4, [0.0, 0], [0.0, 0], [True, False])
-    trained = Rollout.join([first.rows(2, 4), second])  # of 1, 3, 4 and 3 tokens
+    trained = Rollout.join([first.pick([2, 3]), second])  # of 1, 3, 4 and 3 tokens
     trained.entropy = torch.tensor(
         [[0.5, X, X, X], [0.1, 0.2, 0.3, X], [1.0, 1, 1, 1], [0.4, 0.9, 0.7, X]]
     )
@@ -66,7 +66,7 @@ def hand_made():
     ]
     for said, bad_rows in zip(updates, ([], [1, 3], []), strict=True):
         said["bad_rows"], said["moved"] = bad_rows, not bad_rows
-    return trained, [first, second], updates
+    return trained, Rollout.join([first, second]), updates
 
 
 EXPECTED = {
@@ -107,15 +107,15 @@ def test_no_two_expected_statistics_are_equal_so_none_can_stand_in_for_another()
 
 
 def test_sign_flip_of_an_advantage_per_sequence_counts_its_tokens():
-    trained, sampled, updates = hand_made()
+    trained, every, updates = hand_made()
     trained.advantages = torch.tensor([-0.5, -1.0, 0.0, 2.0])  # row 0 is right, row 3 wrong
-    assert metrics_line(trained, sampled, updates, G)["sign_flip"] == pytest.approx(4 / 11)
+    assert metrics_line(trained, every, updates, G)["sign_flip"] == pytest.approx(4 / 11)
 
 
 def test_what_no_update_measured_is_null_and_no_signal_is_0():
-    trained, sampled, updates = hand_made()
+    trained, every, updates = hand_made()
     nothing = {"signal": 0, "clipped": 0, "kl": 0.0, "ratio": [], "grad_norm": None, "bad_rows": []}
-    line = metrics_line(trained, sampled, [nothing], G)
+    line = metrics_line(trained, every, [nothing], G)
     assert line["ratio_first"] is line["ratio_first_max"] is line["grad_norm"] is None
     assert line["kl"] == line["clip_frac"] == line["skipped"] == 0
 
@@ -308,9 +308,9 @@ def test_dynamic_sampling_goes_by_correctness_where_the_reward_is_shaped(monkeyp
     last = [(0.0, 0.0), (1.0, 1.0), (0.0, 0.0), (0.0, 0.0)]
     queue = iter(punished + mixed + last)
     monkeypatch.setattr(t.grader, "reward", lambda *_: (*next(queue), {}))
-    rollout, sampled = t.sample_and_reward()
+    rollout, every = t.sample_and_reward()
     assert list(zip(rollout.right.tolist(), rollout.rewards.tolist(), strict=True)) == mixed + last
-    assert [len(batch.prompts) for batch in sampled] == [8, 4]
+    assert len(every.prompts) == 8 + 4
 
 
 # ---- ratios before the first update --------------------------------------------------------------

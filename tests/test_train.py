@@ -300,14 +300,14 @@ def test_dynamic_sampling_replaces_groups_of_equal_rewards(tmp_path, monkeypatch
     t = trainer(tmp_path, "--dynamic-sampling", "2")
     constant, mixed = [0.0] * 4, [0.0, 1.0, 0.0, 1.0]
     fake_rewards(t, monkeypatch, constant + mixed + [1.0] * 4 + mixed)
-    rollout, sampled = t.sample_and_reward()
+    rollout, every = t.sample_and_reward()
     assert rollout.rewards.tolist() == mixed * 2
-    assert sum(len(s.prompts) for s in sampled) == 16 and t.cursor == 4
+    assert len(every.prompts) == 16 and t.cursor == 4
     # After two further draws it stops, and a constant group fills the batch.
     fake_rewards(t, monkeypatch, constant * 2 + mixed + constant * 3)
-    rollout, sampled = t.sample_and_reward()
+    rollout, every = t.sample_and_reward()
     assert rollout.rewards.tolist() == mixed + constant
-    assert sum(len(s.prompts) for s in sampled) == 20
+    assert len(every.prompts) == 20
 
 
 def test_a_truncated_completion_earns_nothing_for_a_line_that_is_cut(tmp_path, monkeypatch):

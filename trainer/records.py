@@ -7,7 +7,6 @@ import torch
 
 from grpo import constant
 from trainer.decoding import token_texts
-from trainer.rollout import Rollout
 
 try:
     import resource
@@ -15,13 +14,12 @@ except ImportError:  # Windows
     resource = None
 
 
-def metrics_line(rollout, sampled, updates, group_size):
+def metrics_line(rollout, every, updates, group_size):
     """The metrics of a step, without its times. docs/metrics.md defines each of them.
 
-    rollout: the rows trained on. sampled: list of all batches sampled for it. updates: list of what
+    rollout: the rows trained on. every: all that were sampled for it. updates: list of what
     Updater.update returned. Each metric is taken over one of these three only.
     """
-    every = Rollout.join(sampled)
     groups = every.rewards.view(-1, group_size)
     mask, right = rollout.mask, rollout.right
     advantages = per_token(rollout.advantages, mask)  # [B, T]

@@ -35,49 +35,29 @@ class Rollout:
         """Tokens of each row, prompt and completion together. [B], on the CPU."""
         return self.mask.sum(1).cpu() + torch.tensor([len(p) for p in self.prompts])
 
-    def groups(self, group_size):
-        """One Rollout per group, with the fields named in SAMPLED."""
-        starts = range(0, len(self.prompts), group_size)
-        return [self.rows(start, start + group_size) for start in starts]
+    def pick(self, rows):
+        """The rows with these indices, a list. For a rollout that has no advantages yet."""
 
-    def rows(self, start, stop):
-        """The rows start to stop - 1, with the fields named in SAMPLED."""
-        rows = Rollout(None, None, None, None)
-        for name in SAMPLED:
-            values = getattr(self, name)
-            setattr(rows, name, None if values is None else values[start:stop])
-        return rows
+        def of(values):
+            return [values[i] for i in rows] if isinstance(values, list) else values[rows]
+
+        columns = vars(self).items()
+        return Rollout(**{name: of(values) for name, values in columns if values is not None})
 
     @staticmethod
     def join(pieces):
-        """Concatenate Rollouts; shorter completions are padded to the longest. Fields: SAMPLED."""
+        """Concatenate rollouts without advantages; completions are padded to the longest."""
         width = max(piece.mask.shape[1] for piece in pieces)
-        joined = Rollout(None, None, None, None)
-        for name in SAMPLED:
+        columns = {}
+        for name, first in vars(pieces[0]).items():
             column = [getattr(piece, name) for piece in pieces]
-            if column[0] is None:
-                continue
-            if name in ("completions", "mask", "sampler_logprobs", "sampler_entropy"):
-                column = [pad(x, (0, width - x.shape[1])) for x in column]
-            is_list = isinstance(column[0], list)
-            setattr(joined, name, sum(column, []) if is_list else torch.cat(column))
-        return joined
-
-
-# The fields that are filled in before the advantages: by sampling and by the reward.
-SAMPLED = (
-    "prompts",
-    "completions",
-    "mask",
-    "truncated",
-    "sampler_logprobs",
-    "sampler_entropy",
-    "problems",
-    "texts",
-    "right",
-    "rewards",
-    "parts",
-)
+            if isinstance(first, list):
+                columns[name] = sum(column, [])
+            elif first is not None:
+                if first.ndim == 2:
+                    column = [pad(x, (0, width - x.shape[1])) for x in column]
+                columns[name] = torch.cat(column)
+        return Rollout(**columns)
 
 
 def sampler_weights(rollout, most):
