@@ -1,13 +1,18 @@
 """GRPO: Group Relative Policy Optimization. DeepSeekMath, arXiv 2402.03300, section 4.1.
 
+o_i is completion i, drawn from pi_old; |o_i| counts its tokens, those with mask m = 1; T is the
+longest. The G completions of one prompt are a group. `advantages` gets the B rows of a step, `loss`
+the B rows of a mini-batch.
+
     A_i = (r_i - mean_group r) / (std_group r + 1e-4)                            sec. 4.1.2  [B]
     w_{i,t} = pi_theta(o_{i,t}) / pi_old(o_{i,t})                                            [B, T]
     k3 = pi_ref / pi_theta - log(pi_ref / pi_theta) - 1                               Eq. 4  [B, T]
     loss = - 1/B sum_i 1/|o_i| sum_t min(w A, clamp(w, 1 - eps_low, 1 + eps_high) A)
            + beta 1/B sum_i 1/|o_i| sum_t k3                                          Eq. 3  scalar
 
-Source: the paper's own text. Our choices: std with Bessel's correction and + 1e-4, as in TRL and
-verl; beta 0 (paper: 0.04). pi_ref is the frozen start policy; k3 estimates KL(pi_theta || pi_ref).
+Source: the paper's own text. Our choices: std with Bessel's correction, as in TRL and verl; + 1e-4,
+as in TRL (verl: 1e-6); eps 0.2; beta 0 (paper: 0.04). pi_ref is the frozen start policy; k3
+estimates KL(pi_theta || pi_ref).
 Read this file first: the others import its helpers, and take its `advantages` if they define none.
 
 Worked example: completions of 2 tokens and 1 token, the first is right. w = 1.5 is clipped to 1.2.
@@ -80,7 +85,7 @@ def clip_term(ratio, advantages, eps_low, eps_high):
 def k3(ref_logprobs, logprobs):
     """Schulman's k3, pi_ref/pi_theta - log(pi_ref/pi_theta) - 1: nats per token, >= 0. [B, T]"""
     log_ratio = (ref_logprobs - logprobs).clamp(-20, 20)
-    return log_ratio.exp() - log_ratio - 1
+    return log_ratio.expm1() - log_ratio
 
 
 def row_mean(x, mask):
@@ -99,7 +104,10 @@ def token_mean(x, mask):
 
 
 def prepare(logprobs, old_logprobs, advantages, mask, **others):
-    """A loss's tensors, ready for its formula, [B, T] each; None becomes old_logprobs."""
+    """A loss's tensors, ready for its formula, [B, T] each, in the order given.
+
+    Of `others`, None becomes old_logprobs: TEPO's reference, and a stand-in for what is not read.
+    """
     others = {name: old_logprobs if x is None else x for name, x in others.items()}
     check_shapes(advantages, logprobs=logprobs, old_logprobs=old_logprobs, mask=mask, **others)
     A = advantages if advantages.ndim == 2 else advantages[:, None].expand_as(logprobs)

@@ -4,15 +4,14 @@ One step of any method of the GRPO family; the G completions o_i of a prompt are
 
     1 sample      o_i from pi_old, the policy as it is now
     2 reward      r_i = 1 if the answer in o_i is right, else 0
-      measure     log pi_old(o_{i,t}) and the entropy H_{i,t} of each token
+      measure     log pi_old(o_{i,t}), and pi_old's entropy H_old,{i,t} before each token
     3 advantages  A = advantages(r, G): how much better o_i is than its group
     4 update      on each mini-batch, an AdamW step on loss(log pi_theta, log pi_old, A, mask)
 
 grpo.py, tepo.py and the others hold `advantages` and `loss` beside their equations; rewards.py says
 what is right. train.py takes the same steps faster and in less memory, and tests compare the two.
 
-`python minimal.py --model Qwen/Qwen2.5-0.5B --data gsm8k` needs a GPU of 24 GiB, by arithmetic: 7.4
-for weights, gradients and AdamW's two moments, 1 for bf16 weights, 6 for two rows of 512 tokens.
+By arithmetic, `python minimal.py --model Qwen/Qwen2.5-0.5B --data gsm8k` needs a GPU of 24 GiB.
 """
 
 import argparse
@@ -67,8 +66,8 @@ def load_policy(name):
         turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
         text = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("Because.")[2]
         eos.update(tokenizer(text.lstrip(), add_special_tokens=False).input_ids[:1])
-    # Without Qwen2.5's own top_k, top_p and repetition penalty: the sampler is the policy.
-    eos, pad = sorted(eos), tokenizer.pad_token_id
+    # Greedy: Draw does the sampling, without Qwen2.5's own top_k, top_p and repetition penalty.
+    eos, pad = sorted(eos - {None}), tokenizer.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad, do_sample=False)
     return model, tokenizer
 
@@ -82,11 +81,10 @@ class Draw(LogitsProcessor):
         self.U = torch.rand(rows, o.max_new_tokens, dtype=torch.float64).to(DEVICE)
 
     def __call__(self, input_ids, logits):
-        # Token t of row i is the first whose cumulative probability exceeds U[i, t]: what a row
-        # draws does not depend on the rows beside it.
+        # The first token whose cumulative probability exceeds U[i, t], whatever other rows draw.
         p = (logits / self.temperature).softmax(1).double()  # [B, V]
-        cumulative = p.cumsum(1) / p.sum(1, keepdim=True)
-        token = torch.searchsorted(cumulative, self.U[:, [self.t]], right=True)  # [B, 1]
+        c = p.cumsum(1)
+        token = torch.searchsorted(c / c[:, -1:], self.U[:, [self.t]], right=True)  # [B, 1]
         self.t += 1
         return logits.scatter(1, token, torch.inf)  # generate takes the largest
 
@@ -95,7 +93,7 @@ class Draw(LogitsProcessor):
 def sample(model, tokenizer, problems, o, greedy=False):
     """One completion of each of B problems, and which of them are right."""
     words = [o.prompt.replace("{question}", problem["question"]) for problem in problems]
-    texts = [text + "\n" for text in words]
+    texts = [text + "\n" for text in words]  # plain text, for a model without a chat template
     if tokenizer.chat_template:
         turns = [[{"role": "user", "content": text}] for text in words]
         texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -144,10 +142,12 @@ def measure(model, rollout, rows, o):
 
 def update(model, optimizer, loss, rollout, rows, o):
     """One optimizer step, with dL/dtheta = sum_{i,t} dL/dlogp_{i,t} dlogp_{i,t}/dtheta."""
-    # First dL/dlogp, of the whole mini-batch. In a step's first update pi_theta is pi_old: the
-    # ratio is 1 and the loss minus the mean advantage, about 0. Its gradient is not 0.
+    # First dL/dlogp, of the whole mini-batch at once: the loss divides by its rows or its tokens.
+    # In a step's first update pi_theta is pi_old: every ratio is 1, and the loss is -1 times a mean
+    # of the advantages. GRPO's is 0, TEPO's weighs tokens and is not. Neither gradient is.
     logprobs, entropy = measure(model, rollout, rows, o)
     old, A, mask = rollout.old_logprobs[rows], rollout.advantages[rows], rollout.mask[rows]
+    # Whatever else the loss has a keyword for, such as entropy, old_entropy and ref_logprobs.
     by_name = inputs(loss, rollout, rows, entropy, o.max_new_tokens)
     value = loss(logprobs.requires_grad_(), old, A, mask, **by_name)
     (gradient,) = torch.autograd.grad(value, logprobs)  # [B, T]
@@ -161,18 +161,18 @@ def update(model, optimizer, loss, rollout, rows, o):
     signal = mask & (A.view(len(A), -1) != 0)  # [B, T] tokens with an advantage
     clipped = gradient[signal] == 0  # (a KL term in the loss would hide some)
     log_ratio = (logprobs - old)[signal].detach()
-    kl = log_ratio.expm1() - log_ratio  # its mean estimates KL(pi_old || pi_theta), in nats
+    kl = log_ratio.expm1() - log_ratio  # k3 before this update; mean: KL(pi_old || pi_theta), nats
     return torch.stack([kl.sum(), clipped.sum(), signal.sum(), norm])
 
 
 def step(model, reference, tokenizer, optimizer, method, problems, history, o):
     """One step on these problems. Returns its metrics."""
-    # 1 Sample G completions of each prompt, and 2 reward them.
+    # 1 Sample G completions of each prompt, side by side, and 2 reward them.
     rollout = sample(model, tokenizer, [p for p in problems for _ in range(o.group_size)], o)
     rewards, rollout.history = rollout.right, history
     # Log-probabilities of our own pass, not of generate: the ratio is 1 at first only if both of
     # its sides come from the same code, and from the same micro-batches.
-    mini_batches = torch.arange(len(rewards)).tensor_split(o.updates)
+    mini_batches = torch.arange(len(rewards)).tensor_split(min(o.updates, len(rewards)))
     parts = [measure(model, rollout, rows, o) for rows in mini_batches]
     rollout.old_logprobs, rollout.entropy = map(torch.cat, zip(*parts, strict=True))  # [B, T]
     if reference is not None:
@@ -189,7 +189,7 @@ def step(model, reference, tokenizer, optimizer, method, problems, history, o):
         "entropy": rollout.entropy[rollout.mask].mean().item(),
         "kl": kl / max(1, signal),
         "clip_frac": clipped / max(1, signal),
-        "grad_norm": norm / o.updates,
+        "grad_norm": norm / len(updates),
         "length": rollout.mask.sum(1).float().mean().item(),
         "truncated": rollout.truncated.float().mean().item(),
         "completions": rollout.texts,
@@ -229,7 +229,7 @@ def main(argv=None):
     held_out = load_problems(o.data, "test")
     train, _ = split_overlap(load_problems(o.data, "train"), held_out)
     batches = [problems_at(train, o.seed, i * o.prompts, o.prompts) for i in range(o.steps)]
-    history = []  # the mean reward of each step
+    history = []  # the mean reward of each step: HA-DW's `advantages` asks for it
     about = {"algo": o.algo, "seed": o.seed}
     with open(o.log, "w", buffering=1) as log:  # line by line
         line = evaluate(model, tokenizer, held_out[: o.eval_n], o)

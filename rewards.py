@@ -1,5 +1,7 @@
 r"""Rewards for problems whose answer is one number: GSM8K, and data in its format.
 
+`correct` is the reward of a training step; the penalties and the lenient reading are options.
+
 1. Find the place of the answer: the rest of the line after the last `####`; if there is none, the
    inside of the last `\boxed{...}`. A truncated completion must have ended that line or box.
 2. Strip what means nothing: $...$  \(...\)  **...**  quotes or brackets around the whole,
@@ -74,14 +76,11 @@ def group_overlong_penalty(lengths: list, right: list, gamma: float = 0.75) -> l
         return [0.0] * len(right)
     compared = [length for length, is_right in pairs if is_right or share < gamma]
     L = max((min(compared) + max(compared)) / 2, fmean(compared))
-    return [(1 - n / L) / 2 if is_right and n > L else 0.0 for n, is_right in pairs]
+    return [(1 - length / L) / 2 if is_right and length > L else 0.0 for length, is_right in pairs]
 
 
 def extract_answer(text: str, lenient: bool = False, truncated: bool = False) -> Fraction | None:
-    """The answer that `text` gives, by the rules above, or None. Raises nothing; linear time.
-
-    truncated: the completion was cut at the length limit, before its EOS.
-    """
+    """The answer of `text` or None; truncated: it was cut at the length limit, before its EOS."""
     lines, boxes = places(text, truncated)
     answer = number(plain((lines or boxes or [""])[-1]))
     return last_number(text, truncated) if answer is None and lenient else answer
@@ -105,13 +104,14 @@ def equal(answer: Fraction | None, truth: Fraction) -> bool:
     """Whether an answer is right: exact, but 1e-6 of a truth that has more than six decimals."""
     if answer is None:
         return False
-    decimal = pow(10, 2000, truth.denominator) == 0  # 1/3 is none
+    decimal = pow(10, 2000, truth.denominator) == 0  # it has finitely many decimals: not 1/3
     rounded = decimal and pow(10, 6, truth.denominator) != 0
     return abs(answer - truth) <= (abs(truth) / 10**6 if rounded else 0)
 
 
 # ---- 1. the place -------------------------------------------------------------------------------
 
+# A quantifier with + after it (*+, ++) never gives characters back: that keeps the time linear.
 LINE_END = "[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"
 
 
@@ -140,7 +140,6 @@ def inside(text):
 # ---- 2. what means nothing ----------------------------------------------------------------------
 
 THIN = "\u2009"  # a space that may group digits
-# A quantifier with + after it (*+, ++) never gives characters back: that keeps the time linear.
 GAP = rf"[ \t{THIN}]*+"
 ARGUMENT = rf"(?:\{{{GAP}([-,\d{THIN}]++){GAP}\}}|(\d))"  # of \frac: {-12}  {1,234}  3
 STYLE = r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:bf|it|rm|sf|tt)|[fhm]box|boxed|boldsymbol|bm|emph)"

@@ -5,9 +5,9 @@
     loss = - 1/sum_i |o_i| sum_{i,t} min(s A, clamp(s, 1 - eps_low, 1 + eps_high) A)         scalar
 
 GSPO, but averaged over tokens: sequence i has the weight |o_i| / sum_j |o_j| instead of 1/B. With
-one advantage per sequence, that and the clip range are the whole difference. The paper derives s_i
-from the "Markov likelihood", which factorises over tokens and so links a completion's reward to its
-tokens.
+one advantage per sequence, that and the clip range are the whole difference. The |o_i| cancels the
+1/|o_i| in s_i: at s = 1, dL/dlogp_{i,t} = -A_i / sum_j |o_j|, as in DAPO. But the clip drops whole
+sequences. The paper derives s_i from what it calls the "Markov likelihood".
 
 Source: abstracts and readers' reports. Our choices, where they are silent:
 - advantages: GRPO's; with advantages [B, T] the ratio is GSPO-token's (gspo.py);
@@ -15,7 +15,7 @@ Source: abstracts and readers' reports. Our choices, where they are silent:
 - eps: 0.2 / 0.28, from the DAPO setting in which the paper trains; its own values are not known to
   us. s_i moves on a 1e-3 scale, so these rarely bind: watch clip_frac. Published ranges for s_i are
   GSPO's 3e-4 / 4e-4 and LUSPO's 2e-3 / 2.5e-3 (more/luspo.py: this loss times sum_i |o_i| / B):
-  --option eps_low=2e-3 --option eps_high=2.5e-3.
+  train.py --option eps_low=2e-3 --option eps_high=2.5e-3.
 
 2604.12736 adds a KL penalty "masked to tokens with positive advantages and decreasing entropy":
 
@@ -24,7 +24,7 @@ Source: abstracts and readers' reports. Our choices, where they are silent:
 
 H and H_old are the measured entropies of pi_theta and pi_old. Our choices: kl_coef is 0 by default;
 k3 is taken against pi_old unless ref_logprobs is given; "decreasing" means by more than 1e-4 nats;
-M carries no gradient; the average counts all tokens, not only those where M is 1.
+the average counts all tokens, not only those where M is 1. In a step's first update M is 0.
 
 Worked example: grpo.py's batch. s_0 = sqrt(1.5 * 0.9) = 1.1619 for both tokens of row 0, s_1 = 1.
 
@@ -59,12 +59,11 @@ def loss(
         need = "entropy and old_entropy, the policy's and the sampling policy's"
         raise ValueError(f"kl_coef {kl_coef} needs {need}")
     others = {"ref_logprobs": ref_logprobs, "entropy": entropy, "old_entropy": old_entropy}
-    tensors = prepare(logprobs, old_logprobs, advantages, mask, **others)
-    logp, old, A, mask, ref, H, H_old = tensors
+    logp, old, A, mask, ref, H, H_old = prepare(logprobs, old_logprobs, advantages, mask, **others)
     # s_i = exp(1/|o_i| sum_t log w_{i,t}): a mean of the log-ratios, not their sum
     ratio = exp_ratio(row_mean(logp - old, mask))[:, None]  # [B, 1]
     if advantages.ndim == 2:
-        ratio = gspo_token(ratio, logp)  # [B, T]
+        ratio = gspo_token(ratio, logp)  # s_i, with the gradient of its own token  [B, T]
     # - 1/sum_i |o_i| sum_{i,t} min(s A, clamp(s, 1 - eps_low, 1 + eps_high) A)
     policy_loss = -token_mean(clip_term(ratio, A, eps_low, eps_high), mask)
     if not kl_coef:
