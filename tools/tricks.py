@@ -66,9 +66,16 @@ def build(args):
     o = fill(parse(line))
     model, tokenizer, generation, problems, _ = start.set_up(o)
     trainer = Trainer(o, model, tokenizer, generation, problems)
+    if args.model != "tiny":
+        trainer.grader.reward = by_length
     for step in range(1, 1 + (WARM_UP if args.model == "tiny" else 1)):
         trainer.step(step)
     return trainer
+
+
+def by_length(text, problem, length, truncated):
+    """Grades about half of any model's completions as right: hardly a group is constant."""
+    return float(len(text) % 2), float(len(text) % 2), {}
 
 
 def without(trainer):
