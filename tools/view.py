@@ -1,10 +1,10 @@
-"""A page of a run: `python tools/view.py RUN` writes RUN/samples.html, to be opened in a browser.
+"""A page of one run or of two: `python tools/view.py RUN [RUN]`, to be opened in a browser.
 
-The page has the curves of metrics.jsonl, the groups of samples.jsonl with their tokens shaded, and
-the problems that were met at several steps. It is one file and loads nothing else: the markup, the
-style and the script are tools/view.html, and the data stand in it as JSON. Completions are
-hostile text. As JSON without `<` they cannot end their element, and the script makes text of them,
-never markup.
+The page has a summary of each run, the curves of metrics.jsonl, the groups of samples.jsonl with
+their tokens shaded, and the problems that were met at several steps. It is one file and loads
+nothing else: the markup, the style and the script are tools/view.html, and the data stand in it as
+JSON. Completions are hostile text. As JSON without `<` they cannot end their element, and the
+script makes text of them, never markup.
 
 torch is imported where it is used: --help and a wrong command line are answered without it.
 """
@@ -13,7 +13,9 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when run as a script
@@ -25,7 +27,9 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from run.curves import PANELS
 from run.names import algorithm_names
+from run.options import DEFAULTS, flag
 from run.runs import ORDER, finite, read_folder
 from run.samples import read_groups
 from run.style import NOTES, style
@@ -34,8 +38,10 @@ from trainer.methods import ALGORITHMS, is_file, label
 
 TEMPLATE = Path(__file__).with_name("view.html")
 BUDGET = 4_500_000  # bytes of completions, so that a page has at most 5 MB
-MOST_POINTS = 2000  # of a curve
-ABOUT = ("model", "data", "seed", "steps", "group_size", "temperature", "updates")
+MOST_POINTS = 1000  # of a curve
+WAIT = 10  # seconds; --watch looks this often for new lines
+# Options that the summary names elsewhere, or that say nothing about the experiment.
+UNSAID = ("algo", "model", "data", "preset", "out", "overwrite", "track", "device", "dtype")
 
 
 # Numbers
@@ -145,21 +151,57 @@ def thinned(entries, budget):
 
 
 def curves(rows):
-    """{phase: {column: values}} of the training steps and of the evaluations."""
+    """{phase: {"step": steps, metric: values}} of the training steps and of the evaluations."""
     found = {}
-    names = ("step", "accuracy", "ci_lo", "ci_hi", "entropy", "length", "n")
     for phase in ("train", "eval"):
         lines = rows[rows["phase"] == phase]
-        lines = lines.iloc[:: 1 + len(lines) // MOST_POINTS]
-        found[phase] = {name: [short(value) for value in lines[name]] for name in names}
-        found[phase]["step"] = lines["step"].tolist()
+        lines = lines.iloc[:: 1 + len(lines) // MOST_POINTS].dropna(axis=1, how="all")
+        found[phase] = {"step": lines["step"].tolist()}
+        for name in lines.columns.drop(["phase", "step"]):
+            found[phase][name] = [short(value) for value in lines[name]]
     return found
 
 
-def page_data(run, algos):
-    """What the page shows of the run's folder, as one JSON object. Raises ValueError."""
+def summary(config, rows):
+    """{what: text} of a run, for a report. config: of config.json."""
+    o = config["options"]
+    preset = o.get("preset", "tiny")
+    words = [f"--preset {preset}"]
+    for name, default in DEFAULTS.get(preset, {}).items():
+        if name not in UNSAID and o.get(name, default) != default:
+            words += option_words(name, o[name])
+    found = {"method": style(label(o["algo"]))[0], "model": o.get("model"), "data": o.get("data")}
+    found["options"] = " ".join(words)
+    train, held_out = (rows[rows["phase"] == phase] for phase in ("train", "eval"))
+    known = [line for line in held_out.to_dict("records") if finite(line["accuracy"]) is not None]
+    for when, line in zip(("at the start", "at the end"), [*known[:1], *known[-1:]], strict=False):
+        text = f"{line['accuracy']:.3f} at step {line['step']} (95%: {line['ci_lo']:.3f} to "
+        text += f"{line['ci_hi']:.3f}; greedy, {line['n']:.0f} held-out problems)"
+        found[f"accuracy {when}"] = text
+    minutes, status = train["seconds"].sum() / 60, config.get("status", "unknown")
+    of = f"{train['step'].max()} of {o.get('steps')}" if len(train) else f"0 of {o.get('steps')}"
+    found["time"] = f"{minutes:.1f} minutes of sampling and updates; {of} steps, {status}"
+    versions = [" ".join(pair) for pair in config.get("versions", {}).items()]
+    machine = [str(o[name]) for name in ("device", "dtype") if name in o]
+    found["versions"] = ", ".join(versions)
+    found["machine"] = ", ".join([*filter(None, [config.get("machine")]), *machine])
+    return {what: str(text) for what, text in found.items() if text}
+
+
+def option_words(name, value):
+    """The words of a command line that give an option its value."""
+    if isinstance(value, dict):
+        return [f"{flag(name)} {key}={json.dumps(one)}" for key, one in value.items()]
+    if value is True:
+        return [flag(name)]
+    is_plain = re.fullmatch(r"[\w./,:-]+", str(value))
+    return [f"{flag(name)} {value if is_plain else json.dumps(value)}"]
+
+
+def run_data(run, algos, budget):
+    """What the page shows of a run's folder, in about `budget` bytes. Raises ValueError."""
     metrics = read_folder(run)
-    o = json.loads((run / "config.json").read_text(encoding="utf-8"))["options"]
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     path = run / "samples.jsonl"
     groups = read_groups(path) if path.is_file() else []
     if not groups:
@@ -167,15 +209,14 @@ def page_data(run, algos):
         raise ValueError(f"{path}: {why}" if path.is_file() else f"{path}: no such file")
     path = run / "held_out.jsonl"
     held_out = read_groups(path, held_out=True) if path.is_file() else []
-    methods, note = chosen_methods(o, algos)
+    methods, note = chosen_methods(config["options"], algos)
     entries = [entry(rows, methods) for rows in groups]
     greedy = [entry(rows, []) for rows in held_out]
-    data = {"name": run.resolve().name, "algo": style(metrics["algo"])[0]}
-    data["about"] = {name: str(o[name]) for name in ABOUT if name in o}
+    data = {"name": run.resolve().name, "summary": summary(config, metrics["rows"])}
     data["methods"] = [{"name": name, "note": about} for _, name, about, _ in methods]
     data["curves"] = curves(metrics["rows"])
-    data["held_out"] = thinned(greedy, BUDGET // 5)
-    data["groups"] = thinned(entries, BUDGET - len(json_text(data["held_out"])))
+    data["held_out"] = thinned(greedy, budget // 5)
+    data["groups"] = thinned(entries, budget - len(json_text(data["held_out"])))
     data["notes"] = [note] if note else []
     for what, kept, of in (("groups", "groups", entries), ("greedy", "held_out", greedy)):
         steps, all_steps = ({found["step"] for found in part} for part in (data[kept], of))
@@ -185,6 +226,19 @@ def page_data(run, algos):
                 f"{len(all_steps)} recorded steps, evenly spaced."
             )
     return data
+
+
+def page_data(folders, algos, reload=None):
+    """What the page shows, as one JSON object. Raises ValueError.
+
+    reload: after so many seconds the page loads itself again.
+    """
+    runs = [run_data(folder, algos, BUDGET // len(folders)) for folder in folders]
+    if len({run["name"] for run in runs}) < len(runs):
+        for run, folder in zip(runs, folders, strict=True):
+            run["name"] = str(folder)
+    titles = {name: f"{title} [{unit}]" for name, (title, unit) in PANELS.items()}
+    return {"runs": runs, "titles": titles, "reload": reload}
 
 
 # Writing
@@ -213,50 +267,84 @@ def write_page(data, out):
 
 EPILOG = """examples:
   python tools/view.py runs/tepo-tiny-s0
-      writes runs/tepo-tiny-s0/samples.html; works while the run goes on, too
+      writes runs/tepo-tiny-s0/samples.html
+  python tools/view.py runs/tepo-tiny-s0 runs/gspo-tiny-s0
+      two runs side by side
+  python tools/view.py --watch runs/tepo-tiny-s0
+      writes the page again while the run goes on; the page reloads itself
   python tools/view.py runs/tepo-tiny-s0 --algos grpo,cispo --out page.html
       the push of each token under the run's own method, GRPO and CISPO
 
-on the page:
-  left, right  another step        j, k  the next and the previous completion
-  /            search              h, l  the previous and the next token
-  1 to 5       push, advantage, entropy, probability, ratio
-  ?            all keys
+On the page, ? lists the keys. Its address keeps the step and what else is chosen.
 """
 
 
 def build_parser():
     parser = Parser(
         prog="view.py",
-        description="Write a page of a run of train.py, to be opened in a browser: its curves, its "
-        "completions with each token shaded by how hard a method pushes it, search.",
+        description="Write a page of a run of train.py, or of two, to be opened in a browser: a "
+        "summary, curves, completions with each token shaded by how hard a method pushes it.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a run of train.py")
-    text = "the page to write; default: samples.html in RUN"
-    parser.add_argument("--out", metavar="FILE", type=output_file, help=text)
+    add = parser.add_argument
+    add("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run of train.py; at most 2")
+    text = "the page to write; default: samples.html in RUN; of two, beside-NAME.html in the first"
+    add("--out", metavar="FILE", type=output_file, help=text)
     text = "compute the push under these methods, or all, besides the run's own; default: the seven"
-    kind = {"type": algorithm_names, "default": list(ALGORITHMS)}
-    parser.add_argument("--algos", metavar="A,B", help=text, **kind)
+    add("--algos", metavar="A,B", help=text, type=algorithm_names, default=list(ALGORITHMS))
+    text = "write the page again until the runs are done, or until Ctrl-C"
+    add("--watch", action="store_true", help=text)
     return parser
+
+
+def watch(folders, algos, out):
+    """Write the page whenever the runs have new lines, until all of them are done or Ctrl-C."""
+    seen = None
+    try:
+        while any(is_running(folder) for folder in folders):
+            files = [folder / "metrics.jsonl" for folder in folders]
+            now = [path.stat().st_mtime if path.exists() else 0 for path in files]
+            if now != seen:
+                seen = now
+                try:
+                    write_page(page_data(folders, algos, reload=WAIT), out)
+                    print(f"{out}: written", flush=True)
+                except ValueError as error:  # no completions so far
+                    print(f"{error}; waiting for more", flush=True)
+            time.sleep(WAIT)
+    except KeyboardInterrupt:
+        print()
+
+
+def is_running(folder):
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("status") == "running"
 
 
 def main(argv=None):
     """Run the command line. Raises SystemExit with status 2 on an error."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    out = args.out or args.run / "samples.html"
+    if len(args.runs) > 2:
+        parser.error("at most two runs stand side by side; plot.py draws the curves of more")
+    first, *others = args.runs
+    name = f"beside-{others[0].resolve().name}.html" if others else "samples.html"
+    out = args.out or first / name
     try:
-        if not args.run.is_dir():
-            raise ValueError(f"{args.run}: no such run")
-        data = page_data(args.run, args.algos)
+        for run in args.runs:
+            if not run.is_dir():
+                raise ValueError(f"{run}: no such run")
+            read_folder(run)  # raises ValueError if it is none
+        if args.watch:
+            watch(args.runs, args.algos, out)
+        data = page_data(args.runs, args.algos)
         write_page(data, out)
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
-    for note in data["notes"]:
+    for note in [note for run in data["runs"] for note in run["notes"]]:
         print(note)
-    steps = len({found["step"] for found in data["groups"]})
+    steps = len({found["step"] for run in data["runs"] for found in run["groups"]})
     size = out.stat().st_size / 1e6
     print(f"{out}: groups of {steps} steps, {size:.1f} MB; open it in a browser")
 
