@@ -3,7 +3,8 @@
 #
 # One prompt, eight completions, their rewards, the advantages of the seven methods, the push of
 # each method on each token, one update, and what became more likely. Each printed number follows
-# from the numbers above it, and a pocket calculator is enough to check it.
+# from the numbers above it, and a pocket calculator is enough to check it. At the end there is a
+# picture of all pushes, walkthrough.png.
 #
 # The formulas are the project's own: `grpo.advantages`, `tepo.loss` and the others. Wherever a
 # number is worked out by hand as well, an `assert` compares the two.
@@ -16,7 +17,6 @@
 # %%
 import math
 import sys
-import textwrap
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -34,7 +34,8 @@ import gtpo
 import tepo
 import trgrpo
 from rewards import correct
-from trainer.decoding import decode
+from tools.credit import draw_panels
+from trainer.decoding import decode, token_texts
 from trainer.policy import load_policy
 from trainer.prompts import Prompts
 from trainer.sampling import sample
@@ -50,8 +51,10 @@ METHODS = {
 }
 
 
-def title(text):
-    print(f"\n{text}\n{'-' * len(text)}")
+def section(title, *sentences):
+    """Print the title, and what the numbers below it are."""
+    print(f"\n{title}\n{'-' * len(title)}")
+    print(*sentences, sep="\n")
 
 
 # %% [markdown]
@@ -68,9 +71,9 @@ torch.set_num_threads(1)  # for so small a model a second thread would only wait
 model, tokenizer, eos_ids, pad_id = load_policy("tiny")
 prompt = Prompts(tokenizer).encode([QUESTION])[0]  # token ids
 
-title("The prompt")
-print(QUESTION)
-print(f"{len(prompt)} tokens; the answer is {ANSWER}")
+section("The prompt", "The policy reads one problem of its data set:")
+print(f"  {QUESTION}")
+print(f"It has {len(prompt)} tokens, and the answer is {ANSWER}.")
 
 # %% [markdown]
 # ## Eight completions
@@ -78,6 +81,10 @@ print(f"{len(prompt)} tokens; the answer is {ANSWER}")
 # The group: G = 8 completions of one prompt, sampled at temperature 1. A token is drawn from
 # softmax(logits) until the end-of-sequence token comes. That token belongs to the completion,
 # because the policy must learn to stop.
+#
+# The reward is 1 if the number after `####` is the answer, else 0. Nothing else is rewarded:
+# neither the lines of work nor the format. A group that is all right or all wrong has nothing to
+# compare, and teaches nothing. This one is mixed.
 
 # %%
 G = 8
@@ -98,27 +105,16 @@ mask = rollout.mask  # [G, T] True up to and including the end
 lengths = mask.sum(1).tolist()  # |o_i|, in tokens
 texts = decode(tokenizer, rollout)
 
-title("Eight completions")
-for i in range(G):
-    print(f"{i}  {lengths[i]:2} tokens  {texts[i]!r}")
-
-# %% [markdown]
-# ## The rewards
-#
-# 1 if the number after `####` is the answer, else 0. Nothing else is rewarded: neither the lines of
-# work nor the format. A group that is all right or all wrong has nothing to compare, and teaches
-# nothing. This one is mixed.
-
-# %%
 truncated = rollout.truncated.tolist()
 rewards = [correct(texts[i], ANSWER, truncated[i]) for i in range(G)]
 right = [i for i in range(G) if rewards[i] == 1]
 wrong = [i for i in range(G) if rewards[i] == 0]
 assert right and wrong, "this seed gives no mixed group here: try another SEED"
 
-title("The rewards")
-print("rewards:", *(f"{r:g}" for r in rewards))
-print(f"right: {right}, wrong: {wrong}")
+section("Eight completions", "The policy answers eight times; the reward is 1 for the answer:")
+print("completion  reward  tokens")
+for i in range(G):
+    print(f"{i:10}  {rewards[i]:6g}  {lengths[i]:6}  {texts[i]!r}")
 
 # %% [markdown]
 # ## What the policy thinks of them
@@ -147,26 +143,21 @@ with torch.no_grad():
 assert torch.allclose(old_logprobs[mask], rollout.sampler_logprobs[mask], atol=1e-4)
 
 
-def token_name(i, t):
-    return repr(tokenizer.decode([completions[i, t].item()]))
-
-
 def length(i):
     return lengths[i]
 
 
 # Two to look at: a right completion of medium length, and the longest wrong one.
-one_right = sorted(right, key=length)[len(right) // 2]
+several = sorted({lengths[i] for i in right})
+one_right = next(i for i in right if lengths[i] == several[len(several) // 2])
 one_wrong = max(wrong, key=length)
 
-title(f"Completion {one_right}, token by token")
-print("token                 p    log p        H")
-for t in range(lengths[one_right]):
-    logp = old_logprobs[one_right, t].item()
-    H = entropy[one_right, t].item()
-    print(f"{token_name(one_right, t):16} {math.exp(logp):6.4f} {logp:8.4f} {H:8.4f}")
+first = old_logprobs[one_right, 0].item()
 total = old_logprobs[one_right][mask[one_right]].sum().item()
-print(f"sum of log p: {total:.4f}; its probability is exp({total:.4f}) = {math.exp(total):.3g}")
+
+section("What the policy thinks of them", f"Completion {one_right} is right. For the policy,")
+print(f"its first token has the probability exp({first:.4f}) = {math.exp(first):.4f},")
+print(f"and all of its tokens together exp({total:.4f}) = {math.exp(total):.3g}.")
 
 # %% [markdown]
 # ## The advantages
@@ -178,10 +169,9 @@ print(f"sum of log p: {total:.4f}; its probability is exp({total:.4f}) = {math.e
 
 # %%
 def standardised(value, values):
-    """(value - mean) / (std + 1e-4), printed as a sum that can be followed."""
+    """(value - mean) / (std + 1e-4), printed as a sum to follow."""
     mean, std = fmean(values), stdev(values)
     result = (value - mean) / (std + 1e-4)
-    print(f"  of {len(values)} numbers: mean {mean:.6f}, std {std:.6f}")
     print(f"  A = ({value:.6f} - {mean:.6f}) / ({std:.6f} + 0.0001) = {result:.4f}")
     return result
 
@@ -191,12 +181,10 @@ for name in ("GTPO", "GRPO-S"):
     rule = METHODS[name].advantages
     advantages[name] = rule(torch.tensor(rewards), G, entropy=entropy, mask=mask)
 
-title("GRPO's advantages")
-print(f"mean of the rewards: {len(right)} / {G} = {len(right) / G:.4f}")
-print("a right completion:")
+section("GRPO's advantages", f"The mean of the rewards is {len(right)} / {G}. A right completion:")
 by_hand = standardised(1.0, rewards)
 assert math.isclose(by_hand, advantages["GRPO"][one_right], rel_tol=1e-3)
-print("a wrong completion:")
+print("A wrong completion:")
 standardised(0.0, rewards)
 
 # %% [markdown]
@@ -215,16 +203,15 @@ for i in right:
 for i in wrong:
     minus[i] = -1 - 0.1 / mean_entropy[i] / of_wrong
 
-title("GRPO-S's advantages")
-print("mean entropy H:    ", *(f"{H:9.6f}" for H in mean_entropy))
-print(f"mean H of the right ones: {of_right:.6f}, mean 1/H of the wrong ones: {of_wrong:.6f}")
-print("shaped, right ones:", *(f"{r:9.6f}" for r in plus))
-print("shaped, wrong ones:", *(f"{r:9.6f}" for r in minus))
-print(f"completion {one_right}, right:")
-by_hand = standardised(plus[one_right], plus)
+H, r = mean_entropy[one_right], plus[one_right]
+
+section("GRPO-S's advantages", "A right completion of high entropy earns more than 1.")
+print(f"Completion {one_right} has H = {H:.6f}, and the right ones a mean H of {of_right:.6f}:")
+print(f"  1 + 0.1 x {H:.6f} / {of_right:.6f} = {r:.6f}")
+print("among the other shaped rewards, 0 for a wrong completion:")
+by_hand = standardised(r, plus)
 assert math.isclose(by_hand, advantages["GRPO-S"][one_right], rel_tol=1e-3)
-print(f"completion {one_wrong}, wrong:")
-by_hand = standardised(minus[one_wrong], minus)
+by_hand = (minus[one_wrong] - fmean(minus)) / (stdev(minus) + 1e-4)
 assert math.isclose(by_hand, advantages["GRPO-S"][one_wrong], rel_tol=1e-3)
 
 # %% [markdown]
@@ -243,32 +230,26 @@ for i in right:
 N = sum(lengths)  # tokens of the group
 zeros = [0.0] * (N - len(shaped))
 
-title("GTPO's advantages")
-for i in right:
-    numbers = [f"{shaped[i, t]:.4f}" for t in range(lengths[i])]
-    print(f"shaped, completion {i}:")
-    print(textwrap.fill(" ".join(numbers), 80, initial_indent="  ", subsequent_indent="  "))
-print(f"and {len(zeros)} zeros, one per token of a wrong completion")
-peers = [entropy[k, 0].item() for k in right]
-first = entropy[one_right, 0].item()
-print(f"first token of completion {one_right}:")
-print(f"  1 + 0.1 x {first:.4f} / {fmean(peers):.4f} = {shaped[one_right, 0]:.4f}")
 last = lengths[one_right] - 1
-print("its last token:")
-by_hand = standardised(shaped[one_right, last], [*shaped.values(), *zeros])
+peers = [entropy[k, last].item() for k in right if last < lengths[k]]
+H, r = entropy[one_right, last].item(), shaped[one_right, last]
+
+section("GTPO's advantages", f"The last token of completion {one_right} is token {last + 1}.")
+print(f"Where right completions have a token {last + 1}, its mean H is {fmean(peers):.6f}:")
+print(f"  1 + 0.1 x {H:.6f} / {fmean(peers):.6f} = {r:.6f}")
+print(f"and among {len(shaped)} tokens of right completions and {len(zeros)} zeros of wrong ones:")
+by_hand = standardised(r, [*shaped.values(), *zeros])
 assert math.isclose(by_hand, advantages["GTPO"][one_right, last], rel_tol=1e-3)
 
-title("The seven advantages")
-print("                     GRPO, DAPO, GSPO,              GTPO,        GTPO,")
-print("completion  reward   TEPO, TR-GRPO       GRPO-S     first token  last token")
+section("The seven advantages", "How much better than its group is a completion, or a token of it?")
+print("                   GRPO, DAPO, GSPO,                 GTPO,         GTPO,")
+print("completion  reward    TEPO, TR-GRPO       GRPO-S   first token    last token")
 for i in range(G):
     same = advantages["GRPO"][i].item()
     shaped_row = advantages["GRPO-S"][i].item()
     tokens = advantages["GTPO"][i, : lengths[i]].tolist()
-    print(
-        f"{i:10}  {rewards[i]:6g}  {same:14.4f}  {shaped_row:11.4f}"
-        f"  {tokens[0]:14.4f}  {tokens[-1]:10.4f}"
-    )
+    print(f"{i:10}  {rewards[i]:6g}  {same:15.4f}  {shaped_row:11.4f}", end="")
+    print(f"  {tokens[0]:12.4f}  {tokens[-1]:12.4f}")
 
 # %% [markdown]
 # ## The pushes
@@ -295,7 +276,7 @@ for i in range(G):
 # The losses themselves say little: GRPO's is minus the mean of the advantages, which is 0, but its
 # gradient is not.
 #
-# What to look for in the tables:
+# What to look for in the table and in the picture at the end:
 #
 # - GRPO and GSPO push every completion of equal reward by the same sum, however long it is. DAPO
 #   and TEPO push every token equally, so a long completion is pushed more in total.
@@ -304,37 +285,21 @@ for i in range(G):
 # - TR-GRPO gives tokens with p below 0.25 the weight 1, and likely ones up to 1.4.
 
 # %%
-pushes, losses = {}, {}
+pushes = {}
 for name, method in METHODS.items():
     logprobs = old_logprobs.clone().requires_grad_()
     loss = method.loss(logprobs, old_logprobs, advantages[name], mask)
-    losses[name] = loss.item()
     pushes[name] = -torch.autograd.grad(loss, logprobs)[0]  # [G, T]
 
-title("The losses before the update")
-for name, loss in losses.items():
-    print(f"{name:8} {loss:8.4f}")
-
-
-def show_pushes(i):
-    """The pushes on the tokens of completion i, times 1000."""
-    title(f"The pushes on completion {i}, times 1000")
-    print(f"{'token':16}", *(f"{name:>8}" for name in METHODS))
-    for t in range(lengths[i]):
-        values = [1000 * pushes[name][i, t].item() for name in METHODS]
-        print(f"{token_name(i, t):16}", *(f"{value:8.3f}" for value in values))
-
-
-show_pushes(one_right)
-show_pushes(one_wrong)
-
-title("The sum of the pushes on each completion, times 1000")
+section("The pushes", "Summed over the tokens of a completion, times 1000:")
 print("completion  tokens", *(f"{name:>8}" for name in METHODS))
 for i in range(G):
     sums = [1000 * pushes[name][i].sum().item() for name in METHODS]
     print(f"{i:10}  {lengths[i]:6}", *(f"{value:8.2f}" for value in sums))
 
-title(f"The first token of completion {one_right}, by hand")
+section(
+    "The pushes by hand", f"On the first token of completion {one_right}, of {lengths[one_right]}:"
+)
 A = advantages["GRPO"][one_right].item()
 A_s = advantages["GRPO-S"][one_right].item()
 A_t = advantages["GTPO"][one_right, 0].item()
@@ -348,7 +313,7 @@ by_hand = {
     "TEPO": (A / N, f"{A:.6f} / {N}"),
     "GTPO": (A_t / N, f"{A_t:.6f} / {N}"),
     "GRPO-S": (A_s / (G * n), f"{A_s:.6f} / ({G} x {n})"),
-    "TR-GRPO": (v * A / (G * n), f"{v:.6f} x {A:.6f} / ({G} x {n}), with p = {p:.6f}"),
+    "TR-GRPO": (v * A / (G * n), f"{v:.6f} x {A:.6f} / ({G} x {n})"),
 }
 for name, (push, how) in by_hand.items():
     assert math.isclose(push, pushes[name][one_right, 0], rel_tol=1e-3)
@@ -375,12 +340,11 @@ with torch.no_grad():
     new_logprobs, _ = measure()
     new_loss = tepo.loss(new_logprobs, old_logprobs, advantages["TEPO"], mask)
 
-title("One update")
-print(f"|g|^2, the sum of the squares of the gradient: {squared:.4f}")
-print(
-    f"to first order the loss changes by - lr |g|^2 = - {LR} x {squared:.4f} = {-LR * squared:.5f}"
-)
-print(f"it changes by {new_loss:.5f} - {loss:.5f} = {new_loss - loss:.5f}")
+section("One update", f"TEPO's loss, one step of size {LR} down its gradient g.")
+print(f"To first order the loss changes by - {LR} |g|^2, with |g|^2 = {squared:.4f}:")
+print(f"  - {LR} x {squared:.4f} = {-LR * squared:.5f}")
+old, new = round(loss.item(), 5), round(new_loss.item(), 5)
+print(f"It changes by {new:.5f} - {old:.5f} = {new - old:.5f}.")
 
 # %% [markdown]
 # ## What became more likely
@@ -389,25 +353,30 @@ print(f"it changes by {new_loss:.5f} - {loss:.5f} = {new_loss - loss:.5f}")
 # completions share weights and many tokens, so a push on one moves the others too.
 
 # %%
-before = (old_logprobs * mask).sum(1).tolist()
-after = (new_logprobs * mask).sum(1).tolist()
+# Rounded as they are printed, so that the printed differences are right to the last digit.
+before = [round(x, 5) for x in (old_logprobs * mask).sum(1).tolist()]
+after = [round(x, 5) for x in (new_logprobs * mask).sum(1).tolist()]
 change = [after[i] - before[i] for i in range(G)]
 
-title("What became more likely")
+section("What became more likely", "Right completions have become likelier, wrong ones less so:")
 print("completion  reward   log p before      after     change   factor")
 for i in range(G):
-    print(
-        f"{i:10}  {rewards[i]:6g}  {before[i]:13.5f}  {after[i]:9.5f}  {change[i]:9.5f}"
-        f"  {math.exp(change[i]):7.3f}"
-    )
-up, down = fmean(change[i] for i in right), fmean(change[i] for i in wrong)
-print(f"mean change of the right ones: {up:.4f}, of the wrong ones: {down:.4f}")
+    print(f"{i:10}  {rewards[i]:6g}  {before[i]:13.5f}  {after[i]:9.5f}  {change[i]:9.5f}", end="")
+    print(f"  {math.exp(change[i]):7.3f}")
 
-odds_before = math.exp(before[one_right] - before[one_wrong])
-odds_after = math.exp(after[one_right] - after[one_wrong])
-print(f"completion {one_right} (right) is this many times as likely as {one_wrong} (wrong):")
-print(f"  before: exp({before[one_right]:.5f} - {before[one_wrong]:.5f}) = {odds_before:.3g}")
-print(f"  after:  exp({after[one_right]:.5f} - {after[one_wrong]:.5f}) = {odds_after:.3g}")
+# The picture: a panel for each method, its pushes on a right and on a wrong completion
+rows, panels = [], []
+for i in (one_right, one_wrong):
+    tokens = token_texts(tokenizer, completions[i, : lengths[i]].tolist(), not truncated[i])
+    rows.append({"tokens": tokens, "completion": texts[i], "right": i in right})
+both = [one_right, one_wrong]
+panels.append(("Entropy of the policy that sampled, in nats", entropy[both], mask[both] & False))
+for name in METHODS:
+    values = pushes[name][both]
+    panels.append((name, values, mask[both] & (values == 0)))
+caption = f"Pushes before the first update, a right and a wrong completion of: {QUESTION}"
+draw_panels(rows, panels, caption, "walkthrough.png")
+section("The picture", "The pushes on two completions, method by method: walkthrough.png")
 
 # %% [markdown]
 # ## And then
