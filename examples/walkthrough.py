@@ -235,8 +235,8 @@ peers = [entropy[k, last].item() for k in right if last < lengths[k]]
 H, r = entropy[one_right, last].item(), shaped[one_right, last]
 
 section("GTPO's advantages", f"The last token of completion {one_right} is token {last + 1}.")
-print(f"Where right completions have a token {last + 1}, its mean H is {fmean(peers):.6f}:")
-print(f"  1 + 0.1 x {H:.6f} / {fmean(peers):.6f} = {r:.6f}")
+print(f"Where right completions have a token {last + 1}, its mean H is {fmean(peers):.8f}:")
+print(f"  1 + 0.1 x {H:.8f} / {fmean(peers):.8f} = {r:.6f}")
 print(f"and among {len(shaped)} tokens of right completions and {len(zeros)} zeros of wrong ones:")
 by_hand = standardised(r, [*shaped.values(), *zeros])
 assert math.isclose(by_hand, advantages["GTPO"][one_right, last], rel_tol=1e-3)

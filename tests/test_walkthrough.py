@@ -83,7 +83,9 @@ def test_what_is_worked_out_by_hand_can_be_followed(walk):
     sections, found = walk
     sums = []
     for line in sum(sections.values(), []):
-        if line.count(" = ") == 1 + line.startswith("  A = ") and ("(" in line or " x " in line):
+        if line.count(" = ") == 1 + line.startswith("  A = ") and any(
+            sign in line for sign in "(x/"
+        ):
             left, right = line.removeprefix("  A = ").strip().rstrip(".").split(" = ")
             if left.split()[0] in NAMES:  # NAME push = sum
                 left, right = right, left.split()[1]
