@@ -18,6 +18,7 @@ from trainer.methods import ALGORITHMS, is_file, label
 
 WIDE = 112  # characters in a line of cells
 MOST_LINES = 2  # of one completion
+MOST_TALL = 9  # panels with a title above them; more have their names on the left
 UNDRAWABLE = "[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]"  # no glyph, not allowed in an SVG
 
 
@@ -140,10 +141,9 @@ def plot_credit(path, out, step=None, shown=2, algos=ALGORITHMS):
     the whole group. path: a run folder or a samples.jsonl. Raises ValueError.
     """
     rows = read_group(Path(path), step)
-    picked = pick(rows, shown)
-    panels = []
-    for title, values, clipped in credit_panels(tensors(rows), algos):
-        panels.append((title, values[picked], clipped[picked]))
+    panels = credit_panels(tensors(rows), algos)
+    picked = pick(rows, shown if len(panels) <= MOST_TALL else 1)
+    panels = [(title, x[picked], clipped[picked]) for title, x, clipped in panels]
     caption = f"Step {rows[0]['step']}, {len(picked)} of {len(rows)} completions of: "
     caption += re.sub(UNDRAWABLE, "�", rows[0]["prompt"])
     draw_panels([rows[i] for i in picked], panels, caption, out)
@@ -182,31 +182,51 @@ def note(algo):
 def draw_panels(rows, panels, caption, out):
     """Draw panels [(title, values [rows, T], clipped [rows, T]), ...] of the tokens of some rows.
 
-    The first is an amount, the others go to both sides of 0. Each has a scale of its own.
+    The first is an amount, the others go to both sides of 0. Each has a scale of its own. Of many
+    panels, the first words of the titles stand on the left.
     """
-    from matplotlib.patches import Patch
-
     cells = [cells_of(cell_texts(row)) for row in rows]
     starts = np.cumsum([0, *(row[-1][0] + 1 if row else 1 for row in cells)])  # lines of cells
-    titles = [f"{title} (full colour: {x.abs().max():.2g})" for title, x, _ in panels]
-    titles = [textwrap.fill(title, 100) for title in titles]
-    heights = [0.17 * title.count("\n") + 0.19 * starts[-1] + 0.27 for title in titles]  # inches
+    is_tall = len(panels) <= MOST_TALL
+    titles = []
+    for title, values, _ in panels:
+        name = title if is_tall else re.split(",|:", title)[0]
+        words = f"{name} (full colour: {values.abs().max():.2g})"
+        titles.append(textwrap.fill(words, 100 if is_tall else 34))
+    line, gap, left = (0.19, 0.27, 0.08) if is_tall else (0.15, 0.04, 0.28)
+    heights = [line * starts[-1] + gap for _ in titles]  # inches
+    if is_tall:
+        heights = [x + 0.17 * text.count("\n") for x, text in zip(heights, titles, strict=True)]
     top, height = 0.45, 0.95 + sum(heights)
     figure = new_figure(8, height, layout=None)
     caption = textwrap.fill(caption, 116, max_lines=2, placeholder=" …")
     figure.text(0.01, 1 - 0.08 / height, caption, va="top", fontsize=8.5, parse_math=False)
+    wide = WIDE if is_tall else max(x + width for row in cells for _, x, width, _ in row)
     for i, (_, values, clipped) in enumerate(panels):
         top += heights[i]
-        box = 0.08, 1 - top / height, 0.915, 0.19 * starts[-1] / height
-        ax = figure.add_axes(box, xlim=(0, WIDE), ylim=(starts[-1], 0))
+        box = left, 1 - top / height, 0.995 - left, line * starts[-1] / height
+        ax = figure.add_axes(box, xlim=(0, wide), ylim=(starts[-1], 0))
         ax.set_axis_off()
-        ax.set_title(titles[i], loc="left", fontsize=9, pad=3, parse_math=False)
+        if is_tall:
+            ax.set_title(titles[i], loc="left", fontsize=9, pad=3, parse_math=False)
+        else:
+            how = {"ha": "right", "va": "center", "fontsize": 6.8}
+            ax.text(-0.08 * wide, starts[-1] / 2, titles[i], parse_math=False, **how)
         shade = values / (values.abs().max() or 1)  # -1..1
         for j, row in enumerate(rows):
             grade = "right" if row["right"] else "WRONG"
-            ax.text(-1, starts[j] + 0.5, grade, ha="right", va="center", fontsize=8)
+            size = 8 if is_tall else 6
+            ax.text(-1, starts[j] + 0.5, grade, ha="right", va="center", fontsize=size)
             colours = "PRGn_r" if i == 0 else "RdBu"
             draw_tokens(ax, starts[j], cells[j], shade[j].tolist(), clipped[j], colours)
+    add_key(figure)
+    save(figure, out)
+
+
+def add_key(figure):
+    """What the colours mean, at the bottom."""
+    from matplotlib.patches import Patch
+
     keys = []
     for text, value in (("more likely (−∂loss/∂logprob > 0)", 1), ("less likely", -1)):
         keys.append(Patch(label=text, **look_of(value, False, "RdBu")))
@@ -214,7 +234,6 @@ def draw_panels(rows, panels, caption, out):
     title = "At its default options, the method's update makes a token (a scale for each method)"
     how = {"frameon": False, "fontsize": 8.5, "title": title, "title_fontsize": 8.5}
     figure.legend(handles=keys, loc="lower center", ncols=3, **how)
-    save(figure, out)
 
 
 def cell_texts(row):
@@ -259,7 +278,7 @@ def draw_tokens(ax, start, cells, shade, clipped, colours):
         if text == "…":
             look = look_of(0, False, colours)
         ax.add_patch(Rectangle(place, width, 0.92, **look))
-        how = {"family": "DejaVu Sans Mono", "fontsize": 7.2, "parse_math": False}
+        how = {"family": "DejaVu Sans Mono", "fontsize": 6.8, "parse_math": False}
         how["color"] = "white" if abs(value) > 0.56 else "black"
         ax.text(x + width / 2, start + line + 0.52, text, ha="center", va="center", **how)
 
