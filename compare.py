@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -71,7 +72,10 @@ class Run:
 
 def plan(args):
     """The Runs, all checked before the first is started. Raises ValueError."""
-    refuse_our_options(args)
+    ours = {*OURS, "--updates"} if args.off_policy else set(OURS)
+    clash = ours & {word.split("=")[0] for word in args.rest}
+    if clash:
+        raise ValueError(f"{min(clash)} cannot stand after --, compare.py sets it")
     default_updates = fill(parse(args.rest)).updates
     updates = [["--updates", str(n)] for n in args.off_policy]
     clips = [["--option", f"eps_low={a}", "--option", f"eps_high={b}"] for a, b in args.eps]
@@ -98,15 +102,6 @@ def plan(args):
     return runs
 
 
-def refuse_our_options(args):
-    """Raise ValueError if an option that compare.py sets stands after --."""
-    ours = {*OURS, "--updates"} if args.off_policy else set(OURS)
-    given = {word.split("=")[0] for word in args.rest}
-    clash = ours & given
-    if clash:
-        raise ValueError(f"{min(clash)} cannot stand after --, compare.py sets it")
-
-
 def run_name(algo, seed, update, clip, default_updates):
     """The name of a run's folder, such as gspo-s0-u16 or tepo-s1-eps_low0.2-eps_high0.28.
 
@@ -123,12 +118,10 @@ def read_config(out):
     """The config.json of a run, with its options and status. Raises ValueError."""
     try:
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        readable = isinstance(config["options"], dict) and "status" in config
+        config["options"]["algo"], config["status"]
     except (ValueError, KeyError, TypeError):
-        readable = False
-    if not readable:
         mend = "delete the run or pass --overwrite"
-        raise ValueError(f"{out}: its config.json cannot be read; {mend}")
+        raise ValueError(f"{out}: its config.json cannot be read; {mend}") from None
     return config
 
 
@@ -219,8 +212,7 @@ def tell_end(run, status, message, done):
     done.append(run.out)
     rows = read_folder(run.out)["rows"]
     first, *_, last = rows.loc[rows["phase"] == "eval", "accuracy"]
-    said = f"{run.out.name}: greedy {first:.3f} -> {last:.3f}"
-    tqdm.write(said, file=sys.stderr)
+    tqdm.write(f"{run.out.name}: greedy {first:.3f} -> {last:.3f}", file=sys.stderr)
 
 
 def show(bar, runs, done, running):
@@ -305,9 +297,8 @@ def aligned(runs):
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     texts = []
     for line in lines:
-        if isinstance(line, list):
-            line = "  ".join(map(str.ljust, line, widths)).rstrip()
-        texts.append(line)
+        is_row = isinstance(line, list)
+        texts.append("  ".join(map(str.ljust, line, widths)).rstrip() if is_row else line)
     seeds = span([len(part) for *_, part in parts], 0)
     before = span(found["before"].dropna(), 3)
     texts.append(f"Greedy accuracy after the last step; before the first it was {before}.")
@@ -336,18 +327,12 @@ def clip_ranges(text):
     """ "0.2/0.28,3e-4/4e-4" -> [("0.2", "0.28"), ("3e-4", "4e-4")]. Raises ArgumentTypeError."""
     pairs = [tuple(part.split("/")) for part in text.split(",")]
     for pair in pairs:
-        if len(pair) != 2 or not all(is_clip_bound(bound) for bound in pair):
+        numbers = [bound for bound in pair if re.fullmatch(r"[\d.]*\d(e-?\d+)?", bound)]
+        if len(pair) != 2 or len(numbers) != 2:
             raise argparse.ArgumentTypeError(
                 f"{'/'.join(pair)!r}: a range is LOW/HIGH, such as 0.2/0.28; commas between ranges"
             )
     return list(dict.fromkeys(pairs))
-
-
-def is_clip_bound(text):
-    try:
-        return 0 <= float(text) < float("inf")
-    except ValueError:
-        return False
 
 
 def build_parser():
@@ -408,11 +393,7 @@ def refusal(parser, unknown):
 
 def write_results(args, folders):
     """Draw, save and print the comparison of these runs."""
-    kinds = []
-    if args.off_policy:
-        kinds.append("off-policy")
-    if args.eps:
-        kinds.append("eps")
+    kinds = ["off-policy"] * bool(args.off_policy) + ["eps"] * bool(args.eps)
     stem = args.out / ("-".join(kinds) or "methods")
     figure, numbers, text = (Path(f"{stem}.{kind}") for kind in ("png", "csv", "md"))
     runs = read_runs(folders)

@@ -14,6 +14,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import child
 import pytest
 from conftest import ROOT
 from test_plot import change_lines, check_picture, write_run
@@ -359,17 +360,21 @@ def test_ctrl_c_ends_with_130_and_starts_no_more(tmp_path):
     assert [path.name for path in (tmp_path / "r").iterdir()] == ["tepo-s0"]
 
 
-def test_compare_in_miniature(tmp_path):
-    """Two algorithms, two steps of the real trainer, in parallel; then again from the same runs."""
+def test_compare_in_miniature(tmp_path, monkeypatch, capsys):
+    """Two algorithms, two steps of the real trainer; then again from the same runs."""
+
+    def run(command, **_):
+        status, output = child.run(command[2:], tmp_path / "log")
+        return SimpleNamespace(returncode=status, stderr=output)
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
     # 40 tokens: nothing is cut off, so the figure has no panel for it, and is 1280 pixels wide
     small = "--steps 2 --prompts 4 --group-size 4 --eval-n 8 --k 0 --max-new-tokens 40".split()
-    command = [sys.executable, "compare.py", "--algos", "tepo,gspo", "--seeds", "0", "--jobs", "2"]
-    command += ["--out", str(tmp_path), "--", *small]
-    how = {"cwd": ROOT, "capture_output": True, "text": True}
-    first = subprocess.run(command, **how)
-    assert first.returncode == 0, first.stderr
-    check_picture(tmp_path / "methods.png", 1280)
-    runs = read_csv(tmp_path / "methods.csv")
+    words = ["--algos", "tepo,gspo", "--seeds", "0", "--out", str(tmp_path / "r"), "--", *small]
+    assert compare.main(words) == 0
+    first = capsys.readouterr().out
+    check_picture(tmp_path / "r" / "methods.png", 1280)
+    runs = read_csv(tmp_path / "r" / "methods.csv")
     assert [(run["algo"], run["seed"]) for run in runs] == [("tepo", 0), ("gspo", 0)]
     for run in runs:
         lines = zip(run["rows"]["phase"], run["rows"]["step"], strict=True)
@@ -377,7 +382,6 @@ def test_compare_in_miniature(tmp_path):
     # the same problems at one seed, so the same rollouts on the first step
     a, b = (run["rows"].loc[1, ["entropy", "length"]].tolist() for run in runs)
     assert a == b and a[1] > 0
-    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.jsonl")}
-    again = subprocess.run(command, **how)
-    assert again.returncode == 0 and again.stdout == first.stdout
-    assert stamps == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.jsonl")}
+    (tmp_path / "log").unlink()
+    assert compare.main(words) == 0
+    assert first == capsys.readouterr().out and not (tmp_path / "log").exists()

@@ -74,22 +74,19 @@ def chosen_methods(o, algos):
     in a file of the user runs only if `algos` names it: a run may come from somebody else.
     """
     own, values, methods, note = o["algo"], dict(o.get("option", {})), [], ""
-    known = own in ORDER or own in algos
-    if known:
+    if own in ORDER or own in algos:
         about = NOTES.get(own, "")
         if values.pop("beta", 0):
             about += "; without its KL term, for which the reference policy is not recorded"
-        words = [f"{name} = {value}" for name, value in values.items()]
-        name = ", ".join(["this run", *words])
-        methods.append((own, f"{style(label(own))[0]} ({name})", about, values))
+        words = ", ".join(["this run", *(f"{name} = {value}" for name, value in values.items())])
+        methods.append((own, f"{style(label(own))[0]} ({words})", about, values))
     elif is_file(own):
         note = f"The run's own method is a file, {own}: view.py runs it only if --algos names it."
     else:
         note = f"This version has no method {own}, the run's own: its push is not shown."
     for algo in sorted(algos, key=[*ORDER, *algos].index):
         if algo != own or values:
-            name = style(label(algo))[0]
-            methods.append((algo, name, NOTES.get(algo, ""), {}))
+            methods.append((algo, style(label(algo))[0], NOTES.get(algo, ""), {}))
     return methods, note
 
 
@@ -173,8 +170,8 @@ def summary(config, rows):
     found = {"method": style(label(o["algo"]))[0], "model": o.get("model"), "data": o.get("data")}
     found["options"] = " ".join(words)
     train, held_out = (rows[rows["phase"] == phase] for phase in ("train", "eval"))
-    known = [line for line in held_out.to_dict("records") if finite(line["accuracy"]) is not None]
-    for when, line in zip(("at the start", "at the end"), [*known[:1], *known[-1:]], strict=False):
+    known = held_out.dropna(subset="accuracy").to_dict("records")
+    for when, line in zip(("at the start", "at the end"), known[:1] + known[-1:], strict=False):
         text = f"{line['accuracy']:.3f} at step {line['step']} (95%: {line['ci_lo']:.3f} to "
         text += f"{line['ci_hi']:.3f}; greedy, {line['n']:.0f} held-out problems)"
         found[f"accuracy {when}"] = text
@@ -182,9 +179,9 @@ def summary(config, rows):
     of = f"{train['step'].max()} of {o.get('steps')}" if len(train) else f"0 of {o.get('steps')}"
     found["time"] = f"{minutes:.1f} minutes of sampling and updates; {of} steps, {status}"
     versions = [" ".join(pair) for pair in config.get("versions", {}).items()]
-    machine = [str(o[name]) for name in ("device", "dtype") if name in o]
     found["versions"] = ", ".join(versions)
-    found["machine"] = ", ".join([*filter(None, [config.get("machine")]), *machine])
+    machine = config.get("machine"), o.get("device"), o.get("dtype")
+    found["machine"] = ", ".join(filter(None, machine))
     return {what: str(text) for what, text in found.items() if text}
 
 
@@ -192,10 +189,8 @@ def option_words(name, value):
     """The words of a command line that give an option its value."""
     if isinstance(value, dict):
         return [f"{flag(name)} {key}={json.dumps(one)}" for key, one in value.items()]
-    if value is True:
-        return [flag(name)]
     is_plain = re.fullmatch(r"[\w./,:-]+", str(value))
-    return [f"{flag(name)} {value if is_plain else json.dumps(value)}"]
+    return [flag(name), *([] if value is True else [str(value) if is_plain else json.dumps(value)])]
 
 
 def run_data(run, algos, budget):
@@ -218,13 +213,14 @@ def run_data(run, algos, budget):
     data["held_out"] = thinned(greedy, budget // 5)
     data["groups"] = thinned(entries, budget - len(json_text(data["held_out"])))
     data["notes"] = [note] if note else []
-    for what, kept, of in (("groups", "groups", entries), ("greedy", "held_out", greedy)):
-        steps, all_steps = ({found["step"] for found in part} for part in (data[kept], of))
-        if len(steps) < len(all_steps):
-            data["notes"].append(
-                f"Thinned out to keep the page below 5 MB: {what} of {len(steps)} of the "
-                f"{len(all_steps)} recorded steps, evenly spaced."
-            )
+    for what, kept, of in (
+        ("groups", data["groups"], entries),
+        ("greedy", data["held_out"], greedy),
+    ):
+        n, all_steps = (len({found["step"] for found in part}) for part in (kept, of))
+        if n < all_steps:
+            text = f"Thinned out to keep the page below 5 MB: {what} of {n} of the {all_steps} "
+            data["notes"].append(f"{text}recorded steps, evenly spaced.")
     return data
 
 
