@@ -578,7 +578,7 @@ def test_a_token_shows_its_numbers_on_hover_focus_and_click(page):
     page.mouse(*page.place(f"{TOKENS}[1]"), "mouseMoved")
     numbers = tip(page)
     assert numbers["Advantage"] == "−0.125" and numbers["Ratio"] == "1.01"
-    assert numbers["Entropy (nats)"] == "0.75" and numbers["Probability"] == "0.5"
+    assert numbers["Entropy"] == "0.75" and numbers["Probability"] == "0.5"
     assert numbers["push, GRPO (this run)"].startswith("−0.097") and len(numbers) == 12
     assert text(page, "tip").startswith('"\\n" token 1 of 2, wrong')
     page.mouse(2, 2, "mouseMoved")
@@ -607,10 +607,10 @@ def test_a_chosen_search_result_is_marked_and_its_words_on_the_page(page):
     search = "document.getElementById('search')"
     page.press("/")
     page.press(*"<B>8", "1")  # in the search a digit is no shading
-    assert page.run("document.activeElement.id") == "search" and text(page, "count") == "not found"
+    assert page.run("document.activeElement.id") == "search" and text(page, "count") == "found 0 times"
     page.run(f"{search}.value = ''")
     page.press(*"<b>8")
-    assert text(page, "count") == "found 3 times at 3 steps"
+    assert text(page, "count") == "found 3 times"
     assert texts(page, "#found button") == [f"step {step}, wrong: \n<b>8</b>" for step in STEPS]
     assert texts(page, "#found mark") == ["<b>8"] * 3 and texts(page, ".hit") == []
     page.press("Enter")
