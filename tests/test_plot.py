@@ -97,10 +97,6 @@ def check_picture(path, width, limit=LIMIT):
     return colours
 
 
-def shows(colours, name):
-    return np.abs(colours - ImageColor.getrgb(name)).max(1).min() <= 16
-
-
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that would be saved."""
@@ -129,17 +125,13 @@ def groups(runs):
 # Reading
 
 
-def test_torn_last_line_is_left_out(tmp_path):
+def test_bad_line_is_named_and_a_torn_last_one_left_out(tmp_path):
     folder = write_run(tmp_path / "a")
     whole = read_folder(folder)["rows"]
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"phase": "train", "step": 13, "accur')
     assert read_folder(folder)["rows"].equals(whole)
-
-
-def test_bad_line_is_named(tmp_path):
-    folder = write_run(tmp_path / "a")
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()[:-1]
     for bad in (
         '{"phase": "train"',
         "[1, 2]",
@@ -166,14 +158,6 @@ def test_null_and_nan_are_gaps_and_any_number_is_a_metric(tmp_path):
     assert rows["seconds"].tolist() == [None, None, 2.0]
     assert rows["new"].tolist() == [None, 3, None] and set(rows["reward/format"]) == {None}
     assert "completions" not in rows
-
-
-@pytest.mark.parametrize("file", ["metrics.jsonl", "config.json"])
-def test_folder_that_is_no_run(tmp_path, file):
-    folder = write_run(tmp_path / "a")
-    (folder / file).unlink()
-    with pytest.raises(ValueError, match=file):
-        read_runs([folder])
 
 
 def test_csv_gives_the_runs_back(tmp_path):
@@ -564,7 +548,9 @@ def test_curves_of_seven_algorithms(tmp_path, monkeypatch):
     folders = [write_run(tmp_path / f"{a}{s}", a, s) for a in ALGORITHMS for s in range(2)]
     plot_runs(folders, tmp_path / "new" / "curves.png")
     colours = check_picture(tmp_path / "new" / "curves.png", 1280)
-    assert len(colours) <= 256 and all(shows(colours, STYLES[algo][1]) for algo in ALGORITHMS)
+    assert len(colours) <= 256
+    for algo in ALGORITHMS:
+        assert np.abs(colours - ImageColor.getrgb(STYLES[algo][1])).max(1).min() <= 16
 
 
 def test_the_csv_gives_the_same_figure(tmp_path, figures):
@@ -816,29 +802,6 @@ def test_a_long_title_never_runs_into_its_number(tmp_path, figures):
     assert "\n" in titles[0].get_text() and boxes[1].y1 < found[0].axes[0].bbox.y0
 
 
-@pytest.mark.parametrize(
-    ("values", "told"),
-    [
-        ({"tokens": [1, 2, 3]}, "line 1 is not a completion with tokens and numbers"),
-        ({"reward": "abc"}, "line 1 is not a completion with tokens and numbers"),
-        ({"reward": None}, "line 1 is not a completion with tokens and numbers"),
-        ({"prompt": ["a"]}, "line 1 is not a completion with tokens and numbers"),
-        (
-            dict.fromkeys(("tokens", "logprobs", "old_logprobs", "entropy"), []),
-            "no group with both right and wrong completions, with tokens and finite numbers",
-        ),
-    ],
-)
-def test_damaged_samples_are_refused_in_one_line(tmp_path, capsys, values, told):
-    path = write_samples(tmp_path) / "samples.jsonl"
-    change_lines(path, lambda _, row: {**row, **values})
-    with pytest.raises(SystemExit) as exit:
-        plot.main(["--credit", str(tmp_path)])
-    assert exit.value.code == 2
-    assert capsys.readouterr().err == f"plot.py: error: {path}: {told}\n"
-    assert not list(tmp_path.glob("*.png"))
-
-
 def test_text_that_no_font_has_is_drawn(tmp_path):
     """Lone surrogates and control characters, which matplotlib or an SVG cannot have.
 
@@ -898,6 +861,9 @@ def test_command_line_draws(tmp_path, capsys, monkeypatch):
     [
         ("nowhere", "nowhere: no such run"),
         ("empty", "no metrics.jsonl"),
+        ("bare", "config.json is missing or does not say algo and seed"),
+        ("good bare --credit", "--credit draws one RUN"),
+        ("bare --credit", "samples.jsonl: no group with both right and wrong completions, with"),
         ("torn", "line 2 is not"),
         ("good --step 3", "--step goes with --credit"),
         ("good --algos cispo", "--algos goes with --credit"),
@@ -907,7 +873,6 @@ def test_command_line_draws(tmp_path, capsys, monkeypatch):
         ("good --metrics lk,", "no run has a metric 'lk'"),
         ("good --credit --algos cipso", "no algorithm 'cipso'; did you mean cispo?"),
         ("good --credit", "samples.jsonl: no such file"),
-        ("good torn --credit", "--credit draws one RUN"),
         ("good --out good/metrics.jsonl/x.png", "good/metrics.jsonl is not a folder"),
         ("good --out .", "argument --out: . is a folder; add the name of a file"),
         ("good --out x.what", "what"),
@@ -918,6 +883,9 @@ def test_command_line_draws(tmp_path, capsys, monkeypatch):
 def test_command_line_refuses_in_one_line(tmp_path, monkeypatch, capsys, words, told):
     write_run(tmp_path / "good")
     (tmp_path / "empty").mkdir()
+    (write_run(tmp_path / "bare") / "config.json").unlink()
+    none = dict.fromkeys(("tokens", "logprobs", "old_logprobs", "entropy"), [])
+    change_lines(write_samples(tmp_path / "bare") / "samples.jsonl", lambda _, row: {**row, **none})
     torn = write_run(tmp_path / "torn") / "metrics.jsonl"
     torn.write_text(torn.read_text().replace("\n", "\n{\n", 1))
     monkeypatch.chdir(tmp_path)

@@ -312,6 +312,7 @@ BAD_ROWS = {
     "short": GOOD | {"logprobs": []},
     "text": GOOD | {"entropy": ["x"]},
     "right": GOOD | {"right": "yes"},
+    "reward": GOOD | {"reward": None},
     "prompt": GOOD | {"prompt": None},
     "step": GOOD | {"step": float("inf")},
 }
@@ -607,7 +608,9 @@ def test_a_chosen_search_result_is_marked_and_its_words_on_the_page(page):
     search = "document.getElementById('search')"
     page.press("/")
     page.press(*"<B>8", "1")  # in the search a digit is no shading
-    assert page.run("document.activeElement.id") == "search" and text(page, "count") == "found 0 times"
+    assert (
+        page.run("document.activeElement.id") == "search" and text(page, "count") == "found 0 times"
+    )
     page.run(f"{search}.value = ''")
     page.press(*"<b>8")
     assert text(page, "count") == "found 3 times"

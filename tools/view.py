@@ -271,7 +271,7 @@ EPILOG = """examples:
   python tools/view.py runs/tepo-tiny-s0 --algos grpo,cispo --out page.html
       the push of each token under the run's own method, GRPO and CISPO
 
-On the page, ? lists the keys. Its address keeps the step and what else is chosen.
+The page lists its keys. Its address keeps the step and what else is chosen.
 """
 
 
