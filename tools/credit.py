@@ -188,11 +188,7 @@ def draw_panels(rows, panels, caption, out):
     cells = [cells_of(cell_texts(row)) for row in rows]
     starts = np.cumsum([0, *(row[-1][0] + 1 if row else 1 for row in cells)])  # lines of cells
     is_tall = len(panels) <= MOST_TALL
-    titles = []
-    for title, values, _ in panels:
-        name = title if is_tall else re.split(",|:", title)[0]
-        words = f"{name} (full colour: {values.abs().max():.2g})"
-        titles.append(textwrap.fill(words, 100 if is_tall else 34))
+    titles = [title_of(*panel[:2], is_tall) for panel in panels]
     line, gap, left = (0.19, 0.27, 0.08) if is_tall else (0.15, 0.04, 0.28)
     heights = [line * starts[-1] + gap for _ in titles]  # inches
     if is_tall:
@@ -221,6 +217,13 @@ def draw_panels(rows, panels, caption, out):
             draw_tokens(ax, starts[j], cells[j], shade[j].tolist(), clipped[j], colours)
     add_key(figure)
     save(figure, out)
+
+
+def title_of(title, values, is_tall):
+    """The title of a panel above its cells, or the name of one on their left; with its scale."""
+    name = title if is_tall else re.split(",|:", title)[0]
+    words = f"{name} (full colour: {values.abs().max():.2g})"
+    return textwrap.fill(words, 100 if is_tall else 34)
 
 
 def add_key(figure):
