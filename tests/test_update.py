@@ -115,8 +115,14 @@ def test_a_micro_batch_does_not_change_the_parameters(algo, loss_options):
 MEASURED_FIRST = {"gtpo", "grpo_s", "trgrpo", "clip_cov", "kl_cov", "raft", "reweight", "dro"}
 
 
-@pytest.mark.parametrize(("size", "checkpointing"), [("4", False), ("3", False), ("3", True)])
-@pytest.mark.parametrize(("algo", "loss_options"), [*KINDS, *((algo, None) for algo in MORE)])
+@pytest.mark.parametrize(
+    ("algo", "loss_options", "size", "checkpointing"),
+    [
+        *((*kind, "3", False) for kind in [*KINDS, *((algo, None) for algo in MORE)]),
+        *((algo, None, "4", False) for algo in ("tepo", "gtpo")),
+        *((algo, None, "3", True) for algo in ("tepo", "gtpo")),
+    ],
+)
 def test_one_pass_that_measures_and_learns_changes_no_bit(algo, loss_options, size, checkpointing):
     how = {"gradient_checkpointing": checkpointing, "micro_batch": size}
     twice, said, first = two_updates(algo, torch.float32, loss_options, **how)
