@@ -14,8 +14,10 @@ import torch
 import tqdm
 
 import train
+from trainer import data
 
 torch.set_num_threads(1)
+data.TINY_TRAIN = 500  # as in conftest.py
 tqdm.tqdm.monitor_interval = 0  # no thread that watches the bars
 with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
     words = "--preset tiny --algo grpo --steps 1 --prompts 1 --max-new-tokens 4 --eval-n 1 --k 1"

@@ -52,6 +52,14 @@ def tiny_model(vocab=24, seed=0):
     return model
 
 
+@pytest.fixture(autouse=True, scope="session")
+def few_problems():
+    """500 embedded problems: to make and encode all 20,000 takes longer than a small run."""
+    from trainer import data
+
+    data.TINY_TRAIN = 500
+
+
 @pytest.fixture
 def quiet_run(monkeypatch):
     """train.main without pictures; afterwards the signals' handlers are those of pytest again."""

@@ -208,16 +208,7 @@ def covariance(logp, A, mask):
 
 
 def clip_cov_loss(
-    logp,
-    old,
-    A,
-    mask,
-    *,
-    eps_low=1.0,
-    eps_high=1.0,
-    cov_ratio=2e-4,
-    cov_low=1.0,
-    cov_high=5.0,
+    logp, old, A, mask, *, eps_low=1.0, eps_high=1.0, cov_ratio=2e-4, cov_low=1.0, cov_high=5.0
 ):
     candidates = []
     for (i, t), cov in covariance(logp, A, mask).items():  # row-major
@@ -606,16 +597,7 @@ def ktae_key(v, rows, labels, alpha, beta_ig, k1, b):
 
 
 def ktae_advantages(
-    rewards,
-    group_size,
-    *,
-    completions,
-    mask,
-    alpha=1.0,
-    beta_ig=1.0,
-    k1=2.0,
-    b=0.5,
-    ignore_id=-1,
+    rewards, group_size, *, completions, mask, alpha=1.0, beta_ig=1.0, k1=2.0, b=0.5, ignore_id=-1
 ):
     A = grpo_advantages(rewards, group_size)
     out = [[A[i] if on else 0.0 for on in row] for i, row in enumerate(mask)]

@@ -223,23 +223,6 @@ def test_by_hand_ha_dw():
     close(call("ha_dw", torch.tensor([1.0, 0.0]).double(), 2, history=[1e3] * 9)[0], want)
 
 
-def test_rloo_and_grpo_are_dr_grpo_scaled():
-    for group_size in (2, 3, 12):
-        r = make_groups(group_size, rewards=(-1.0, 0.3, 2.0))[0]
-        plain = call("dr_grpo", r, group_size)
-        close(call("rloo", r, group_size), group_size / (group_size - 1) * plain)
-        std = r.view(-1, group_size).std(1, keepdim=True).expand(-1, group_size).flatten()
-        close(plain, call("grpo", r, group_size) * (std + 1e-4))
-
-
-def test_ha_dw_of_one_group_without_history_is_scaled_grpo():
-    for seed in range(3):
-        r = make_groups(seed, B=8)[0]
-        close(call("ha_dw", r, 8), 1.5 * grpo.advantages(r, 8))
-        for past in ([], [r.mean().item()], [r.mean().item()] * 20):
-            close(call("ha_dw", r, 8, history=past), 1.5 * grpo.advantages(r, 8))
-
-
 def test_ha_dw_looks_at_the_last_steps_only():
     r = make_groups(1)[0]
     past = [0.1 * k for k in range(12)]
@@ -737,28 +720,3 @@ def test_maxrl_refuses_a_negative_mean():
     for rewards in ([-0.5, 0.0, 1.0, 1.0], [1.0, 0.0, -1.0, 0.9]):
         with pytest.raises(ValueError, match="needs rewards of 0 and 1"):
             call("maxrl", torch.tensor(rewards), 2)
-
-
-def test_docstring_numbers():
-    """Those of the slow loops, in the examples of the files with advantages of their own."""
-    two = torch.tensor([1.0, 0.0])
-    eight = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0])
-    mask, entropy = [[1, 1], [1, 0]], [[1.5, 0.5], [0.5, 0.0]]
-    for name, rewards, given in (
-        ("grpo", two, {}),
-        ("grpo_s", two, {"entropy": entropy, "mask": mask}),
-        ("dr_grpo", two, {}),
-        ("rloo", two, {}),
-        ("raft", two, {}),
-        ("opo", two, {"mask": [[1, 0, 0], [1, 1, 1]]}),
-        ("ha_dw", eight, {}),
-        ("maxrl", eight, {}),
-        ("gtpo", R[:3], {"entropy": H[:3].tolist(), "mask": MASK[:3].tolist()}),
-    ):
-        a = torch.tensor(slow(name, rewards, len(rewards) if len(rewards) < 4 else 4, **given))
-        text = MODULE[name].__doc__.replace(".,", ".0000,").replace(".]", ".0000]")
-        assert all(f"{abs(x):.4f}" in text for x in a.flatten().tolist())
-    o, on = [[5, 6], [5, 6], [5, 6], [5, 7]], [[1, 1]] * 4
-    a = slow("ktae", torch.tensor([1.0, 1, 0, 0]), completions=o, mask=on)
-    assert "[{:.4f}, {:.4f}]".format(*a[2]) in MODULE["ktae"].__doc__
-    assert fmean(a[0]) > 0 > fmean(a[2])

@@ -3,13 +3,10 @@
 import doctest
 import inspect
 import math
-import re
-from itertools import combinations
 
 import pytest
 import reference
 import torch
-from conftest import ROOT
 
 from trainer.methods import ALGORITHMS, MORE, load_method
 
@@ -25,39 +22,15 @@ CLIP = {"eps_low": 0.2, "eps_high": 0.2}
 HIGHER = {"eps_low": 0.2, "eps_high": 0.28}
 NO_CLIP = {"eps_low": 1e9, "eps_high": 1e9}
 EQUAL_EPS = {"eps_low": 0.15, "eps_high": 0.25}
-DEFAULTS = {  # papers.md's and more.md's
-    "grpo": CLIP | {"beta": 0.0, "ref_logprobs": None},
-    "dapo": HIGHER,
-    "gspo": {"eps_low": 3e-4, "eps_high": 4e-4},
-    "tepo": HIGHER | {"kl_coef": 0.0} | dict.fromkeys(("entropy", "old_entropy", "ref_logprobs")),
-    "gtpo": HIGHER,
-    "grpo_s": HIGHER,
-    "trgrpo": {"eps_low": 0.2, "eps_high": 0.24, "alpha": 2.0, "tau": 9.0, "mu": 0.25}
-    | {"lower": 1.0, "upper": 1.4, "reading": "shifted", "weight_inside_clip": False}
-    | {"beta": 0.0, "ref_logprobs": None},
-    "clip_cov": {"eps_low": 1.0, "eps_high": 1.0}
-    | {"cov_ratio": 2e-4, "cov_low": 1.0, "cov_high": 5.0},
-    "kl_cov": {"cov_ratio": 2e-3, "cov_coef": 1.0},
-    "ce_gppo": CLIP | {"beta1": 0.5, "beta2": 1.0},
-    "aspo": CLIP | {"cap": 3.0},
-    "dppo": {"delta_low": 0.15, "delta_high": 0.15, "cap": 20.0, "divergence": "tv"},
-    "reweight": {"eps_low": 0.2, "eps_high": 0.24, "alpha": 0.2},
-    "raft": CLIP | {"dual_clip": 3.0, "variant": "raft++"},
-    "ha_dw": CLIP | {"beta": 0.0, "ref_logprobs": None},
-    "ktae": HIGHER,
-    "dhpo": HIGHER | {"seq_eps_low": 3e-4, "seq_eps_high": 4e-4, "weight": 0.5},
-    "dr_grpo": CLIP | {"max_length": 0},
-    "rloo": CLIP,
-    "cispo": {"eps_low": 1.0, "eps_high": 4.0},
-    "sapo": {"tau_pos": 1.0, "tau_neg": 1.05},
-    "gmpo": {"eps_low": 0.4, "eps_high": 0.4},
-    "luspo": {"eps_low": 2e-3, "eps_high": 2.5e-3},
-    "vespo": {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0},
-    "maxrl": HIGHER,
-    "opo": HIGHER,
-    "dro": {"tau": 1.0},
-    "topr": {"sequence": False},
-}
+
+
+def keyword_only(function):
+    """{name: default} of what is given by name alone."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+DEFAULTS = {name: keyword_only(loss) for name, loss in REFERENCE.items()}
 
 # TR-GRPO's constants, all of them other than the defaults
 OTHER_V = {"alpha": 1.5, "tau": 5.0, "mu": 0.4, "lower": 0.8, "upper": 1.3}
@@ -622,16 +595,6 @@ def test_on_policy(name, form):
     close(torch.autograd.grad(MODULE[name].loss(*args, **options), logprobs)[0], want)
 
 
-def test_methods_differ_once_the_policy_has_moved():
-    # Off policy enough for the clip to bind: before that GRPO-S is GRPO. GSPO's range is narrower.
-    far, near = make_batch(3, B=40), make_batch(3, spread=1e-3)
-    batch = {key: torch.cat([far[key], near[key]]) for key in far}
-    equal = ("gtpo", "ha_dw", "ktae", "maxrl", "opo")  # the loss of another one
-    grads = {name: run(name, batch)[1] for name in NAMES if name not in equal}
-    for one, other in combinations(grads, 2):
-        assert not torch.allclose(grads[one], grads[other], rtol=1e-3), (one, other)
-
-
 # ---- identities between methods ------------------------------------------------------------------
 
 
@@ -686,15 +649,6 @@ def test_sequences_of_equal_length(form):
         same(run("luspo", batch, form, EQUAL_EPS), (4 * value, 4 * grad))
 
 
-def test_luspo_is_tepo_times_the_mean_length():
-    for spread in (0.0, 3e-3, 0.35):
-        batch = make_batch(6, spread=spread)
-        for eps in ({"eps_low": 2e-3, "eps_high": 2.5e-3}, EQUAL_EPS):
-            value, grad = run("tepo", batch, "[B]", eps)
-            mean = batch["mask"].sum() / 8
-            same(run("luspo", batch, "[B]", eps), (mean * value, mean * grad))
-
-
 def test_grpo_s_is_grpo_until_the_clip_binds():
     """An arithmetic mean of ratios, averaged over sequences, is GRPO's average of them."""
     wide, batch = {"eps_low": 0.9, "eps_high": 9.0}, make_batch(3, spread=0.05)
@@ -705,16 +659,6 @@ def test_gspo_token_is_gspo_where_the_advantage_is_constant_along_the_sequence()
     batch = per_row(make_batch(6, spread=4e-4))
     for name in ("gspo", "tepo"):
         same(run(name, batch, "[B, T]"), run(name, batch, "[B]"))
-
-
-@both_forms
-def test_trgrpo_without_weights_is_grpo(form):
-    """Identity 4, with and without a KL term."""
-    batch = make_batch(7)
-    for kl in ({}, {"beta": 0.4, "ref_logprobs": "ref"}):
-        for inside in (False, True):
-            options = {"lower": 1.0, "upper": 1.0, "weight_inside_clip": inside, **EQUAL_EPS, **kl}
-            same(run("trgrpo", batch, form, options), run("grpo", batch, form, EQUAL_EPS | kl))
 
 
 @both_forms
@@ -786,33 +730,37 @@ def test_kl_cov_pushes_the_tokens_of_largest_cov():
     same(*both)
 
 
-@both_forms
-def test_ce_gppo_lies_between_dapo_and_its_value(form):
-    batch = make_batch(5)
-    want = run("dapo", batch, form, EQUAL_EPS)
-    zero = run("ce_gppo", batch, form, EQUAL_EPS | {"beta1": 0.0, "beta2": 0.0})
-    one = run("ce_gppo", batch, form, EQUAL_EPS | {"beta1": 1.0, "beta2": 1.0})
-    close(zero[1], want[1])
-    close(one[0], want[0])
-    assert abs(zero[0] - want[0]) > 1e-3 and (one[1] - want[1]).abs().max() > 1e-3
+KL = {"beta": 0.4, "ref_logprobs": "ref"}
+V_IS_1 = {"lower": 1.0, "upper": 1.0, **EQUAL_EPS}
+WIDE_DPPO = {"delta_low": 1.0, "delta_high": 1.0}
+IDENTITIES = [  # a method with these options is another with those: in value and gradient
+    ("trgrpo", V_IS_1, "grpo", EQUAL_EPS),
+    ("trgrpo", {**V_IS_1, **KL, "weight_inside_clip": True}, "grpo", EQUAL_EPS | KL),
+    ("reweight", EQUAL_EPS | {"alpha": 0.0}, "dapo", EQUAL_EPS),
+    ("dppo", WIDE_DPPO | {"cap": 1.5}, "cispo", {"eps_low": 1.0, "eps_high": 0.5}),
+    ("dhpo", {"weight": 1.0}, "dapo", {}),
+    ("dhpo", {"weight": 0.0}, "tepo", {"eps_low": 3e-4, "eps_high": 4e-4}),
+    ("dro", {"tau": 0.0}, "raft", {"variant": "raft"}),  # both are REINFORCE
+]
 
 
 @both_forms
-def test_aspo_is_dapo_where_answers_are_wrong(form):
-    batch = make_batch(6)
+@pytest.mark.parametrize(("name", "options", "other", "others"), IDENTITIES)
+def test_a_method_with_some_options_is_another(name, options, other, others, form):
+    batch = make_batch(7)
+    same(run(name, batch, form, options), run(other, batch, form, others))
+
+
+def test_gmpo_without_a_clip_is_gspo():
+    same(run("gmpo", make_batch(15), "[B]", NO_CLIP), run("gspo", make_batch(15), "[B]", NO_CLIP))
+
+
+@both_forms
+def test_topr_where_answers_are_wrong_is_cispo_with_a_cap_of_1(form):
+    batch = make_batch(14)
     batch[form] = -batch[form].abs()
-    log_ratio = (batch["logprobs"] - batch["old_logprobs"]).clamp(max=math.log(3))
-    batch["old_logprobs"] = batch["logprobs"] - log_ratio
-    same(run("aspo", batch, form, EQUAL_EPS), run("dapo", batch, form, EQUAL_EPS))
-
-
-@both_forms
-@pytest.mark.parametrize("cap", [1.5, 20.0])
-def test_dppo_without_a_mask_is_cispo(form, cap):
-    batch = make_batch(7, spread=0.9)
-    open_ = {"delta_low": 1.0, "delta_high": 1.0, "cap": cap}
-    want = run("cispo", batch, form, {"eps_low": 1.0, "eps_high": cap - 1})
-    same(run("dppo", batch, form, open_), want)
+    at_most_1 = {"eps_low": 1.0, "eps_high": 0.0}
+    same(run("topr", batch, form), run("cispo", batch, form, at_most_1))
 
 
 def test_dppo_lets_rare_tokens_pass():
@@ -820,14 +768,6 @@ def test_dppo_lets_rare_tokens_pass():
     for old, want in ((1e-3, -10.0), (0.05, 0.0)):  # 0.001 -> 0.01, 0.05 -> 0.5
         old = torch.full_like(w, old).log()
         close(value_and_grad(MODULE["dppo"].loss, old + w.log(), old, a, on)[1], [[want]])
-
-
-@both_forms
-def test_reweight_without_weights_is_dapo(form):
-    batch, eps = make_batch(8), {"eps_low": 0.2, "eps_high": 0.24}
-    same(run("reweight", batch, form, {"alpha": 0.0}), run("dapo", batch, form, eps))
-    batch["old_logprobs"] = torch.zeros(8, 5).double()  # pi_old = 1
-    same(run("reweight", batch, form, {"alpha": 1.0}), run("dapo", batch, form, eps))
 
 
 def test_raft_is_supervised_training_on_the_right_answers():
@@ -844,63 +784,6 @@ def test_raft_is_supervised_training_on_the_right_answers():
     value = run("raft", batch, "[B]", {"variant": "raft"})[0]
     batch["old_logprobs"] = batch["old_logprobs"] - 3
     assert run("raft", batch, "[B]", {"variant": "raft"})[0] == value
-
-
-@both_forms
-def test_cispo_inside_its_range_is_unclipped_and_outside_never_0(form):
-    batch = make_batch(13)
-    wide = run("cispo", batch, form, {"eps_low": 1.0, "eps_high": 99.0})[1]
-    close(wide, run("dapo", batch, form, NO_CLIP)[1])
-    for options in ({}, {"eps_low": 0.1, "eps_high": 0.1}):
-        grad = run("cispo", batch, form, options)[1]
-        assert (grad[batch["mask"]] != 0).all()
-
-
-@both_forms
-def test_reinforce_weighed_in_two_ways_is_dro_and_topr(form):
-    """tau = 0 is REINFORCE; TOPR is that too where A > 0, and where A < 0 CISPO with a cap of 1."""
-    batch = make_batch(14)
-
-    def reinforce(logprobs, old, advantages, mask):
-        a = advantages if advantages.ndim == 2 else advantages[:, None]
-        return -(a * logprobs * mask).sum() / mask.sum()
-
-    same(run("dro", batch, form, {"tau": 0.0}), run(reinforce, batch, form))
-    batch[form] = batch[form].abs()
-    same(run("topr", batch, form), run(reinforce, batch, form))
-    batch[form] = -batch[form]
-    at_most_1 = {"eps_low": 1.0, "eps_high": 0.0}
-    same(run("topr", batch, form), run("cispo", batch, form, at_most_1))
-
-
-@both_forms
-@pytest.mark.parametrize("tau", [0.3, 1.0, 4.0])
-def test_sapo_on_policy_is_grpo_with_another_value(form, tau):
-    batch = make_batch(14)
-    batch["old_logprobs"] = batch["logprobs"]
-    value, grad = run("sapo", batch, form, {"tau_pos": tau, "tau_neg": tau})
-    want = run("grpo", batch, form)
-    same((value, grad), (2 / tau * want[0], want[1]))
-
-
-def test_sapo_never_ends():
-    for dtype in (torch.float32, torch.float64):
-        w = torch.linspace(0.05, 14.9, 50, dtype=dtype)[:, None]
-        for a in (1.0, -1.0):
-            args = (torch.zeros_like(w), torch.full((50,), a), torch.ones_like(w))
-            assert (value_and_grad(MODULE["sapo"].loss, w.log(), *args)[1] != 0).all()
-
-
-def test_gmpo_without_a_clip_is_gspo():
-    same(run("gmpo", make_batch(15), "[B]", NO_CLIP), run("gspo", make_batch(15), "[B]", NO_CLIP))
-
-
-@both_forms
-def test_dhpo_is_dapo_or_tepo_at_its_ends(form):
-    batch = make_batch(16)
-    same(run("dhpo", batch, form, {"weight": 1.0}), run("dapo", batch, form))
-    narrow = {"eps_low": 3e-4, "eps_high": 4e-4}
-    same(run("dhpo", batch, form, {"weight": 0.0}), run("tepo", batch, form, narrow))
 
 
 # ---- what stands where the mask is off, and what carries no gradient -----------------------------
@@ -1038,15 +921,14 @@ def test_a_ratio_of_1_0005_in_bf16_is_clipped_at_1_0004():
 
 @every_method
 def test_signature(name):
-    parameters = inspect.signature(MODULE[name].loss).parameters
-    assert list(parameters)[:4] == ["logprobs", "old_logprobs", "advantages", "mask"]
-    assert all(p.default is p.empty for p in list(parameters.values())[:4])
-    options = {k: p for k, p in parameters.items() if k not in list(parameters)[:4]}
-    assert {k: p.default for k, p in options.items()} == DEFAULTS[name]
-    assert all(p.kind is p.KEYWORD_ONLY for p in options.values())
+    """Its options and their defaults are those of the slow loop, written from the papers."""
+    loss = MODULE[name].loss
+    positional = ["logprobs", "old_logprobs", "advantages", "mask"]
+    assert list(inspect.signature(loss).parameters) == [*positional, *DEFAULTS[name]]
+    assert keyword_only(loss) == DEFAULTS[name]
     # update.py reads these two: they switch on a KL term
     has_kl = name in ("grpo", "tepo", "trgrpo", "ha_dw")
-    assert bool({"beta", "kl_coef"} & set(options)) == has_kl
+    assert bool({"beta", "kl_coef"} & DEFAULTS[name].keys()) == has_kl
 
 
 def zeros(**shapes):
@@ -1113,70 +995,7 @@ def test_advantages_per_token_are_refused(name):
         MODULE[name].loss(*zeros(advantages=(4, 3)))
 
 
-# ---- docstrings and files ------------------------------------------------------------------------
-
-
 @every_method
 def test_docstring_examples_run(name):
     result = doctest.testmod(MODULE[name])
     assert result.failed == 0 and result.attempted >= 2
-
-
-ON_PI = [[0.5, 0.3], [0.2, 1.0]]  # pi_old of those examples that need probabilities
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "a", "old"),
-    [
-        *((name, {}, None, None) for name in ("grpo", "dapo", "tepo", "grpo_s", "luspo")),
-        ("gspo", CLIP, None, None),
-        ("trgrpo", {}, None, ON_PI),
-        ("clip_cov", {"cov_low": 0.1}, None, None),
-        *((name, {}, None, None) for name in ("kl_cov", "ce_gppo", "aspo", "dhpo", "sapo", "gmpo")),
-        ("dppo", {}, None, ON_PI),
-        ("reweight", {}, None, ON_PI),
-        ("cispo", {"eps_high": 0.2}, None, None),
-        ("vespo", {}, None, None),
-        ("dro", {}, [0.5, -0.5], None),
-        ("raft", {}, [1.0, 0.0], None),
-        ("rloo", {}, [1.0, -1.0], None),
-        ("dr_grpo", {"max_length": 5}, [0.5, -0.5], None),
-    ],
-    ids=lambda x: x if isinstance(x, str) else "",
-)
-def test_docstring_numbers_are_those_of_the_slow_loop(name, options, a, old):
-    """The batch that most examples share: w = 1.5, 0.9 and 1, A = +-0.7070 by default."""
-    old = torch.tensor(old or [[1.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
-    logp = (old * torch.tensor([[1.5, 0.9], [1.0, 1.0]])).log().tolist()
-    a = a or [x / (math.sqrt(0.5) + 1e-4) for x in (0.5, -0.5)]
-    value, grad = REFERENCE[name](logp, old.log().tolist(), a, [[1, 1], [1, 0]], **options)
-    text = MODULE[name].__doc__
-    if "autograd.grad" in text:
-        assert all(f"{abs(g):.4f}" in text for row in grad for g in row)
-    if name not in ("dppo", "cispo", "vespo", "dro"):  # the value is no objective
-        assert f"({value:.4f})" in text or f"\n    {value:.4f}\n" in text
-
-
-LIMITS = dict.fromkeys(NAMES, 70) | dict.fromkeys(ALGORITHMS, 120) | {"ktae": 90, "tepo": 90}
-
-
-@every_method
-def test_file_reads_like_the_others(name):
-    """Title with its paper, equations, where they are known from; then advantages and loss."""
-    folder = "more" if name in MORE else ""
-    source = (ROOT / folder / f"{name}.py").read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= LIMITS[name]
-    title, varies = source.split("\n\n")[:2]
-    assert title.startswith('"""') and re.search(r"\d{4}\.\d{5}", title)
-    assert MODULE[name].advantages.__doc__ and MODULE[name].loss.__doc__
-    (known_from,) = re.findall(r"\nSource: ([^.(;:]+)", source)
-    assert len(known_from.split()) <= 6
-    if name in MORE:
-        assert re.match(r"(GRPO|DAPO|GSPO|TEPO|CISPO|Clip-Cov), but ", varies)
-    code = source.split('"""', 2)[2]
-    borrows = "\n# No `advantages` here: the trainer takes GRPO's.\n" in code
-    assert borrows == (MODULE[name].advantages is MODULE["grpo"].advantages and name != "grpo")
-    first = (
-        code.find("\n# No `adv") if borrows else re.search(r"\n(def )?advantages\b", code).start()
-    )
-    assert first < re.search(r"\n(def )?loss\b", code).start()

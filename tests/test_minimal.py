@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from conftest import ROOT
 from prompt_folders import chatml_folder
+from safetensors.torch import load_file, save_file
+from small import change, copy_tiny
 
 import minimal
 import train
@@ -23,7 +26,7 @@ from trainer.methods import ALGORITHMS, MORE
 METRICS = ("reward", "accuracy", "entropy", "kl", "clip_frac", "grad_norm", "length", "truncated")
 # 16 completions per step, and 4 updates of one group each.
 STEP = "--prompts 4 --group-size 4 --max-new-tokens 8 --steps 4 --lr 2e-5 --temperature 0.9"
-OTHER = "--sample-batch 8 --micro-batch 3"
+OTHER = "--sample-batch 8 --micro-batch 3"  # twice as many passes: for three methods
 HELD_OUT = {"question": "How many?", "answer": "1000000"}
 PATTERN = "1001 0110 1000 0111  0000 1001 0011 1010"  # what is right in two steps
 
@@ -64,6 +67,18 @@ def loaded(data):
     return result
 
 
+@pytest.fixture(scope="module")
+def shallow(data, tmp_path_factory):
+    """(options, what train.py loads) for the first layer of the embedded model: half the time."""
+    folder = copy_tiny(tmp_path_factory.mktemp("shallow") / "model")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: x for name, x in weights.items() if not re.search(r"layers\.[12]\.", name)}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    change(folder / "config.json", num_hidden_layers=1, layer_types=["full_attention"])
+    line = f"--model {folder} --data {data} {STEP} --prompt {{question}} --updates 4 --warmup 5"
+    return line, start.set_up(fill(parse(f"--preset tiny {line}".split())))
+
+
 def run_minimal(monkeypatch, tmp_path, line):
     """(the lines of training, the trained model, what was asked of `correct`)"""
     monkeypatch.setattr(minimal, "correct", Correct())
@@ -102,12 +117,19 @@ def assert_same(got, want, started):
 
 
 @pytest.mark.parametrize("algo", [*ALGORITHMS, *MORE])
-def test_minimal_and_train_compute_the_same(algo, data, loaded, tmp_path, monkeypatch):
-    line = f"--algo {algo} --data {data} {STEP}"
+def test_minimal_and_train_compute_the_same(algo, shallow, tmp_path, monkeypatch):
+    line, loaded = f"{shallow[0]} --algo {algo}", shallow[1]
+    want = run_minimal(monkeypatch, tmp_path, line + " --micro-batch 32")
+    assert_same(run_trainer(monkeypatch, loaded, line), want, loaded[0])
+    if algo in ("grpo", "tepo", "gtpo"):
+        assert_same(run_trainer(monkeypatch, loaded, f"{line} {OTHER}"), want, loaded[0])
+
+
+def test_with_their_defaults_they_compute_the_same(data, loaded, tmp_path, monkeypatch):
+    """On the embedded model: lr, updates, warm-up and prompt are those of the presets."""
+    line = f"--data {data} {STEP}"
     want = run_minimal(monkeypatch, tmp_path, line)
-    assert_same(run_trainer(monkeypatch, loaded, f"{line} {OTHER}"), want, loaded[0])
-    if algo in ALGORITHMS:
-        assert_same(run_trainer(monkeypatch, loaded, line), want, loaded[0])
+    assert_same(run_trainer(monkeypatch, loaded, line), want, loaded[0])
 
 
 OWN = """

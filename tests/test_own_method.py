@@ -28,8 +28,8 @@ from trainer import grading
 from trainer.methods import label
 
 pytestmark = pytest.mark.usefixtures("quiet_run")
-SMALL = """--preset tiny --prompts 2 --group-size 4 --updates 2 --max-new-tokens 12 --eval-n 4
-    --k 0 --save-every 1""".split()
+SMALL = """--preset tiny --prompts 2 --group-size 4 --updates 2 --max-new-tokens 12 --eval-n 2
+    --eval-every 0 --k 0 --save-every 1""".split()
 PAGE = (ROOT / "docs" / "own.md").read_text(encoding="utf-8")
 SECTION = PAGE.split("\n## Add a method in ten minutes\n")[1].split("\n## ")[0]
 LOSS = "def loss(logprobs, old_logprobs, advantages, mask):\n"
