@@ -4,10 +4,18 @@
 
 GTPO is trained for 40 steps. Before and after, 64 held-out problems are sampled 8 times, and every
 token gets the name of its place in the grammar of the task, "36-8=28", newline, ..., "#### 28".
-Written are, per seed: the entropy of each kind of token; the factor with which Eq. 3 (right) and
-Eq. 5 (wrong) weigh it, H or 1/H relative to the completions of the same set that still run at the
-same position; and how often those have the same kind of token there. The last panel shifts one of
-two equal completions by a token.
+
+What a token decides is measured by forks: 32 continuations of the first completion of each problem
+after 0, 1, 2, ... of its tokens. V_t is the success rate after t tokens, and a token's change is
+(V_t - V_{t-1})^2. The square of an estimate would count its noise, so the two factors come from
+two halves of the continuations (`squared_change`). A kind's share is its sum over the total.
+
+GTPO's weight (Eq. 3 for right completions, Eq. 5 for wrong ones) is not H or 1/H, but H or 1/H
+relative to the completions of the same set that still run at the same position. `same kind beside
+it` is how often those have the same kind of token there. (Figure 1 of v6, as reported to us, speaks
+of suppressing high-entropy tokens of wrong answers; Eq. 5 does the opposite, and gtpo.py follows
+it.) Weights and neighbours are those of mixed groups. Where right answers differ in wording,
+positions do not line up, and weights vary without a reason in the token.
 """
 
 import sys
@@ -22,12 +30,14 @@ from grpo import constant
 from gtpo import share
 from run.style import new_figure, save
 from run.table import mean_interval
+from trainer.decoding import text_of
+from trainer.sampling import sample
 
 STEPS = 40
 PROBLEMS, GROUP = 64, 8
-POSITIONS = 36  # drawn
-EXAMPLE = (*"36-8=28", "\n", *"28+1=29", "\n", "#", " ", *"29", "end")
+DRAWS = 32  # continuations at each token
 COLOURS = {"before": "#999999", "after": "#009E73", "right": "#009E73", "wrong": "#D55E00"}
+COLOURS |= {"entropy": "#56B4E9", "change": "#000000"}
 KINDS = (
     "line start",  # the first digit of a step, or the # of the answer: go on, or answer now
     "number",
@@ -105,6 +115,33 @@ def same_kind(code, members, group_size):
     return (same.sum(2) / both.sum(2)).view_as(members)  # 0 / 0 is NaN
 
 
+@torch.no_grad()
+def forks(trainer, batch, row):
+    """The change of the success rate at each token of a completion, squared. [n]"""
+    ids, limit = batch.completions[row][batch.mask[row]].tolist(), trainer.o.max_new_tokens
+    problem, prompt = batch.problems[row], batch.prompts[row]
+    prefixes = [ids[:t] for t in range(len(ids))]
+    starts = [prompt + prefix for prefix in prefixes]
+    more = sample(trainer.model, starts, DRAWS, temperature=1.0, **trainer.generation)
+    lengths, wins = more.mask.sum(1).tolist(), []
+    for i, (new, n) in enumerate(zip(more.completions.tolist(), lengths, strict=True)):
+        prefix = prefixes[i // DRAWS]
+        truncated = bool(more.truncated[i]) or len(prefix) + n > limit
+        whole = (prefix + new[: n - (not more.truncated[i])])[:limit]  # without EOS
+        wins.append(trainer.grader.right(text_of(trainer.tokenizer, whole), problem, truncated))
+    end = batch.right[row].expand(1, DRAWS)  # after the last token nothing is open
+    return squared_change(torch.cat([torch.tensor(wins).view(-1, DRAWS), end]))
+
+
+def squared_change(wins):
+    """(V_t - V_{t-1})^2 of each token, without bias: each factor from one half of the draws.
+
+    wins [n + 1, draws], 0 or 1: after 0, 1, ..., n tokens. [n]; an estimate can be below 0.
+    """
+    first, second = (half.double().mean(1).diff() for half in wins.chunk(2, dim=1))
+    return first * second
+
+
 def in_mixed_group(batch):
     """Which completions have both right and wrong ones in their group. [B] bool"""
     return ~constant(batch.right.view(-1, GROUP)).repeat_interleave(GROUP)
@@ -129,9 +166,15 @@ def look(trainer, problems, when, seed):
         for what, members in (("factor, right", right), ("factor, wrong", wrong)):
             found[what, name] = weight[here & members].mean()  # NaN where there is none
         found["same kind beside it", name] = neighbours[here].nanmean()
-    for t in range(min(POSITIONS, on.shape[1])):
-        found["entropy at position", t + 1] = H[:, t][on[:, t]].mean()
-        found["same kind at position", t + 1] = neighbours[:, t].nanmean()
+    change = torch.cat([forks(trainer, batch, row) for row in range(0, len(on), GROUP)])
+    forked = on.clone()
+    forked[torch.arange(len(on)) % GROUP != 0] = False  # row after row, as in `change`
+    for i, name in enumerate(KINDS):
+        if (code[forked] == i).any():
+            share_of_kind = change[code[forked] == i].sum() / change.sum()
+            found["share of the change", name] = share_of_kind
+    decided = change[H[forked] >= H[forked].quantile(0.8)].sum() / change.sum()
+    found["all", "share of the change in the top fifth of H"] = decided
     compared = right & ~neighbours.isnan()
     top = compared & (H >= H[compared].quantile(0.9))
     found["all", "right tokens alone at their position"] = 1 - compared.sum() / right.sum()
@@ -160,16 +203,6 @@ def measure(args, steps=STEPS, problems=PROBLEMS):
     return kit.each(one_seed, [(seed, steps, problems) for seed in args.seeds], args.jobs)
 
 
-def shifted(H):
-    """Eq. 3's factor of each token where the group's other right completion has the entropies H
-    too: (where it is the same, where one more token stands before them). H [T] -> [T], [T]
-    """
-    other = torch.cat([H[:1], H[:-1]])
-    same, later = torch.stack([H, H]), torch.stack([H, other])
-    on = torch.ones(1, 2, len(H), dtype=torch.bool)
-    return tuple(share(pair[None], on)[0, 0] for pair in (same, later))
-
-
 def of(rows, what, name, when):
     """Mean and half-width over the seeds; (None, None) where no seed has a value."""
     part = [r for r in rows if (r["what"], r["name"], r["when"]) == (what, name, when)]
@@ -178,39 +211,30 @@ def of(rows, what, name, when):
 
 
 def draw(rows, out):
-    """Entropy and factor of each kind of token, entropy at each position, and one shift."""
+    """Entropy, share of entropy and of change, and GTPO's weight of each kind of token."""
     figure = new_figure(11, 8)
-    (entropy, factor), (position, shift) = figure.subplots(2, 2)
+    (entropy, factor), shares = figure.subplots(2, 2)
     names = [name for name in KINDS if of(rows, "entropy", name, "before")[0] is not None]
     names = [name for name in names if name != "other"][::-1]
     for offset, when in ((0.2, "before"), (-0.2, "after")):
         found = [of(rows, "entropy", name, when) for name in names]
         bars(entropy, found, offset, COLOURS[when], f"{when} training")
-        x = range(1, POSITIONS + 1)
-        y = [of(rows, "entropy at position", t, when)[0] for t in x]
-        y = [float("nan") if value is None else value for value in y]
-        position.plot(x, y, color=COLOURS[when], marker="o", ms=3, label=f"{when} training")
     for offset, which in ((0.2, "right"), (-0.2, "wrong")):
         found = [of(rows, f"factor, {which}", name, "after") for name in names]
         text = "right completions, H (Eq. 3)" if which == "right" else "wrong, 1/H (Eq. 5)"
         bars(factor, found, offset, COLOURS[which], text)
-    for ax, title, label in (
-        (entropy, "Entropy of each kind of token", "nats"),
-        (
-            factor,
-            "Weight of each kind, after training",
-            "times the mean at the position",
-        ),
-    ):
-        ax.set_yticks(range(len(names)), names)
-        ax.set_title(title)
-        ax.set_xlabel(label)
-        ax.legend(frameon=False, fontsize=8, loc="lower right")
+    for ax, when in zip(shares, ("before", "after"), strict=True):
+        for offset, what in ((0.2, "entropy"), (-0.2, "change")):
+            found = [of(rows, f"share of the {what}", name, when) for name in names]
+            text = "of the entropy" if what == "entropy" else "of the change of the success rate"
+            bars(ax, found, offset, COLOURS[what], text)
+        ax.set(title=f"Shares, {when} training", xlabel="share of the total", xlim=(-0.1, 1.1))
+    entropy.set(title="Entropy of each kind of token", xlabel="nats")
+    factor.set(title="GTPO's weight, after training", xlabel="times the mean at the position")
     factor.axvline(1, color="0.6", lw=0.8)
-    position.set(title="Entropy at each position", xlabel="position", ylabel="nats")
-    position.set_ylim(bottom=0)
-    position.legend(frameon=False, fontsize=8, loc="upper right")
-    draw_shift(shift, rows)
+    for ax in (entropy, factor, *shares):
+        ax.set_yticks(range(len(names)), names)
+        ax.legend(frameon=False, fontsize=8, loc="lower right")
     save(figure, out)
 
 
@@ -221,19 +245,6 @@ def bars(ax, found, offset, colour, label):
     mean, half = zip(*x, strict=True)
     look = {"color": colour, "height": 0.38, "label": label, "ecolor": "0.3", "capsize": 2}
     ax.barh(y, mean, xerr=half, **look)
-
-
-def draw_shift(ax, rows):
-    names = kinds(EXAMPLE, 2, "end")
-    H = torch.tensor([max(of(rows, "entropy", name, "after")[0] or 0, 1e-6) for name in names])
-    same, later = (values.tolist() for values in shifted(H))
-    x = range(len(H))
-    ax.bar(x, later, color="#4411BB", label="the other is the same, one token later")
-    ax.plot(x, same, color="#000000", lw=1.5, label="the other is the same")
-    ax.set_xticks(x, ["\\n" if token == "\n" else token for token in EXAMPLE], fontsize=8)
-    ax.set(title="Weight of each token, if one other is right", ylim=(0, 2.6))
-    ax.set(xlabel="token", ylabel="times the mean at the position")
-    ax.legend(frameon=False, fontsize=8, loc="upper right")
 
 
 def say(rows):
@@ -248,8 +259,8 @@ def say(rows):
                 values.append(f"{when} {mean:.{digits}f}{half}")
         lines.append(f"{what}: {name}: {', '.join(values)}")
 
-    whats = ("entropy", "share of the tokens", "share of the entropy", "same kind beside it")
-    for what in (*whats, "factor, right", "factor, wrong"):
+    shares = ("share of the tokens", "share of the entropy", "share of the change")
+    for what in ("entropy", *shares, "same kind beside it", "factor, right", "factor, wrong"):
         for name in KINDS:
             add(what, name)
     for name in dict.fromkeys(row["name"] for row in rows if row["what"] == "all"):
