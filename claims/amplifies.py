@@ -1,5 +1,7 @@
 """Does GRPO with a KL term amplify success as predicted (arXiv 2503.06639)?
 
+    python claims/amplifies.py
+
 One iteration of the paper maximises exactly, for each question, with rewards 0 and 1,
 
     E_pi[A] - beta KL(pi || pi_ref),    A = (r - p) / sqrt(p (1 - p) + eps),
@@ -9,22 +11,26 @@ pi_n(o) ~ pi_ref(o) exp(A(o) / beta). A has one value on right and one on wrong 
 
     logit p_n = logit p_ref + gap(p_{n-1}) / beta,    gap(p) = 1 / sqrt(p (1 - p) + eps).
 
-We have seen the paper's abstract, not its equations: this is our derivation. Three levels of p
-are compared with what GRPO reaches, each from the start policy's own numbers:
+We have seen the paper's abstract, not its equations: this is our derivation. The KL is part of the
+reward here, as in the objective above: a completion's log(pi / pi_ref), less the mean of the others
+of its group, times beta, is taken from its advantage. (grpo.py's k3 has, on samples of pi, the
+gradient of KL(pi_ref || pi): another objective.) The loss is dapo.py's, an average over tokens,
+because GRPO's 1/|o_i| would weigh completions by length.
+
+Part "bandit": four completions of one question, a free logit each, and the exact gradient.
+Part "steps": the embedded model, 16 problems of 2 or 3 steps x 16 completions, one update per
+rollout. p is counted from 128 fresh completions per problem and run, before and after.
+Three levels of p from the start policy's own counts (768 completions per problem):
 
     paper   the limit of the recursion
-    k3      where the gradient of grpo.py's loss vanishes, if each completion were one free choice:
-            p (1 - p) gap_G(p) = beta (p - p_ref). gap_G is of groups of G. On samples of pi the
-            gradient of k3 is that of KL(pi_ref || pi), not of KL(pi || pi_ref).
-    lines   the same where the policy may only choose, before each line of work, between this
-            line and the answer at once: right answers per number of lines stay as they are.
-            Completions are taken as equally long, as in k3 (the loss divides by the length)
+    groups  the same with the gap of groups of 16, whose mean and std come from 16 samples
+    lines   the same, but the policy may only choose, before each line of work, between this line
+            and the answer at once: right answers per number of lines stay as they are
 
-Part "steps": one update per rollout, 16 problems x 16 completions. Part "epochs": one iteration of
-the paper, updates on one rollout of the start policy, with GRPO's clip range and without a clip.
-The problems have 2 or 3 steps, so that p_ref can be measured. About 7 core-minutes.
+Intervals are over training seeds; the levels have the error of the counts besides.
 """
 
+import copy
 import json
 import math
 import sys
@@ -37,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from claims import kit
+from grpo import advantages
 from run.style import new_figure, save
 from run.table import cell
 from tiny.problems import problems
@@ -45,12 +52,10 @@ KINDS = {2: range(8), 3: range(8, 16)}  # steps of a problem: the places of thes
 GROUP = 16
 BETAS = (1.0, 2.0)
 STEPS, LAST = 24, 6  # LAST: steps over which the KL is averaged
-EPOCHS, EVERY = 16, 4
-BETA_EPOCHS = 2.0
-CLIPS = {"clipped": (0.2, 0.2), "not clipped": (1.0, 1e6)}
+BANDIT_START, BANDIT_STEPS, BANDIT_RATE = 0.2, 4000, 0.02
 DRAWS = 128  # completions of each problem
 EPS = 1e-8  # our std + 1e-4 is nearly the square root of the variance + this
-COLUMNS = ("part", "seed", "beta", "clip", "step", "problem", "lines", "n", "right", "p", "kl")
+COLUMNS = ("part", "seed", "beta", "step", "problem", "lines", "n", "right", "p", "kl")
 
 
 def gap(p):
@@ -72,49 +77,36 @@ def gap_of_group(p, group=GROUP):
     return total / (p * (1 - p))
 
 
-def after(p, p_ref, beta):
+def after(p, p_ref, beta, gap=gap):
     """The recursion: p of the next iteration."""
     x = math.log(p_ref / (1 - p_ref)) + gap(p) / beta
     return 1 / (1 + math.exp(-x))
 
 
-def limit(p_ref, beta, iterations=200):
+def limit(p_ref, beta, gap=gap, iterations=200):
     """Where the recursion goes from p_ref."""
     p = p_ref
     for _ in range(iterations):
-        p = after(p, p_ref, beta)
+        p = after(p, p_ref, beta, gap)
     return p
 
 
-def root(f):
-    """Where f, from positive at 0 to negative at 1, is 0."""
-    low, high = 1e-9, 1 - 1e-9
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if f(middle) > 0 else (low, middle)
-    return low
-
-
-def limit_k3(p_ref, beta, gap=gap_of_group):
-    """p where p (1 - p) gap(p) = beta (p - p_ref)."""
-    return root(lambda p: p * (1 - p) * gap(p) - beta * (p - p_ref))
-
-
 def limit_lines(stay_ref, right, beta, gap=gap_of_group):
-    """p where each choice to go on working is at rest.
+    """The limit of p for a policy that only chooses how many lines it works.
 
     stay_ref[t]: the probability of line t + 1 after t lines under pi_ref. right[t]: of a right
-    answer after just t lines. s (1 - s) (V_on - right[t]) gap(p) = beta (s - stay_ref[t]), V_on
-    being the probability of success once the line is written.
+    answer after just t lines. The maximiser weighs each way to go on by exp(value / beta), where
+    its value is what E[A] - beta KL can still be from there.
     """
-    stay = list(stay_ref)
-    for _ in range(300):
-        g, values = gap(success(stay, right)[0]), success(stay, right)
-        for t, s_ref in enumerate(stay_ref):
-            push = (values[t + 1] - right[t]) * g
-            new = root(lambda s, c=push, r=s_ref: s * (1 - s) * c - beta * (s - r))
-            stay[t] += 0.2 * (new - stay[t])
-    return success(stay, right)[0]
+    p = success(stay_ref, right)[0]
+    for _ in range(200):
+        g, stay, value = gap(p), [], gap(p) * right[-1]
+        for s_ref, stopped in zip(reversed(stay_ref), reversed(right[:-1]), strict=True):
+            on, off = s_ref * math.exp(value / beta), (1 - s_ref) * math.exp(g * stopped / beta)
+            stay.insert(0, on / (on + off))
+            value = beta * math.log(on + off)
+        p += 0.5 * (success(stay, right)[0] - p)
+    return p
 
 
 def success(stay, right):
@@ -123,6 +115,23 @@ def success(stay, right):
     for s, stopped in zip(reversed(stay), reversed(right[:-1]), strict=True):
         values.insert(0, s * values[0] + (1 - s) * stopped)
     return values
+
+
+def bandit(p_ref, beta):
+    """p after each exact gradient step on E_pi[A] - beta KL(pi || pi_ref), four completions.
+
+    Two of them are right, and a step computes A from the policy of the step before.
+    """
+    ref = torch.tensor([p_ref / 3, 2 * p_ref / 3, (1 - p_ref) / 4, 3 * (1 - p_ref) / 4]).double()
+    right = torch.tensor([1.0, 1.0, 0.0, 0.0]).double()
+    z, found = ref.log(), []
+    for _ in range(BANDIT_STEPS):
+        pi = z.softmax(0)
+        p = (pi * right).sum().item()
+        rewards = (right - p) * gap(p) - beta * (pi / ref).log()
+        z = z + BANDIT_RATE * pi * (rewards - (pi * rewards).sum())
+        found.append(p)
+    return found
 
 
 def cheapest_kl(p, p_ref):
@@ -164,26 +173,25 @@ def run(task):
         for split, rows in (("train", choose()), ("test", problems(1, 0, "test"))):
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (Path(folder) / f"{split}.jsonl").write_text(text)
-        rows = many_rollouts(folder, seed, beta)
-        if beta == BETA_EPOCHS:
-            for clip in CLIPS:
-                rows += one_rollout(folder, seed, clip)
-        return rows
+        return many_rollouts(folder, seed, beta)
 
 
-def start(folder, seed, beta, clip="clipped"):
-    """A trainer whose every step takes all problems and makes one update."""
-    low, high = CLIPS[clip]
-    options = ["--option", f"eps_low={low}", "--option", f"eps_high={high}"]
-    options += ["--data", folder, "--prompts", "16", "--group-size", str(GROUP)]
-    options += ["--updates", "1", "--warmup", "0", "--lr", "1e-3", "--beta", str(beta)]
-    return kit.trainer("grpo", *options, seed=seed)
+def kl_of(rollout):
+    """log(pi / pi_ref) of each completion, less the mean of the others of its group. [B]"""
+    log_ratio = ((rollout.old_logprobs - rollout.ref_logprobs) * rollout.mask).sum(1)
+    groups = log_ratio.view(-1, GROUP)
+    return ((groups - groups.mean(1, keepdim=True)) * GROUP / (GROUP - 1)).flatten()
 
 
 def many_rollouts(folder, seed, beta):
     """Rows of "steps", one per step, and the counts before and after training."""
     about = {"seed": seed, "beta": beta}
-    with start(folder, seed, beta) as (trainer, _):
+    options = ["--data", folder, "--prompts", "16", "--group-size", str(GROUP)]
+    options += ["--updates", "1", "--warmup", "0", "--lr", "1e-3"]
+    with kit.trainer("dapo", *options, seed=seed) as (trainer, _):
+        trainer.updater.reference = copy.deepcopy(trainer.model)
+        trainer.updater.needs_all_rows = True  # the KL pushes constant groups too
+        trainer.advantages = lambda r: advantages(r.rewards, GROUP) - beta * kl_of(r)
         rows = list(count(trainer, DRAWS, part="before", **about))
         for step in range(1, STEPS + 1):
             line, rollout, _ = trainer.step(step)
@@ -193,25 +201,14 @@ def many_rollouts(folder, seed, beta):
         return rows + list(count(trainer, DRAWS, part="after", **about))
 
 
-def one_rollout(folder, seed, clip):
-    """Rows of "epochs": p after updates on the first rollout alone."""
-    about = {"part": "epochs", "seed": seed, "beta": BETA_EPOCHS, "clip": clip}
-    rows = []
-    with start(folder, seed, BETA_EPOCHS, clip) as (trainer, _):
-        _, rollout, _ = trainer.step(1)
-        for epoch in range(1, EPOCHS + 1):
-            if epoch > 1:
-                trainer.updater.update(rollout, torch.arange(trainer.o.rows), False)
-            if epoch % EVERY == 0:
-                counts = list(count(trainer, DRAWS // 2))
-                p = sum(c["right"] for c in counts) / sum(c["n"] for c in counts)
-                rows.append(row(**about, step=epoch, p=p))
-    return rows
-
-
 def measure(args):
     tasks = [(seed, beta) for seed in args.seeds for beta in BETAS]
-    return kit.each(run, tasks, args.jobs)
+    rows = kit.each(run, tasks, args.jobs)
+    for beta in BETAS:
+        for step, p in enumerate(bandit(BANDIT_START, beta)):
+            if step % 20 == 0:
+                rows.append(row(part="bandit", beta=beta, step=step, p=p))
+    return rows
 
 
 def tally(rows, part, **wanted):
@@ -253,7 +250,7 @@ def predicted(before, beta, steps):
     right = [pooled[t][1] / max(pooled[t][0], 1) for t in range(steps + 1)]
     return {
         "paper": fmean(limit(p, beta) for p in p_ref),
-        "k3": fmean(limit_k3(p, beta) for p in p_ref),
+        "groups": fmean(limit(p, beta, gap_of_group) for p in p_ref),
         "lines": limit_lines(stay, right, beta),
     }
 
@@ -261,7 +258,7 @@ def predicted(before, beta, steps):
 def table(rows):
     """[{beta, steps, p_ref, reached (a list, per seed), and the levels}] per beta and kind."""
     before = tally(rows, "before")
-    seeds = sorted({r["seed"] for r in rows})
+    seeds = sorted({r["seed"] for r in rows if r["part"] == "before"})
     lines = []
     for beta in BETAS:
         ends = [tally(rows, "after", beta=beta, seed=seed) for seed in seeds]
@@ -277,7 +274,7 @@ def say(rows):
     for line in table(rows):
         text.append(
             f"beta {line['beta']:g}, {line['steps']} steps: p from {line['p_ref']:.3f} to "
-            f"{cell(line['reached'], 3)}; paper {line['paper']:.3f}, k3 {line['k3']:.3f}, "
+            f"{cell(line['reached'], 3)}; paper {line['paper']:.3f}, groups {line['groups']:.3f}, "
             f"lines {line['lines']:.3f}"
         )
     before = tally(rows, "before")
@@ -288,39 +285,43 @@ def say(rows):
         pairs = [(rate(after_training[q])[1], rate(before[q])[1]) for q in before]
         least = fmean(cheapest_kl(*pair) for pair in pairs)
         text.append(f"beta {beta:g}: KL {cell(kl, 3)} nats; that p needs {least:.3f}")
-    p_ref = [rate(counts)[1] for counts in before.values()]
-    first = fmean(after(p, p, BETA_EPOCHS) for p in p_ref)
-    text.append(f"one iteration, beta {BETA_EPOCHS:g}: the recursion says {first:.3f}")
-    for clip in CLIPS:
-        for same in zip(*kit.runs_of(rows, part="epochs", clip=clip), strict=True):
-            p = cell([r["p"] for r in same], 3)
-            text.append(f"  {clip}, {same[0]['step']} updates: {p}")
+    for beta in BETAS:
+        (run,) = kit.runs_of(rows, part="bandit", beta=beta)
+        level = limit(BANDIT_START, beta)
+        text.append(f"bandit, beta {beta:g}: p ends at {run[-1]['p']:.4f}, recursion {level:.4f}")
     return text
 
 
 COLOURS = {1.0: "#C44E52", 2.0: "#4C72B0"}
 LEVELS = {
     "paper": ("s", "recursion"),
-    "k3": ("^", "k3, groups of 16"),
+    "groups": ("^", "recursion, groups of 16"),
     "lines": ("D", "a choice per line"),
 }
 
 
 def draw(rows, out):
     figure = new_figure(11, 7.6)
-    (steps, levels), (each, epochs) = figure.subplots(2, 2)
+    (exact, steps), (levels, each) = figure.subplots(2, 2)
+    draw_bandit(exact, rows)
     draw_steps(steps, rows)
     draw_levels(levels, rows)
     draw_problems(each, rows)
-    draw_epochs(epochs, rows)
-    for ax in (steps, epochs):
-        ax.axhline(p_of(tally(rows, "before")), color="0.6", lw=1, label="start policy")
-        ax.set_ylabel("p, mean over 16 problems")
-    for ax in (steps, levels, each, epochs):
+    for ax in (exact, steps, levels, each):
         ax.set_ylim(0, 1.04)  # a level can be 1
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=8, loc="best", ncols=2 if ax is steps else 1)
     save(figure, out)
+
+
+def draw_bandit(ax, rows):
+    for beta in BETAS:
+        (run,) = kit.runs_of(rows, part="bandit", beta=beta)
+        x, y = [r["step"] for r in run], [r["p"] for r in run]
+        ax.plot(x, y, color=COLOURS[beta], lw=2, label=f"exact gradient, β = {beta:g}")
+        label = f"recursion, β = {beta:g}"
+        ax.axhline(limit(BANDIT_START, beta), color=COLOURS[beta], ls="--", lw=1.3, label=label)
+    ax.set(title="Four completions, a free logit each", xlabel="gradient step", ylabel="p")
 
 
 def draw_runs(ax, runs, **look):
@@ -341,8 +342,8 @@ def draw_steps(ax, rows):
             level = fmean(predicted(before, beta, steps)[name] for steps in KINDS)
             label = f"{LEVELS[name][1]}, β = {beta:g}"
             ax.axhline(level, color=COLOURS[beta], ls=dashes, lw=1.3, label=label)
-    ax.set_title("Many rollouts, one update each")
-    ax.set_xlabel("update")
+    ax.axhline(p_of(before), color="0.6", lw=1, label="start policy")
+    ax.set(title="Embedded model", xlabel="update", ylabel="p, mean over 16 problems")
 
 
 def draw_levels(ax, rows):
@@ -377,17 +378,6 @@ def draw_problems(ax, rows):
     ax.set_title("Each problem")
     ax.set_xlabel("p in the limit of the recursion")
     ax.set_ylabel("p measured after training")
-
-
-def draw_epochs(ax, rows):
-    for clip, colour in (("not clipped", "#4C72B0"), ("clipped", "#DD8452")):
-        draw_runs(ax, kit.runs_of(rows, part="epochs", clip=clip), color=colour, label=clip)
-    p_ref = [rate(counts)[1] for counts in tally(rows, "before").values()]
-    first = fmean(after(p, p, BETA_EPOCHS) for p in p_ref)
-    ax.axhline(first, color="0.2", ls=":", label="the recursion's first iteration")
-    ax.set_xlim(0, EPOCHS)
-    ax.set_title(f"One rollout, many updates: β = {BETA_EPOCHS:g}")
-    ax.set_xlabel("updates on the rollout")
 
 
 def main(argv=None):

@@ -2,20 +2,23 @@
 
     python claims/noise.py      # writes claims/noise.csv and claims/noise.png
 
-GRPO trains the embedded model for 25 steps, so that lengths vary. Then one rollout of 96 prompts
-gives updates of 32 completions each (without a mixed group among them: none). After 1, 4 and 16 of
-them, 384 completions that the old policy had sampled for other prompts are measured, which no
-update has seen:
-token: log w_{i,t}; mean: log s_i, the mean of a completion's log w; arithmetic: the log of the
-mean of its w; product: the sum of its log w. By length, the std over completions (over tokens for
-token), in nats. If the log w of a completion were independent, mean would have the variance
-sum_t v_t / n^2 and product sum_t v_t, where n is the number of tokens and v_t the variance of log w
-at position t over the completions of the length class.
-clip_*: share of the tokens with an advantage whose gradient the clip would remove.
-agree: share of the completions with A > 0 that have s > 1, and of those with A < 0 that have s < 1,
-averaged over the two signs: 0.5 if s did not know of A.
+GRPO trains the embedded model for 25 steps, so that lengths vary. From this one policy 32
+independent updates are made, each from the same weights and AdamW state on its own fresh mini-batch
+of 32 completions. After each, the same 384 completions of other prompts are measured. Their
+log-ratios vary from update to update: what differs between completions (their kind, their drift)
+is in none of the variances below, all of which are taken over the updates. In nats:
+token: log w_{i,t}; mean: log s_i, the mean of a completion's log w; arithmetic: the log of the mean
+of its w; product: the sum of its log w. Written is the root of the mean variance of the tokens or
+completions of a length class. If the log w of a completion's tokens were independent, product
+would have the variance sum_t v_t and mean sum_t v_t / n^2; v_t: token t's variance, n: tokens.
+set: "all", or "right", the right completions, which are worked solutions: within one kind, length
+is the number of lines. clip_*: share of the tokens with an advantage whose gradient the clip would
+remove, mean over the updates.
+
+Free text, where tokens are less certain, and mixtures of experts, the paper's case, may differ.
 """
 
+import copy
 import math
 import sys
 from pathlib import Path
@@ -27,16 +30,15 @@ import torch
 
 from claims.kit import command, each, trainer
 from run.style import new_figure, save, style
-from run.table import cell
+from run.table import cell, mean_interval
 
-SIZES = {"steps": 25, "prompts": 96, "probe": 48}
+SIZES = {"steps": 25, "updates": 32, "probe": 48}
 MINI_BATCH = 32  # completions, as in a run with the default options
-AFTER = (1, 4, 16)  # updates
-SHOWN = 4  # updates, in the figure's last panel
 EDGES = (1, 8, 16, 24, 32, 65)  # a length class is from an edge to below the next
+FEWEST = 8  # completions of a length class
 KINDS = {  # the color and marker of each spread in the figure, its name
-    "token": ("black", "s", "log w, per token"),
     "product": ("#999999", "v", "sum of log w"),
+    "token": ("black", "s", "log w, per token"),
     "arithmetic": (style("grpo_s")[1], "P", "log of the mean w (GRPO-S)"),
     "mean": (style("gspo")[1], "D", "log s, geometric mean (GSPO)"),
 }
@@ -49,11 +51,11 @@ CLIPS = {  # which ratio, eps_low, eps_high
 
 
 def ratios(log_w, mask):
-    """{kind: its logarithm} of the log-ratios [B, T]: token as [B, T], the others as [B]."""
+    """{kind: its logarithm} of log-ratios [K, B, T]: token as [K, B, T], the others as [K, B]."""
     n = mask.sum(1)
     log_w = log_w * mask
-    total = log_w.sum(1)
-    arithmetic = ((log_w.exp() * mask).sum(1) / n).log()
+    total = log_w.sum(2)
+    arithmetic = ((log_w.exp() * mask).sum(2) / n).log()
     return {"token": log_w, "mean": total / n, "arithmetic": arithmetic, "product": total}
 
 
@@ -63,48 +65,40 @@ def clipped(log_ratio, A, low, high):
     return above | (A < 0) & (log_ratio < math.log1p(-low))
 
 
-def position_variance(log_w, mask):
-    """The variance of log w over the completions that reach a position, 0 for one alone. [T]"""
-    count = mask.sum(0)
-    centred = (log_w - (log_w * mask).sum(0) / count.clamp(min=1)) * mask
-    return (centred**2).sum(0) / (count - 1).clamp(min=1)
-
-
 def spread(log_w, mask, A):
-    """A dict of one length class: its std of each kind, what independence predicts, its clips.
+    """A dict of one length class: its spreads, what independence predicts, its clips.
 
-    log_w, mask [B, T]; A [B], 0 in groups without a signal. None where it has no such rows.
+    log_w [K, B, T], of K updates; mask [B, T]; A [B], 0 in groups without a signal. A clip is None
+    where no token has an advantage.
     """
     n = mask.sum(1).double()
     kinds = ratios(log_w, mask)
     row = {"rows": len(n), "length": n.mean().item()}
-    row["token"] = kinds["token"][mask].std().item()
+    v = kinds["token"].var(0)  # [B, T]
+    row["token"] = v[mask].mean().sqrt().item()
     for kind in ("mean", "arithmetic", "product"):
-        row[kind] = kinds[kind].std().item()
-    total = (position_variance(log_w, mask) * mask).sum(1)  # sum_t v_t
-    row["mean_independent"] = (total / n**2).mean().sqrt().item()
-    row["product_independent"] = total.mean().sqrt().item()
-    up, down = kinds["mean"][A > 0] > 0, kinds["mean"][A < 0] < 0
-    row["agree"] = None
-    if len(up) and len(down):
-        row["agree"] = (up.double().mean() + down.double().mean()).item() / 2
+        row[kind] = kinds[kind].var(0).mean().sqrt().item()
+    row["mean_independent"] = (v.sum(1) / n**2).mean().sqrt().item()
+    row["product_independent"] = v.sum(1).mean().sqrt().item()
     signal = mask & (A != 0)[:, None]
-    row["signal"] = signal.sum().item()
     for name, (kind, low, high) in CLIPS.items():
-        ratio = kinds[kind] if kind == "token" else kinds[kind][:, None].expand(mask.shape)
-        removed = clipped(ratio, A[:, None], low, high) & signal
-        row[name] = removed.sum().item() / row["signal"] if row["signal"] else None
+        ratio = kinds[kind] if kind == "token" else kinds[kind][..., None]
+        removed = clipped(ratio, A[:, None], low, high).expand(log_w.shape)[:, signal]
+        row[name] = removed.double().mean().item() if signal.any() else None
     return row
 
 
-def by_length(log_w, mask, A):
-    """The rows of all lengths together (class 0) and of each length class with 8 rows or more."""
-    n = mask.sum(1)
-    rows = [{"class": 0, **spread(log_w, mask, A)}]
-    for low, high in zip(EDGES, EDGES[1:], strict=False):
-        chosen = (n >= low) & (n < high)
-        if chosen.sum() >= 8:
-            rows.append({"class": low, **spread(log_w[chosen], mask[chosen], A[chosen])})
+def by_length(log_w, mask, A, right):
+    """The rows of both sets: of all lengths together (class 0) and of each length class."""
+    n, rows = mask.sum(1), []
+    classes = [(0, EDGES[0], EDGES[-1])]
+    classes += [(low, low, high) for low, high in zip(EDGES, EDGES[1:], strict=False)]
+    for name, members in (("all", right >= 0), ("right", right > 0.5)):
+        for label, low, high in classes:
+            chosen = members & (n >= low) & (n < high)
+            if chosen.sum() >= FEWEST:
+                found = spread(log_w[:, chosen], mask[chosen], A[chosen])
+                rows.append({"set": name, "class": label, **found})
     return rows
 
 
@@ -124,25 +118,22 @@ def draw_rollout(t, prompts):
 def run(task):
     """The rows of one seed. task: (seed, sizes as SIZES, options of train.py)."""
     seed, sizes, flags = task
-    rows = []
     with trainer("grpo", *flags, seed=seed) as (t, _):
         for step in range(1, sizes["steps"] + 1):
             t.step(step)
-        probe = draw_rollout(t, sizes["probe"])
-        everyone = torch.arange(t.o.rows)
-        rollout = draw_rollout(t, sizes["prompts"])
-        done = 0
-        for mini_batch in torch.arange(t.o.rows).split(MINI_BATCH):
-            moved = t.updater.update(rollout, mini_batch, on_policy=False)["moved"]
-            done += moved
-            if not moved or done not in AFTER:
-                continue
+        probe, optimizer, log_w = draw_rollout(t, sizes["probe"]), t.updater.optimizer, []
+        start = copy.deepcopy((t.model.state_dict(), optimizer.state_dict()))
+        while len(log_w) < sizes["updates"]:
+            rollout = draw_rollout(t, MINI_BATCH // t.o.group_size)
+            if not t.updater.update(rollout, torch.arange(MINI_BATCH), on_policy=True)["moved"]:
+                continue  # no mixed group
             with torch.no_grad():
-                logp, _ = t.updater.forward(probe, everyone, t.model)
-            log_w = (logp - probe.old_logprobs).double()
-            found = by_length(log_w, probe.mask, probe.advantages)
-            rows += [{"seed": seed, "updates": done, **row} for row in found]
-    return rows
+                logp, _ = t.updater.forward(probe, torch.arange(len(probe.mask)), t.model)
+            log_w.append((logp - probe.old_logprobs).double())
+            t.model.load_state_dict(start[0])
+            optimizer.load_state_dict(copy.deepcopy(start[1]))
+        rows = by_length(torch.stack(log_w), probe.mask, probe.advantages, probe.right)
+    return [{"seed": seed, **row} for row in rows]
 
 
 def measure(args):
@@ -159,6 +150,8 @@ def slope(rows, key):
     found = []
     for seed in sorted({row["seed"] for row in rows}):
         part = [row for row in rows if row["seed"] == seed and row["class"] > 0]
+        if len(part) < 2:
+            continue
         x = [math.log(row["length"]) for row in part]
         y = [math.log(row[key]) for row in part]
         mx, my = fmean(x), fmean(y)
@@ -174,82 +167,48 @@ def classes(rows):
     return [c for c in sorted(found) if len(values(rows, "seed", **{"class": c})) == len(seeds)]
 
 
-def curve(rows, key):
-    """(mean length, mean of the column) over the seeds, for each length class."""
-    x, y = [], []
-    for low in classes(rows):
-        found = [v for v in values(rows, key, **{"class": low}) if v is not None]
-        if found:
-            x.append(fmean(values(rows, "length", **{"class": low})))
-            y.append(fmean(found))
-    return x, y
-
-
 def draw(rows, out):
-    """Spread against length after 1, 4 and 16 updates, and what the clips remove after 4."""
-    figure = new_figure(11.5, 4.6)
-    *axes, last = figure.subplots(1, len(AFTER) + 1)
-    for ax, updates in zip(axes, AFTER, strict=True):
-        part = [row for row in rows if row["updates"] == updates]
-        for kind, (colour, marker, name) in KINDS.items():
-            ax.loglog(*curve(part, kind), color=colour, marker=marker, ms=5, label=name)
-        for kind in ("mean", "product"):
-            colour = KINDS[kind][0]
-            label = f"{'log s' if kind == 'mean' else 'sum'}, if tokens were independent"
-            ax.loglog(*curve(part, f"{kind}_independent"), color=colour, ls=":", label=label)
-        ax.set_title(f"after {updates} update{'s' if updates > 1 else ''}")
-        ax.set_xlabel("tokens of the completion")
-        ax.set_xticks([5, 10, 20, 40], ["5", "10", "20", "40"])
-        ax.minorticks_off()
-    low = min(ax.get_ylim()[0] for ax in axes)
-    for ax in axes:
-        ax.set_ylim(low, max(ax.get_ylim()[1] for ax in axes))
-    axes[0].set_ylabel("std over completions (tokens), nats")
-    part = [row for row in rows if row["updates"] == SHOWN]
-    for name, algo, label in (
-        ("clip_gspo", "gspo", "GSPO, 3e-4 / 4e-4"),
-        ("clip_grpo", "grpo", "GRPO, 0.2 / 0.2"),
-    ):
-        _, colour, _, marker = style(algo)
-        x, y = curve(part, name)
-        last.plot(x, [100 * v for v in y], color=colour, marker=marker, ms=5, label=label)
-    last.set_title(f"clipped, after {SHOWN} updates")
-    last.set_xlabel("tokens of the completion")
-    last.set_ylabel("% of tokens with an advantage")
-    last.set_ylim(-3, 105)
-    last.legend(frameon=False, fontsize=9, loc="center")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    """Spread against length, right completions, and what independent tokens would give."""
+    figure = new_figure(7, 4.6)
+    ax = figure.subplots()
+    rows = [row for row in rows if row["set"] == "right"]
+    lengths = [fmean(values(rows, "length", **{"class": c})) for c in classes(rows)]
+    for kind, (colour, marker, name) in KINDS.items():
+        found = [mean_interval(values(rows, kind, **{"class": c})) for c in classes(rows)]
+        mean, half = [m for m, _ in found], [h or 0 for _, h in found]
+        look = {"color": colour, "marker": marker, "ms": 5, "capsize": 3, "label": name}
+        ax.errorbar(lengths, mean, half, **look)
+    for kind in ("product", "mean"):
+        y = [fmean(values(rows, f"{kind}_independent", **{"class": c})) for c in classes(rows)]
+        label = "if a completion's tokens were independent" if kind == "mean" else None
+        ax.plot(lengths, y, color=KINDS[kind][0], ls=":", lw=1.8, label=label)
+    ax.set(xscale="log", yscale="log", xlabel="tokens of the completion")
+    ax.set_ylabel("std over independent updates, nats")
+    ax.set_xticks([10, 20, 30, 40], ["10", "20", "30", "40"])
+    ax.minorticks_off()
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
     save(figure, out)
 
 
 def say(rows):
     lines = []
-    for updates in AFTER:
-        part = [row for row in rows if row["updates"] == updates]
-        every = {"class": 0}
-        lines.append(f"updates: {updates}; all lengths (std in nats):")
+    for name in ("all", "right"):
+        part = [row for row in rows if row["set"] == name]
+        lines.append(f"completions: {name} (std over the updates, in nats)")
         for kind in KINDS:
+            whole = cell(values(part, kind, **{"class": 0}), 5)
             lines.append(
-                f"  {kind}: std {cell(values(part, kind, **every), 4)}, "
-                f"slope against length {cell(slope(part, kind), 2, '+')}"
+                f"  {kind}: {whole}, slope against length {cell(slope(part, kind), 2, '+')}"
             )
         for low in classes(part):
             found = {key: values(part, key, **{"class": low}) for key in part[0]}
-            quotient = [
-                a / b for a, b in zip(found["mean"], found["mean_independent"], strict=True)
-            ]
-            lines.append(
-                f"  {low}+ tokens ({cell(found['length'], 1)}, {sum(found['rows'])} rows): "
-                f"token {cell(found['token'], 4)}, mean {cell(found['mean'], 4)}, "
-                f"{cell(quotient, 2)} times independent, product {cell(found['product'], 3)}, "
-                f"GSPO clips {cell(found['clip_gspo'], 3)}, GRPO {cell(found['clip_grpo'], 4)}; "
-                f"with the advantage {cell(found['agree'], 2)}"
-            )
-        agree = cell(values(part, "agree", **every), 3)
-        lines.append(f"  s moves with the advantage: {agree}")
-        for name in CLIPS:
-            lines.append(f"  {name}: {cell(values(part, name, **every), 5)}")
+            pairs = zip(found["mean"], found["mean_independent"], strict=True)
+            words = [f"{kind} {cell(found[kind], 5)}" for kind in KINDS]
+            words.append(f"mean {cell([a / b for a, b in pairs], 2)} times independent")
+            about = f"{cell(found['length'], 1)}, {sum(found['rows'])} rows"
+            lines.append(f"  {low}+ tokens ({about}): {', '.join(words)}")
+        for clip in CLIPS:
+            lines.append(f"  {clip}: {cell(values(part, clip, **{'class': 0}), 5)}")
     return lines
 
 
