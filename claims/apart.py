@@ -114,16 +114,7 @@ def contrasts(rows, name):
         difference = (values[methods.index(a)] - values[methods.index(b)]).mean()
         found.append((text, difference))
         p.append(2 * stats.t.sf(abs(difference) / error, freedom))
-    return [(*pair, half, q) for pair, q in zip(found, holm(p), strict=True)]
-
-
-def holm(p):
-    """p-values, each corrected for the number of those that are not smaller."""
-    corrected, largest = [0.0] * len(p), 0.0
-    for rank, i in enumerate(np.argsort(p)):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
-        corrected[i] = largest
-    return corrected
+    return [(*pair, half, q) for pair, q in zip(found, kit.holm(p), strict=True)]
 
 
 def band(rows, method):

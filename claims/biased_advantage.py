@@ -16,17 +16,17 @@ each. One half of them sorts the problems by p; the other half gives p and the g
 import math
 import sys
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when run as a script
 
 import torch
+from scipy import stats
 
 from claims.kit import command, each, trainer
 from grpo import advantages as grpo_advantages
 from more.ha_dw import advantages as ha_dw_advantages
 from run.style import new_figure, save, style
-from run.table import cell, mean_interval
 
 GROUPS = (4, 8, 16)
 ANCHOR = 0.5  # HA-DW's, in the exact sums
@@ -204,13 +204,19 @@ def draw(rows, out):
     save(figure, out)
 
 
+def over_problems(values):
+    """Mean and half-width of the 95% t-interval over the problems, not over the seeds."""
+    half = stats.t.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return fmean(values), half
+
+
 def draw_measured(ax, rows):
     """Mean and 95% interval over the problems of each bin, at G = 8."""
     for name in BINS:
         found = measured(rows, 8, name)
         if len(found) < 2:
             continue
-        mean, half = mean_interval(biases(found))
+        mean, half = over_problems(biases(found))
         x = fmean(row["p"] for row, _ in found)
         label = "measured, G = 8" if name == "hard" else None
         ax.errorbar(x, mean, half, fmt="o", color=COLOURS[8], capsize=3, label=label)
@@ -228,7 +234,7 @@ def say(rows):
                 f"{truth:.3f}; weight without std {row['plain']:.3f}, GRPO {row['grpo']:.3f}, "
                 f"HA-DW {row['hadw']:.3f}, std of p {1 / math.sqrt(p * (1 - p)):.3f}"
             )
-    lines.append("measured, mean over the problems:")
+    lines.append("measured, mean and 95% over the problems:")
     for G in GROUPS:
         for name, (low, high) in BINS.items():
             found = measured(rows, G, name)
@@ -236,10 +242,15 @@ def say(rows):
                 continue
             p = fmean(row["p"] for row, _ in found)
             predicted = fmean(want["baseline"] - want["p"] for _, want in found)
+            bias, A = (
+                "{:+.3f} ± {:.3f}".format(*over_problems(values))
+                if len(values) > 1
+                else "one problem"
+                for values in (biases(found), [row["right_std"] for row, _ in found])
+            )
             lines.append(
                 f"  G {G}, {name} (p in {low} to {high}): {len(found)} problems, p {p:.2f}; "
-                f"baseline - p {cell(biases(found), 3, '+')}, exact {predicted:+.3f}; A of a right "
-                f"one {cell([row['right_std'] for row, _ in found], 2)}, exact "
+                f"baseline - p {bias}, exact {predicted:+.3f}; A of a right one {A}, exact "
                 f"{fmean(want['right_std'] for _, want in found):.2f}"
             )
     return lines

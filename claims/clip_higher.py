@@ -21,7 +21,7 @@ import torch
 
 from claims import kit
 from run.style import new_figure, save
-from run.table import cell, mean_interval
+from run.table import cell
 
 BOUNDS = (0.2, 0.28)  # eps_high: GRPO's, DAPO's
 STEPS = 20
@@ -185,17 +185,15 @@ def draw_bound(ax):
 
 
 def draw_clipped(ax, rows):
-    """How many tokens stand between the bounds and above both, by their probability."""
-    looks = (("between", "#009E73", "w in (1.2, 1.28]"), ("above", "#BBBBBB", "w above 1.28"))
+    """The share of tokens between the bounds and above both, a dot per seed, and their number."""
+    looks = (("between", "#009E73", "w in (1.2, 1.28]"), ("above", "#777777", "w above 1.28"))
     for side, (name, colour, label) in zip((-0.2, 0.2), looks, strict=True):
-        found = [mean_interval(shares(rows, name, i)) for i in PARTS]
-        height, half = [share for share, _ in found], [half or 0 for _, half in found]
-        x = [i + side for i in PARTS]
-        ax.bar(x, height, 0.4, yerr=half, color=colour, capsize=2, label=label)
         for i in PARTS:
-            y = height[i] + half[i]
-            ax.text(x[i], y, total(rows, name, i), ha="center", va="bottom", fontsize=8)
-    ax.set_ylim(0, None)
+            seeds, n = shares(rows, name, i), total(rows, name, i)
+            x = [i + side + 0.08 * (k - (len(seeds) - 1) / 2) for k in range(len(seeds))]
+            ax.plot(x, seeds, "o", color=colour, ms=5, label=label if i == 0 else None)
+            ax.text(i + side, max(seeds) + 0.6, n, ha="center", va="bottom", fontsize=8)
+    ax.margins(y=0.12)
     ax.set_xticks(PARTS, [span(i).replace(" to ", "\nto ") for i in PARTS], fontsize=8)
     ax.set_xlabel("probability when sampled")
     ax.set_ylabel("% of the tokens with A > 0")

@@ -137,43 +137,48 @@ def values(rows, what, name, column, step=None):
 
 
 RANGES = ("GSPO, 3e-4 / 4e-4", "TEPO, 3e-4 / 4e-4", "GSPO, 0.2 / 0.28", "TEPO, 0.2 / 0.28")
-WAYS = {"tokens of the mini-batch": "#E69F00", "tokens of the prompt": "#4411BB"}
+WAYS = ("tokens of the mini-batch", "tokens of the prompt")
+PAIRS = ((0, 1), (2, 3), (2, 0), (3, 0))  # of SETTINGS, the first less the second
 
 
 def draw(rows, out):
-    figure = new_figure(11, 3.9)
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1.1, 1, 1))
-    for ax, what, names, title in (
-        (left, "updates", list(SETTINGS), f"GRPO after {STEPS} rollouts"),
-        (middle, "range", RANGES, f"After {STOPS[-1]} rollouts"),
-    ):
-        last = max(line["step"] for line in rows if line["what"] == what)
-        for y, name in enumerate(names[::-1]):
-            found = values(rows, what, name, "accuracy", last)
-            mean, half = mean_interval(found)
-            ax.errorbar(mean, y, xerr=half, fmt="o", color="#000000", capsize=4)
-            ax.plot(found, [y + 0.2] * len(found), ".", color="#777777", ms=5)
-        ax.set_yticks(range(len(names)), names[::-1])
-        ax.set(title=title, xlabel="greedy accuracy, held out", ylim=(-0.5, len(names) - 0.5))
-        ax.grid(axis="x", color="0.9")
-    for shift, (way, colour) in zip((-0.2, 0.2), WAYS.items(), strict=True):
-        found = [mean_interval(values(rows, way, str(count), "share")) for count in COUNTS]
-        mean, half = zip(*found, strict=True)
-        look = {"width": 0.38, "color": colour, "capsize": 3, "label": f"over the {way}"}
-        x = [count + shift for count in COUNTS]
-        right.bar(x, mean, yerr=[value or 0 for value in half], **look)
-    right.set_xticks(COUNTS)
-    right.set(title="DAPO's two averages", xlabel="calculations of the problem")
-    right.set_ylabel("share of the total push")
-    right.set_ylim(0, 0.72)  # room for the legend
-    right.legend(frameon=False, fontsize=8, loc="upper left")
+    """Paired differences of the updates and of DAPO's averages; the ranges, not paired."""
+    figure = new_figure(11.5, 3.9)
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 0.8))
+    names = list(SETTINGS)
+    pairs = {f"{names[a]}\nless {names[b]}": less(rows, names[a], names[b]) for a, b in PAIRS}
+    shares = {f"{n} calculations": [100 * x for x in less_ours(rows, n)] for n in COUNTS}
+    last = max(line["step"] for line in rows if line["what"] == "range")
+    ranges = {name: values(rows, "range", name, "accuracy", last) for name in RANGES}
+    dots(left, pairs, f"GRPO after {STEPS} rollouts", "difference of accuracy at equal seed")
+    dots(middle, ranges, f"After {STOPS[-1]} rollouts", "greedy accuracy, held out")
+    dots(right, shares, "DAPO's two averages", "points of the push")
+    for ax in (left, right):
+        ax.axvline(0, color="0.5", lw=1)
     save(figure, out)
 
 
+def dots(ax, found, title, label):
+    """A line per name: its values, a dot per seed, and their mean with the 95% interval."""
+    for y, seeds in enumerate(list(found.values())[::-1]):
+        mean, half = mean_interval(seeds)
+        ax.errorbar(mean, y, xerr=half, fmt="o", color="#000000", capsize=4)
+        ax.plot(seeds, [y + 0.2] * len(seeds), ".", color="#777777", ms=5)
+    ax.set_yticks(range(len(found)), list(found)[::-1], fontsize=9)
+    ax.set(title=title, xlabel=label, ylim=(-0.5, len(found) - 0.5))
+    ax.grid(axis="x", color="0.9")
+
+
 def less(rows, a, b):
-    """Accuracy of setting a less that of b at the same seed."""
+    """Accuracy of setting a less that of b at the same seed, a list."""
     pair = zip(*(values(rows, "updates", name, "accuracy") for name in (a, b)), strict=True)
-    return cell([x - y for x, y in pair], 3, "+")
+    return [x - y for x, y in pair]
+
+
+def less_ours(rows, count):
+    """Share of the push by DAPO's own average less that by ours, a list."""
+    ours, own = (values(rows, way, str(count), "share") for way in WAYS)
+    return [y - x for x, y in zip(ours, own, strict=True)]
 
 
 def say(rows):
@@ -183,8 +188,10 @@ def say(rows):
         taken = cell(values(rows, "updates", name, "per_rollout"), 2)
         lines.append(f"GRPO, {name}: accuracy {accuracy}, steps taken per rollout {taken}")
     names = list(SETTINGS)
-    for a, b in ((0, 1), (2, 3), (2, 0), (3, 0)):
-        lines.append(f"  {names[a]} less {names[b]}: {less(rows, names[a], names[b])}")
+    pairs = [(names[a], names[b]) for a, b in PAIRS]
+    texts = kit.compared([less(rows, *pair) for pair in pairs], 3)
+    for (a, b), text in zip(pairs, texts, strict=True):
+        lines.append(f"  {a} less {b}: {text} by Holm")
     for name in RANGES:
         for step in sorted({line["step"] for line in rows if line["what"] == "range"}):
             found = values(rows, "range", name, "accuracy", step)
@@ -196,12 +203,9 @@ def say(rows):
         found = {count: values(rows, way, str(count), "share") for count in COUNTS}
         shares = [f"{count}: {cell(share, 3)}" for count, share in found.items()]
         lines.append(f"push, over the {way}, by calculations: {', '.join(shares)}")
-    texts = []
-    for count in COUNTS:
-        ours, own = (values(rows, way, str(count), "share") for way in WAYS)
-        less_ours = [y - x for x, y in zip(ours, own, strict=True)]
-        texts.append(f"{count}: {cell(less_ours, 3, '+')}")
-    lines.append(f"  the second less the first: {', '.join(texts)}")
+    found = kit.compared([less_ours(rows, count) for count in COUNTS], 3)
+    texts = [f"{count}: {text}" for count, text in zip(COUNTS, found, strict=True)]
+    lines.append(f"  the second less the first, p by Holm: {'; '.join(texts)}")
     return lines
 
 

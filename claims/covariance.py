@@ -30,7 +30,7 @@ import torch
 
 from claims import kit
 from run.style import new_figure, save, style
-from run.table import cell, mean_interval
+from run.table import cell
 from trainer.logprobs import shared_hidden
 
 METHODS = ("grpo", "dapo", "gspo", "tepo", "gtpo", "grpo_s", "trgrpo")
@@ -158,11 +158,14 @@ def falls(run):
 
 
 def agreements(rows, key):
-    """{method: the correlation in each of its runs}; under "all" the methods' mean, per seed."""
+    """{method: the correlation in each of its runs}; under "all" the methods' mean, per seed.
+
+    Means and intervals of correlations are Fisher's, of atanh r.
+    """
     found = {}
     for algo in METHODS:
         found[algo] = [agreement(run, key) for run in kit.runs_of(rows, method=algo)]
-    found["all"] = [fmean(values) for values in zip(*found.values(), strict=True)]
+    found["all"] = [kit.fisher(values)[0] for values in zip(*found.values(), strict=True)]
     return found
 
 
@@ -170,7 +173,7 @@ def say(rows):
     lines = ["correlation with the measured change over the steps of a run:"]
     found = {key: agreements(rows, key) for key in PREDICTIONS}
     for algo in (*METHODS, "all"):
-        texts = [f"{key} {cell(found[key][algo], 2)}" for key in PREDICTIONS]
+        texts = [f"{key} {kit.fisher_cell(found[key][algo])}" for key in PREDICTIONS]
         name = "all" if algo == "all" else style(algo)[0]
         lines.append(f"    {name}: {', '.join(texts)}")
     lines.append("entropy of the rollouts, end less start; of it on the same states:")
@@ -234,9 +237,10 @@ def draw_agreement(ax, rows):
         found = agreements(rows, key)
         for i, algo in enumerate(METHODS):
             _, colour, _, marker = style(algo)
-            centre, half = mean_interval(found[algo])
+            centre, low, high = kit.fisher(found[algo])
+            bars = [[centre - low], [high - centre]]
             x = place + (i - 3) / 10
-            ax.errorbar(x, centre, half or 0, fmt=marker, color=colour, ms=4, capsize=2, lw=1)
+            ax.errorbar(x, centre, bars, fmt=marker, color=colour, ms=4, capsize=2, lw=1)
     ax.axhline(0, color="0.8", lw=0.8, zorder=0)
     ax.set_ylim(-1.05, 1.05)
     ax.set_xticks(range(len(PREDICTIONS)), PREDICTIONS.values(), fontsize=9)

@@ -5,8 +5,8 @@
 GTPO is trained for 40 steps. Before and after, 64 held-out problems are sampled 8 times, and every
 token gets the name of its place in the grammar of the task, "36-8=28", newline, ..., "#### 28".
 
-What a token decides is measured by forks: 32 continuations of the first completion of each problem
-after 0, 1, 2, ... of its tokens. V_t is the success rate after t tokens, and a token's change is
+What a token decides is measured by forks, before training: 32 continuations of each problem's first
+completion after 0, 1, 2, ... of its tokens. V_t is the success rate after t tokens, and a token's change is
 (V_t - V_{t-1})^2. The square of an estimate would count its noise, so the two factors come from
 two halves of the continuations (`squared_change`). A kind's share is its sum over the total.
 
@@ -115,6 +115,20 @@ def same_kind(code, members, group_size):
     return (same.sum(2) / both.sum(2)).view_as(members)  # 0 / 0 is NaN
 
 
+def of_forks(trainer, batch, code):
+    """{(what, name): value} of the changes at the tokens of each problem's first completion."""
+    rows = torch.arange(0, len(batch.mask), GROUP)
+    change = torch.cat([forks(trainer, batch, row) for row in rows.tolist()])
+    on = batch.mask[rows]
+    code, H = code[rows][on], batch.sampler_entropy[rows][on]
+    found = {}
+    for i, name in enumerate(KINDS):
+        if (code == i).any():
+            found["share of the change", name] = change[code == i].sum() / change.sum()
+    top = change[H >= H.quantile(0.8)].sum() / change.sum()
+    return {**found, ("all", "share of the change in the top fifth of H"): top}
+
+
 @torch.no_grad()
 def forks(trainer, batch, row):
     """The change of the success rate at each token of a completion, squared. [n]"""
@@ -166,15 +180,8 @@ def look(trainer, problems, when, seed):
         for what, members in (("factor, right", right), ("factor, wrong", wrong)):
             found[what, name] = weight[here & members].mean()  # NaN where there is none
         found["same kind beside it", name] = neighbours[here].nanmean()
-    change = torch.cat([forks(trainer, batch, row) for row in range(0, len(on), GROUP)])
-    forked = on.clone()
-    forked[torch.arange(len(on)) % GROUP != 0] = False  # row after row, as in `change`
-    for i, name in enumerate(KINDS):
-        if (code[forked] == i).any():
-            share_of_kind = change[code[forked] == i].sum() / change.sum()
-            found["share of the change", name] = share_of_kind
-    decided = change[H[forked] >= H[forked].quantile(0.8)].sum() / change.sum()
-    found["all", "share of the change in the top fifth of H"] = decided
+    if when == "before":
+        found |= of_forks(trainer, batch, code)
     compared = right & ~neighbours.isnan()
     top = compared & (H >= H[compared].quantile(0.9))
     found["all", "right tokens alone at their position"] = 1 - compared.sum() / right.sum()
@@ -212,8 +219,8 @@ def of(rows, what, name, when):
 
 def draw(rows, out):
     """Entropy, share of entropy and of change, and GTPO's weight of each kind of token."""
-    figure = new_figure(11, 8)
-    (entropy, factor), shares = figure.subplots(2, 2)
+    figure = new_figure(11, 4.6)
+    entropy, shares, factor = figure.subplots(1, 3, sharey=True)
     names = [name for name in KINDS if of(rows, "entropy", name, "before")[0] is not None]
     names = [name for name in names if name != "other"][::-1]
     for offset, when in ((0.2, "before"), (-0.2, "after")):
@@ -223,16 +230,15 @@ def draw(rows, out):
         found = [of(rows, f"factor, {which}", name, "after") for name in names]
         text = "right completions, H (Eq. 3)" if which == "right" else "wrong, 1/H (Eq. 5)"
         bars(factor, found, offset, COLOURS[which], text)
-    for ax, when in zip(shares, ("before", "after"), strict=True):
-        for offset, what in ((0.2, "entropy"), (-0.2, "change")):
-            found = [of(rows, f"share of the {what}", name, when) for name in names]
-            text = "of the entropy" if what == "entropy" else "of the change of the success rate"
-            bars(ax, found, offset, COLOURS[what], text)
-        ax.set(title=f"Shares, {when} training", xlabel="share of the total", xlim=(-0.1, 1.1))
+    for offset, what in ((0.2, "entropy"), (-0.2, "change")):
+        found = [of(rows, f"share of the {what}", name, "before") for name in names]
+        text = "of the entropy" if what == "entropy" else "of the change of the success rate"
+        bars(shares, found, offset, COLOURS[what], text)
+    shares.set(title="Shares, before training", xlabel="share of the total")
     entropy.set(title="Entropy of each kind of token", xlabel="nats")
     factor.set(title="GTPO's weight, after training", xlabel="times the mean at the position")
     factor.axvline(1, color="0.6", lw=0.8)
-    for ax in (entropy, factor, *shares):
+    for ax in (entropy, shares, factor):
         ax.set_yticks(range(len(names)), names)
         ax.legend(frameon=False, fontsize=8, loc="lower right")
     save(figure, out)

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import csv
 import io
+import math
 import multiprocessing
 import sys
 import tempfile
@@ -18,9 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, in a worker too
 
+from scipy import stats
 from tqdm import tqdm
 
 from run.commandline import Parser, output_file
+from run.table import cell, mean_interval
 
 
 @contextlib.contextmanager
@@ -93,6 +96,37 @@ def runs_of(rows, **wanted):
         if all(row[name] == value for name, value in wanted.items()):
             runs.setdefault(row["seed"], []).append(row)
     return [runs[seed] for seed in sorted(runs)]
+
+
+def fisher(correlations):
+    """(mean, low, high) of correlations: mean and 95% t-interval of atanh r, turned back.
+
+    On this scale an interval ends within -1 and 1. low and high are the mean for a single value.
+    """
+    centre, half = mean_interval([math.atanh(min(r, 1 - 1e-9)) for r in correlations])
+    return tuple(math.tanh(centre + sign * (half or 0)) for sign in (0, -1, 1))
+
+
+def fisher_cell(correlations, digits=2):
+    """ "0.84 (0.60 to 0.94)"."""
+    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*fisher(correlations), d=digits)
+
+
+def holm(p):
+    """p-values, each corrected for the number of those that are not smaller."""
+    corrected, largest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def compared(differences, digits):
+    """Texts "+0.010 ± 0.020, p 0.1" of lists of paired differences, p by Holm over all of them."""
+    several = all(len(values) > 1 for values in differences)
+    p = holm([stats.ttest_1samp(x, 0).pvalue for x in differences]) if several else []
+    texts = [cell(values, digits, "+") for values in differences]
+    return [f"{text}, p {q:.2g}" for text, q in zip(texts, p, strict=True)] if several else texts
 
 
 def write_rows(path, rows):

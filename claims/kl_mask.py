@@ -140,12 +140,15 @@ def say(rows):
 
 def draw(rows, out):
     figure = new_figure(11, 3.6)
-    left, middle, right = figure.subplots(1, 3)
+    left, middle, right = figure.subplots(1, 3)  # entropy, ratio of the pushes, what is taken
     for kl_coef, (colour, dashes, width) in zip(COEFFICIENTS, LOOKS, strict=False):
         runs = kit.runs_of(rows, kl_coef=kl_coef)
-        for ax, name in ((left, "entropy"), (middle, "accuracy")):
-            steps = [row["step"] for row in runs[0]]
-            curve = [fmean(run[i][name] for run in runs) for i in range(len(steps))]
+        steps = [row["step"] for row in runs[0]]
+        for ax, name in ((left, "entropy"), (middle, "force")):
+            if name == "force" and kl_coef == 0:
+                continue  # no push on a log scale
+            columns = ([run[i][name] for run in runs] for i in range(len(steps)))
+            curve = [fmean(x for x in column if x is not None) for column in columns]
             ax.plot(steps, curve, dashes, color=colour, lw=width, label=f"kl_coef {kl_coef}")
     base, places = kit.runs_of(rows, kl_coef=0), range(len(EDGES) - 1)
     shares = [
@@ -161,8 +164,9 @@ def draw(rows, out):
     right.set_title("What the mask takes, kl_coef 0")
     left.set_title("Entropy of the rollouts")
     left.set_ylabel("nats per token")
-    middle.set_title("Accuracy of the rollouts")
-    middle.set_ylabel("share correct")
+    middle.axhline(1, color="0.6", lw=0.8)
+    middle.set(title="Push of the penalty", yscale="log", ylim=(1e-6, 3))
+    middle.set_ylabel("times the policy term's push")
     for ax in (left, middle):
         ax.set_xlabel("step")
         ax.set_xticks(range(0, steps[-1] + 1, 5))

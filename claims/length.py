@@ -22,8 +22,9 @@ import torch
 from claims import kit
 from grpo import advantages
 from run.algorithm import load_algorithm
+from run.runs import read_runs
 from run.style import new_figure, save, style
-from run.table import cell, mean_interval
+from run.table import cell, mean_interval, per_seed, tabulate
 
 STEPS, LAST = 20, 5
 COUNTS = (2, 3, 4, 5)  # calculations of a problem
@@ -31,6 +32,8 @@ BINS = ((1, 6), (7, 14), (15, 22), (23, 30), (31, 38), (39, 64))  # tokens
 RANGES = tuple(f"{low}-{high}" for low, high in BINS)
 PAIRS = (("grpo", "dapo"), ("gspo", "tepo"))
 METHODS = [algo for pair in PAIRS for algo in pair]
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "methods.csv"
+PER_SEQUENCE, PER_TOKEN = ("grpo", "grpo_s", "trgrpo"), ("dapo", "tepo", "gtpo")
 FEWEST = 7  # completions of a mean that is drawn
 COLUMNS = ("method", "seed", "what", "name", "value", "count")
 
@@ -110,7 +113,27 @@ def one_run(task):
 
 def measure(args, steps=STEPS, last=LAST, tested=500):
     tasks = [(seed, algo, steps, last, tested) for seed in args.seeds for algo in PAIRS[0]]
-    return kit.each(one_run, tasks, args.jobs)
+    return kit.each(one_run, tasks, args.jobs) + of_docs()
+
+
+def of_docs():
+    """Rows: three methods that average per sequence less three per token, docs/methods.csv.
+
+    Greedy accuracy after the last step, and the length of the rollouts of the last steps.
+    """
+    table = per_seed(tabulate(read_runs([DOCS]))).reset_index()
+    rows = []
+    for seed, runs in table.groupby("seed"):
+        for name, column in (("accuracy", "final"), ("length", "length")):
+            by_algo = runs.set_index("algo")[column]
+            less = by_algo[list(PER_SEQUENCE)].mean() - by_algo[list(PER_TOKEN)].mean()
+            about = (
+                DOCS.relative_to(DOCS.parents[1]).as_posix(),
+                seed,
+                "per sequence less per token",
+            )
+            rows.append(dict(zip(COLUMNS, (*about, name, float(less), None), strict=True)))
+    return rows
 
 
 def values(rows, method, what, name, column="value"):
@@ -134,10 +157,13 @@ def draw(rows, out):
         found = {n: interval(value) for n, value in found.items() if value}
         x = [n + shift for n in found]
         name, colour = ("start", "#999999") if method == "start" else style(method)[:2]
-        mean, half = zip(*found.values(), strict=True)
-        left.errorbar(x, mean, half, marker="o", ms=4, capsize=3, color=colour, label=name)
+        left.plot(x, [mean for mean, _ in found.values()], color=colour, lw=1.5, label=name)
+        for n, place in zip(found, x, strict=True):
+            seeds = list(values(rows, method, "accuracy", n).values())
+            left.plot([place] * len(seeds), seeds, ".", color=colour, ms=6)
     left.set(title=f"Greedy accuracy after {STEPS} steps", xlabel="calculations of the problem")
-    left.set(ylabel="share correct, held out", ylim=(0, 1.25), xticks=COUNTS)
+    left.set(ylabel="share correct, held out", ylim=(0, 1.15), xticks=COUNTS)
+    left.set_yticks([0, 0.25, 0.5, 0.75, 1])
     left.legend(frameon=False, fontsize=8, loc="upper right", ncols=3)
     for ax, pair in zip(others, PAIRS, strict=True):
         for method in pair:
@@ -166,9 +192,16 @@ def say(rows):
         texts = [f"{n}: {cell(values(rows, method, 'accuracy', n).values(), 3)}" for n in COUNTS]
         lines.append(f"accuracy by calculations, {method}: {', '.join(texts)}")
     grpo, dapo = ([values(rows, algo, "accuracy", n) for n in COUNTS] for algo in PAIRS[0])
-    less = [{seed: b[seed] - a[seed] for seed in a} for a, b in zip(grpo, dapo, strict=True)]
-    texts = [f"{n}: {cell(x.values(), 3, '+')}" for n, x in zip(COUNTS, less, strict=True)]
-    lines.append(f"DAPO less GRPO: {', '.join(texts)}")
+    less = [[b[seed] - a[seed] for seed in a] for a, b in zip(grpo, dapo, strict=True)]
+    texts = [f"{n}: {text}" for n, text in zip(COUNTS, kit.compared(less, 3), strict=True)]
+    lines.append(f"DAPO less GRPO, p by Holm: {'; '.join(texts)}")
+    for name, digits in (("accuracy", 3), ("length", 2)):
+        less = cell(
+            values(rows, "docs/methods.csv", "per sequence less per token", name).values(),
+            digits,
+            "+",
+        )
+        lines.append(f"docs/methods.csv, per sequence less per token, {name}: {less}")
     for method in METHODS:
         for what in ("right", "wrong", "right, share", "wrong, share"):
             found = {name: values(rows, method, what, name) for name in RANGES}

@@ -22,7 +22,7 @@ import copy
 import math
 import sys
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, linear_regression
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when run as a script
 
@@ -154,9 +154,7 @@ def slope(rows, key):
             continue
         x = [math.log(row["length"]) for row in part]
         y = [math.log(row[key]) for row in part]
-        mx, my = fmean(x), fmean(y)
-        products = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
-        found.append(products / sum((a - mx) ** 2 for a in x))
+        found.append(linear_regression(x, y).slope)
     return found
 
 

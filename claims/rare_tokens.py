@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, whe
 
 import torch
 
-from claims.kit import command, each, trainer
+from claims.kit import command, each, fisher_cell, trainer
 from run.algorithm import load_algorithm
 from run.style import new_figure, save, style
 from run.table import cell
@@ -211,7 +211,7 @@ def draw_norms(ax, rows, policy):
     ax.plot(p, exact, ".", color="black", ms=5, label="exact: all weights")
     label = f"last hidden state, x {scale:.0f}"
     ax.plot(p, [scale * x for x in hidden], "+", color="#D55E00", ms=6, label=label)
-    ax.set_xlabel("probability of the token")
+    ax.set(yscale="log", xlabel="probability of the token")
     ax.set_ylabel(f"{policy} policy\n\nnorm of its gradient")
 
 
@@ -297,7 +297,7 @@ def say(rows):
     lines = []
     for policy in POLICIES:
         part = [row for row in rows if row["policy"] == policy]
-        ranks = cell(values(part, "rank", kind="ranks"), 3)
+        ranks = fisher_cell(values(part, "rank", kind="ranks"), 3)
         lines.append(f"{policy} policy: rank correlation of exact and hidden {ranks}")
         for d in (0, 1, 2, 4, 9):
             p = cell(values(part, "p", kind="decile", part=d), 4)
