@@ -5,8 +5,8 @@
 GTPO is trained for 40 steps. Before and after, 64 held-out problems are sampled 8 times, and every
 token gets the name of its place in the grammar of the task, "36-8=28", newline, ..., "#### 28".
 
-What a token decides is measured by forks, before training: 32 continuations of each problem's first
-completion after 0, 1, 2, ... of its tokens. V_t is the success rate after t tokens, and a token's change is
+What a token decides is measured by forks, before training: 32 continuations of each completion
+after 0, 1, 2, ... of its tokens. V_t is the success rate after t tokens, a token's change is
 (V_t - V_{t-1})^2. The square of an estimate would count its noise, so the two factors come from
 two halves of the continuations (`squared_change`). A kind's share is its sum over the total.
 
@@ -116,12 +116,10 @@ def same_kind(code, members, group_size):
 
 
 def of_forks(trainer, batch, code):
-    """{(what, name): value} of the changes at the tokens of each problem's first completion."""
-    rows = torch.arange(0, len(batch.mask), GROUP)
-    change = torch.cat([forks(trainer, batch, row) for row in rows.tolist()])
-    on = batch.mask[rows]
-    code, H = code[rows][on], batch.sampler_entropy[rows][on]
-    found = {}
+    """{(what, name): value} of the changes at all tokens of the rollout."""
+    on = batch.mask
+    change = torch.cat([forks(trainer, batch, row) for row in range(len(on))])
+    code, H, found = code[on], batch.sampler_entropy[on], {}
     for i, name in enumerate(KINDS):
         if (code == i).any():
             found["share of the change", name] = change[code == i].sum() / change.sum()
