@@ -134,12 +134,6 @@ def bandit(p_ref, beta):
     return found
 
 
-def cheapest_kl(p, p_ref):
-    """The least KL(pi || pi_ref) in nats at which pi has the probability of success p."""
-    pairs = ((p, p_ref), (1 - p, 1 - p_ref))
-    return sum(a * math.log(a / b) for a, b in pairs if a > 0)
-
-
 def choose(each=8):
     """The first training problems of two steps, and of three, `each` of both."""
     rows, chosen = problems(400, 0, "train"), []
@@ -277,14 +271,10 @@ def say(rows):
             f"{cell(line['reached'], 3)}; paper {line['paper']:.3f}, groups {line['groups']:.3f}, "
             f"lines {line['lines']:.3f}"
         )
-    before = tally(rows, "before")
     for beta in BETAS:
         runs = kit.runs_of(rows, part="steps", beta=beta)
         kl = [fmean(r["kl"] for r in run[-LAST:]) for run in runs]
-        after_training = tally(rows, "after", beta=beta)
-        pairs = [(rate(after_training[q])[1], rate(before[q])[1]) for q in before]
-        least = fmean(cheapest_kl(*pair) for pair in pairs)
-        text.append(f"beta {beta:g}: KL {cell(kl, 3)} nats; that p needs {least:.3f}")
+        text.append(f"beta {beta:g}: KL {cell(kl, 3)} nats per completion")
     for beta in BETAS:
         (run,) = kit.runs_of(rows, part="bandit", beta=beta)
         level = limit(BANDIT_START, beta)
@@ -293,21 +283,15 @@ def say(rows):
 
 
 COLOURS = {1.0: "#C44E52", 2.0: "#4C72B0"}
-LEVELS = {
-    "paper": ("s", "recursion"),
-    "groups": ("^", "recursion, groups of 16"),
-    "lines": ("D", "a choice per line"),
-}
 
 
 def draw(rows, out):
-    figure = new_figure(11, 7.6)
-    (exact, steps), (levels, each) = figure.subplots(2, 2)
+    figure = new_figure(12, 4.2)
+    exact, steps, each = figure.subplots(1, 3)
     draw_bandit(exact, rows)
     draw_steps(steps, rows)
-    draw_levels(levels, rows)
     draw_problems(each, rows)
-    for ax in (exact, steps, levels, each):
+    for ax in (exact, steps, each):
         ax.set_ylim(0, 1.04)  # a level can be 1
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=8, loc="best", ncols=2 if ax is steps else 1)
@@ -338,30 +322,12 @@ def draw_steps(ax, rows):
     for beta in BETAS:
         look = {"color": COLOURS[beta], "label": f"measured, β = {beta:g}"}
         draw_runs(ax, kit.runs_of(rows, part="steps", beta=beta), **look)
-        for name, dashes in (("paper", "--"), ("lines", ":")):
+        for name, dashes, text in (("paper", "--", "recursion"), ("lines", ":", "per line")):
             level = fmean(predicted(before, beta, steps)[name] for steps in KINDS)
-            label = f"{LEVELS[name][1]}, β = {beta:g}"
+            label = f"{text}, β = {beta:g}"
             ax.axhline(level, color=COLOURS[beta], ls=dashes, lw=1.3, label=label)
     ax.axhline(p_of(before), color="0.6", lw=1, label="start policy")
     ax.set(title="Embedded model", xlabel="update", ylabel="p, mean over 16 problems")
-
-
-def draw_levels(ax, rows):
-    lines = table(rows)
-    for i, line in enumerate(lines):
-        colour, reached = COLOURS[line["beta"]], line["reached"]
-        ax.plot([i - 0.3, i + 0.3], [line["p_ref"]] * 2, color="0.6")
-        ax.plot([i - 0.25] * len(reached), reached, "o", color=colour, ms=5)
-        for k, (name, (marker, _)) in enumerate(LEVELS.items()):
-            ax.plot(i - 0.1 + 0.15 * k, line[name], marker, mfc="none", mec=colour, ms=7)
-    for marker, label in LEVELS.values():
-        ax.plot([], [], marker, mfc="none", mec="0.2", label=label)
-    ax.plot([], [], "o", color="0.2", label="measured, per seed")
-    ax.plot([], [], color="0.6", label="start policy")
-    names = [f"β = {line['beta']:g}\n{line['steps']} steps" for line in lines]
-    ax.set_xticks(range(len(lines)), names)
-    ax.set_title("Where p ends, and three predictions")
-    ax.set_ylabel("p, mean over 8 problems")
 
 
 def draw_problems(ax, rows):

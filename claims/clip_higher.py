@@ -155,10 +155,9 @@ def say(rows):
 
 
 def draw(rows, out):
-    figure = new_figure(11, 3.8)
-    left, middle, right = figure.subplots(1, 3)
-    draw_bound(left)
-    draw_clipped(middle, rows)
+    figure = new_figure(9, 3.8)
+    left, right = figure.subplots(1, 2)
+    draw_clipped(left, rows)
     for bound, colour in zip(BOUNDS, COLOURS, strict=True):
         for i, run in enumerate(kit.runs_of(rows, eps_high=bound)):
             x, y = (running_mean([row[name] for row in run]) for name in ("accuracy", "entropy"))
@@ -169,19 +168,6 @@ def draw(rows, out):
     right.set_title("Entropy against accuracy")
     right.legend(frameon=False, fontsize=9)
     save(figure, out)
-
-
-def draw_bound(ax):
-    """What a token's probability may grow to."""
-    old = [i / 200 for i in range(201)]
-    for bound, colour in zip(BOUNDS, COLOURS, strict=True):
-        room = [min(bound * p, 1 - p) for p in old]
-        ax.plot(old, room, color=colour, lw=1.5, label=f"eps_high {bound}")
-    ax.set_xlabel("probability when sampled")
-    ax.set_ylabel("room to grow before the clip")
-    ax.set_title("What the bounds allow")
-    ax.set_ylim(0, 0.27)
-    ax.legend(frameon=False, fontsize=9, loc="upper left")
 
 
 def draw_clipped(ax, rows):

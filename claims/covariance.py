@@ -39,7 +39,6 @@ WARMUP = 2  # steps; the correlations leave out those before it
 FLAGS = ("--lr", "2e-4", "--warmup", str(WARMUP))  # twice the default: the fall in half the steps
 PART = 0.01  # of the step, for `weights`
 ENDS = 3  # steps at each end of a run, whose mean is its start or end
-FAR = 0.0015  # nats: an error of Lemma 1 that is looked at
 PREDICTIONS = {
     "weights": "a hundredth of\nthe step, times 100",
     "lemma": "Lemma 1,\nlogits' change",
@@ -194,12 +193,6 @@ def say(rows):
         part = sum(row[key] for row in late) / sum(row["change"] for row in late)
         off = median(abs(row[key] - row["change"]) for row in late)
         lines.append(f"    {key}: its sum is {part:.2f} of the measured; off by {off:.5f} (median)")
-    far = [row for row in late if abs(row["lemma"] - row["change"]) > FAR]
-    errors = [(row["lemma"] - row["change"], row["weights"] - row["change"]) for row in far]
-    both = sum(a * b > 0 and abs(b) > FAR / 2 for a, b in errors)
-    size = median(abs(row["change"]) for row in late)
-    lines.append(f"a change is {size:.5f} in the median; the lemma is off by more than {FAR} in")
-    lines.append(f"    {len(far)} steps, `weights` to the same side and by half of that in {both}")
     return lines
 
 

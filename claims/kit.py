@@ -98,6 +98,11 @@ def runs_of(rows, **wanted):
     return [runs[seed] for seed in sorted(runs)]
 
 
+def values(rows, key, **wanted):
+    """The values of one column in the rows that agree with `wanted`: one per seed."""
+    return [row[key] for row in rows if all(row[k] == v for k, v in wanted.items())]
+
+
 def fisher(correlations):
     """(mean, low, high) of correlations: mean and 95% t-interval of atanh r, turned back.
 

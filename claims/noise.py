@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, whe
 
 import torch
 
-from claims.kit import command, each, trainer
+from claims.kit import command, each, trainer, values
 from run.style import new_figure, save, style
 from run.table import cell, mean_interval
 
@@ -138,11 +138,6 @@ def run(task):
 
 def measure(args):
     return each(run, [(seed, SIZES, ()) for seed in args.seeds], args.jobs)
-
-
-def values(rows, key, **wanted):
-    """The values of one column in the rows that agree with `wanted`: one per seed."""
-    return [row[key] for row in rows if all(row[k] == v for k, v in wanted.items())]
 
 
 def slope(rows, key):

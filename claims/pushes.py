@@ -11,7 +11,6 @@ weight. tests/test_claims.py holds it against the gradient of the method's own `
 The figure shows a completion of 20 tokens in which one token has moved.
 """
 
-import csv
 import math
 import sys
 from pathlib import Path
@@ -188,11 +187,6 @@ def draw(rows, out):
     save(figure, out)
 
 
-def rounded(value):
-    """A number to four digits; a text as it is."""
-    return f"{value:.4g}" if isinstance(value, float) else value
-
-
 def main(argv=None):
     parser = Parser(
         description=__doc__.split("\n")[0], epilog="It runs in seconds, without a model."
@@ -212,12 +206,7 @@ def write(out):
     """The figure, and the .csv with every fifth point."""
     rows, numbers = curves(), out.with_suffix(".csv")
     draw(rows, out)
-    with open(numbers, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        for row in rows:
-            if round(row["ratio"] * 100) % 5 == 0:
-                writer.writerow({key: rounded(value) for key, value in row.items()})
+    kit.write_rows(numbers, [row for row in rows if round(row["ratio"] * 100) % 5 == 0])
     print(f"wrote {out} and {numbers}")
 
 

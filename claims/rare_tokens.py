@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, whe
 
 import torch
 
-from claims.kit import command, each, fisher_cell, trainer
+from claims.kit import command, each, fisher_cell, trainer, values
 from run.algorithm import load_algorithm
 from run.style import new_figure, save, style
 from run.table import cell
@@ -248,11 +248,6 @@ def decile_axis(ax, rows):
     labels = [f"{d + 1}\n{x:.2f}" for d, x in enumerate(p)]
     ax.set_xticks(range(1, PARTS + 1), labels, fontsize=8)
     ax.set_xlabel("decile of the tokens; their mean probability")
-
-
-def values(rows, key, **wanted):
-    """The values of one column in the rows that agree with `wanted`: one per seed."""
-    return [row[key] for row in rows if all(row[k] == v for k, v in wanted.items())]
 
 
 def first(rows, key, count, method):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,9 +36,6 @@ def test_the_recursion_is_the_maximum_of_the_objective(beta, p):
     closed = REF * (advantage(p) / beta).exp()
     torch.testing.assert_close(pi, closed / closed.sum(), atol=1e-6, rtol=0)
     assert amp.after(p, 0.25, beta) == pytest.approx((pi * RIGHT).sum().item(), abs=1e-6)
-    # Nothing is spent but on right against wrong.
-    kl = (pi * (pi / REF).log()).sum().item()
-    assert amp.cheapest_kl(amp.after(p, 0.25, beta), 0.25) == pytest.approx(kl, abs=1e-6)
 
 
 @pytest.mark.parametrize("beta", [1.0, 2.0])
@@ -46,6 +44,8 @@ def test_the_limit_is_a_fixed_point_above_the_start(beta, p_ref):
     p = amp.limit(p_ref, beta)
     assert amp.after(p, p_ref, beta) == pytest.approx(p, abs=1e-6)
     assert p > p_ref + 0.02
+    # and the bandit, which takes a gradient step at a time, ends there
+    assert amp.bandit(p_ref, beta)[-1] == pytest.approx(p, abs=0.005)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.4, 0.9])
@@ -61,62 +61,53 @@ def test_the_gap_of_groups_is_that_of_all_groups_one_by_one(p):
     assert amp.gap_of_group(p, 200) == pytest.approx(amp.gap(p), rel=0.02)
 
 
-def push_up(p, p_ref, beta, n=10_000):
-    """- d loss / d logit p of grpo.py on n completions of one token, a share p of them right."""
-    z = torch.tensor(math.log(p / (1 - p)), dtype=torch.float64, requires_grad=True)
-    right = torch.arange(n) < round(p * n)
-    logp = torch.where(right, torch.nn.functional.logsigmoid(z), torch.nn.functional.logsigmoid(-z))
-    ref = torch.where(right, math.log(p_ref), math.log(1 - p_ref)).double()
-    a = grpo.advantages(right.double(), n)
-    one = torch.ones(n, 1)
-    loss = grpo.loss(
-        logp[:, None], logp.detach()[:, None], a, one, beta=beta, ref_logprobs=ref[:, None]
-    )
-    loss.backward()
-    return -z.grad.item()
+@pytest.mark.parametrize("p_ref", [0.1, 0.3])
+def test_one_choice_that_decides_all_is_the_recursion(p_ref):
+    want = amp.limit(p_ref, 1.5, amp.gap_of_group)
+    assert amp.limit_lines([p_ref], [0.0, 1.0], 1.5) == pytest.approx(want, abs=1e-6)
 
 
-@pytest.mark.parametrize("beta", [1.0, 2.0])
-def test_the_gradient_of_the_loss_vanishes_at_k3s_level(beta):
-    p = round(amp.limit_k3(0.25, beta, amp.gap), 4)  # a share that 10,000 completions can have
-    assert abs(push_up(p, 0.25, beta)) < 1e-3
-    assert push_up(p - 0.05, 0.25, beta) > 5e-3
-    assert push_up(p + 0.05, 0.25, beta) < -5e-3
-
-
-def test_one_choice_that_decides_all_is_k3s_level():
-    for p_ref, beta in ((0.1, 1.0), (0.3, 2.0)):
-        want = amp.limit_k3(p_ref, beta)
-        assert amp.limit_lines([p_ref], [0.0, 1.0], beta) == pytest.approx(want, abs=1e-6)
-
-
-def test_two_lines_by_enumeration():
-    """All completions of a policy with two choices: the mean gradient of grpo's loss is 0."""
+def test_two_lines_by_gradient_ascent():
+    """E[A] - beta KL over a policy with two choices, A from the policy of the step before."""
     stay_ref, right, beta = [0.4, 0.6], [0.05, 0.1, 0.9], 1.5
-    values, z = amp.success(stay_ref, right), torch.zeros(2, dtype=torch.float64)
-    assert values[0] == pytest.approx(0.6 * 0.05 + 0.4 * (0.4 * 0.1 + 0.6 * 0.9))
-    z.requires_grad_()
-    ref = torch.tensor(stay_ref, dtype=torch.float64).logit()
-    outcomes = [((0,), right[0]), ((1, 0), right[1]), ((1, 1), right[2])]  # choices, P(right)
-    for _ in range(400):
-        logps = [chosen(z, choices) for choices, _ in outcomes]
-        pi = [logp.detach().sum().exp().item() for logp in logps]
-        p = sum(x * chance for x, (_, chance) in zip(pi, outcomes, strict=True))
-        loss = 0
-        for logp, share, (choices, chance) in zip(logps, pi, outcomes, strict=True):
-            a = (chance - p) * amp.gap_of_group(p)
-            penalty = grpo.k3(chosen(ref, choices), logp).sum()
-            loss = loss + share * (beta * penalty - a * logp.sum())
-        (gradient,) = torch.autograd.grad(loss, z)
-        z.data -= 2 * gradient
-    assert gradient.abs().max() < 1e-6
-    assert amp.limit_lines(stay_ref, right, beta) == pytest.approx(p, abs=1e-4)
+    assert amp.success(stay_ref, right)[0] == pytest.approx(0.6 * 0.05 + 0.4 * (0.4 * 0.1 + 0.54))
+    ref = torch.tensor(stay_ref, dtype=torch.float64)
+    ref_ends = ends(ref)
+    z = ref.logit().requires_grad_()
+    optimizer = torch.optim.Adam([z], lr=0.02)
+    for _ in range(600):
+        pi = ends(z.sigmoid())
+        p = (pi * torch.tensor(right)).sum()
+        loss = beta * (pi * (pi / ref_ends).log()).sum() - p * amp.gap_of_group(p.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert amp.limit_lines(stay_ref, right, beta) == pytest.approx(p.item(), abs=1e-4)
 
 
-def chosen(z, choices):
-    """Log-probabilities of going on (1) or not (0), one choice after the other. [T]"""
-    signs = torch.tensor([1.0 if c else -1.0 for c in choices], dtype=torch.float64)
-    return torch.nn.functional.logsigmoid(signs * z[: len(choices)])
+def ends(stay):
+    """The probabilities to answer after 0, 1 and 2 lines."""
+    return torch.stack([1 - stay[0], stay[0] * (1 - stay[1]), stay[0] * stay[1]])
+
+
+def test_the_kl_in_the_reward_has_the_gradient_of_the_kl():
+    """E over groups of 1/G sum_i kl_i dlog pi(o_i) is dKL(pi || pi_ref), by enumeration."""
+    z = torch.tensor([0.3, -0.4, 0.1], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+    pi = z.softmax(0)
+    (want,) = torch.autograd.grad((pi * (pi / ref).log()).sum(), z, retain_graph=True)
+    got, G = torch.zeros(3, dtype=torch.float64), 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(amp, "GROUP", G)
+        for group in itertools.product(range(3), repeat=G):
+            chance = math.prod(pi[a].item() for a in group)
+            old = torch.stack([pi[a].detach().log() for a in group])[:, None]
+            given = {"old_logprobs": old, "ref_logprobs": ref[list(group)].log()[:, None]}
+            kl = amp.kl_of(SimpleNamespace(**given, mask=torch.ones(G, 1)))
+            for a, weight in zip(group, kl.tolist(), strict=True):
+                (score,) = torch.autograd.grad(pi[a].log(), z, retain_graph=True)
+                got += chance * weight * score / G
+    torch.testing.assert_close(got, want)
 
 
 def test_the_problems_are_of_their_kinds():
@@ -130,10 +121,9 @@ def test_the_problems_are_of_their_kinds():
 def rows():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(amp, "STEPS", 3)
-        patch.setattr(amp, "EPOCHS", 2)
-        patch.setattr(amp, "EVERY", 2)
         patch.setattr(amp, "DRAWS", 32)
-        return amp.run((0, 2.0))
+        patch.setattr(amp, "BETAS", (2.0,))
+        return amp.measure(SimpleNamespace(seeds=[0], jobs=1))
 
 
 def test_the_rows_in_miniature(rows):
@@ -145,7 +135,8 @@ def test_the_rows_in_miniature(rows):
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-4)  # the start policy itself
     assert steps[2]["kl"] > 0.01
     assert steps[2]["p"] > steps[0]["p"]
-    assert [r["clip"] for r in rows if r["part"] == "epochs"] == list(amp.CLIPS)
+    (bandit,) = kit.runs_of(rows, part="bandit", beta=2.0)
+    assert bandit[0]["p"] == pytest.approx(amp.BANDIT_START) and bandit[-1]["p"] > 0.4
 
 
 def test_lines_and_figure(rows, tmp_path, monkeypatch):

@@ -38,8 +38,8 @@ def test_an_effect_of_the_seed_alone_leaves_no_residual():
 
 def test_holm_by_hand():
     """Sorted 0.01, 0.02, 0.03 times 3, 2, 1; none is smaller than the one before it."""
-    assert apart.holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
-    assert apart.holm([0.9, 0.5]) == [1.0, 1.0]
+    assert kit.holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert kit.holm([0.9, 0.5]) == [1.0, 1.0]
 
 
 def test_a_contrast_is_the_difference_of_means_with_the_pooled_error():

@@ -47,15 +47,25 @@ def test_same_kind_counts_the_other_members_only():
     assert share[3].isnan().all() and share[2, 1].isnan()
 
 
-def test_a_shift_by_one_token_changes_the_weights():
-    same, later = claim.shifted(torch.tensor([0.6, 0.2, 0.6]))
-    assert same.tolist() == pytest.approx([1, 1, 1])
-    assert later.tolist() == pytest.approx([1, 0.5, 1.5])  # beside 0.6, 0.6, 0.2
+def test_the_squared_change_by_hand():
+    """Halves of two draws each: success rates 0, 1/2, 1 and 1/2, 1/2, 1."""
+    wins = torch.tensor([[0, 0, 1, 0], [1, 0, 0, 1], [1, 1, 1, 1]])
+    assert claim.squared_change(wins).tolist() == [0.0, 0.25]
 
 
-def test_the_experiment_in_miniature(tmp_path):
+def test_the_squared_change_has_no_bias():
+    g = torch.Generator().manual_seed(0)
+    p = torch.tensor([0.5, 0.5, 0.9])[:, None]
+    found = [claim.squared_change(torch.rand(3, 8, generator=g) < p) for _ in range(3000)]
+    assert torch.stack(found).mean(0).tolist() == pytest.approx([0, 0.16], abs=0.01)
+
+
+def test_the_experiment_in_miniature(tmp_path, monkeypatch):
     args = SimpleNamespace(seeds=[0], jobs=1)
+    monkeypatch.setattr(claim, "DRAWS", 2)
     rows = claim.measure(args, steps=1, problems=16)
+    shares = [r["value"] for r in rows if r["what"] == "share of the change"]
+    assert sum(value or 0 for value in shares) == pytest.approx(1)
     for when in ("before", "after"):
         shares = [
             r["value"] for r in rows if (r["what"], r["when"]) == ("share of the tokens", when)

@@ -28,19 +28,24 @@ def test_the_embedded_task_draws_what_it_drew_before():
 
 
 def run_of(algo, seed, *accuracies):
-    rows = [{"phase": "eval", "accuracy": value} for value in accuracies]
+    rows = [{"phase": "eval", "step": i, "accuracy": a} for i, a in enumerate(accuracies)]
     return {"algo": algo, "seed": seed, "rows": pd.DataFrame(rows)}
 
 
 def test_differences_are_taken_seed_by_seed():
     runs = [run_of("grpo", 0, 0.1, 0.2, 0.4), run_of("grpo", 1, 0.1, 0.4, 0.6)]
     runs += [run_of("tepo", 1, 0.1, 0.5, 0.5), run_of("tepo", 0, 0.1, 0.4, 0.5)]
-    found = room.less_grpo(runs)
-    assert found["grpo", "final"] == [0.4, 0.6]
-    assert found["grpo", "mean"] == pytest.approx([0.3, 0.5])  # without the start
-    assert found["tepo", "final"] == pytest.approx([-0.1, 0.1])
-    assert found["tepo", "mean"] == pytest.approx([0.0, 0.15])
-    assert "| GRPO (itself) | 2 | 0.500 ± 1.271 |" in room.say(runs)[2]  # 12.706 * 0.1414 / 1.414
+    found = room.against_grpo(runs, lambda run: room.measures(run)["final"])
+    assert found["grpo"] == (pytest.approx(0.5), None, None)
+    difference, half, p = found["tepo"]
+    # Residuals are +-0.05: s^2 is 0.01 with one degree of freedom, the error sqrt(2 * 0.01 / 2).
+    assert difference == pytest.approx(0) and p == pytest.approx(1)
+    assert half == pytest.approx(12.706 * 0.1, rel=1e-4)
+    mean = room.against_grpo(runs, lambda run: room.measures(run)["mean"])
+    assert mean["tepo"][0] == pytest.approx(0.075)  # without the start
+    lines = room.say(runs)
+    assert lines[3].startswith("| TEPO | +0.000 ± 1.271 | 1 | +0.075 ± ")
+    assert lines[-1] == "step 2, less GRPO's 0.500: TEPO +0.000"
 
 
 def test_the_command_in_miniature(tmp_path, monkeypatch, capsys):
@@ -49,7 +54,7 @@ def test_the_command_in_miniature(tmp_path, monkeypatch, capsys):
     out, runs = tmp_path / "room.png", tmp_path / "runs"
     asked = ["--algos", "grpo,tepo", "--seeds", "0", "--jobs", "1"]
     assert room.main([*asked, "--runs", str(runs), "--out", str(out)]) == 0
-    assert "| TEPO | 1 | " in capsys.readouterr().out
+    assert "| TEPO | " in capsys.readouterr().out
     assert room.main(["--by-steps", str(runs / "grpo-s0")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum(int(line.split()[-1]) for line in lines) == 10

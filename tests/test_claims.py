@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT
 from test_losses import value_and_grad
 
-from claims import length, pushes
+from claims import kit, length, pushes
 from run.algorithm import load_algorithm
 
 LENGTHS = [5, 3, 1, 4]
@@ -102,6 +102,18 @@ def test_what_cannot_be_written_is_said_in_a_line(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(pushes, "save", fail)
     assert pushes.main(["--out", str(tmp_path / "a.png")]) == 2
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+
+
+def test_correlations_are_averaged_as_fishers_z():
+    """atanh of 0.5 and 0.9 by hand: 0.5493 and 1.4722, mean 1.0108, half-width 5.864."""
+    assert kit.fisher([0.5, 0.9]) == pytest.approx((0.7661, -0.9999, 1), abs=1e-3)
+    assert kit.fisher([0.3]) == pytest.approx((0.3, 0.3, 0.3))
+
+
+def test_paired_differences_with_the_p_of_a_t_test_times_their_number():
+    """Mean 2, std 1, n 3: t = 3.464 with 2 degrees of freedom, p 0.0742."""
+    assert kit.compared([[1, 2, 3], [-1, 0, 1]], 1) == ["+2.0 ± 2.5, p 0.15", "+0.0 ± 2.5, p 1"]
+    assert kit.compared([[1.0]], 1) == ["+1.0"]
 
 
 HEAD = "method,seed,what,name,value,count\n"
