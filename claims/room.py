@@ -104,7 +104,7 @@ def say(runs):
                 f"{p:.2g}" if p is not None else "",
             ]
         lines.append("| " + " | ".join(cells) + " |")
-    for i, step in enumerate(evaluations(runs[0])["step"]):
+    for i, step in list(enumerate(evaluations(runs[0])["step"]))[1:]:
         column = against_grpo(runs, lambda run, i=i: evaluations(run)["accuracy"].iloc[i])
         texts = [
             f"{style(algo)[0]} {x:+.3f}" for algo, (x, _, _) in column.items() if algo != "grpo"
