@@ -63,7 +63,7 @@ def test_the_squared_change_has_no_bias():
 def test_the_experiment_in_miniature(tmp_path, monkeypatch):
     args = SimpleNamespace(seeds=[0], jobs=1)
     monkeypatch.setattr(claim, "DRAWS", 2)
-    rows = claim.measure(args, steps=1, problems=4)
+    rows = claim.measure(args, steps=1, problems=8)
     shares = [r["value"] for r in rows if r["what"] == "share of the change"]
     assert sum(value or 0 for value in shares) == pytest.approx(1)
     for when in ("before", "after"):
