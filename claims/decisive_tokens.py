@@ -181,9 +181,7 @@ def look(trainer, problems, when, seed):
     if when == "before":
         found |= of_forks(trainer, batch, code)
     compared = right & ~neighbours.isnan()
-    top = compared.clone()
-    if compared.any():  # right completions with a right neighbour
-        top &= H >= H[compared].quantile(0.9)
+    top = compared & (H >= H[compared].quantile(0.9)) if compared.any() else compared
     found["all", "right tokens alone at their position"] = 1 - compared.sum() / right.sum()
     found["all", "same kind beside it"] = neighbours.nanmean()
     found["all", "factor below 1 in the top tenth of H"] = (weight[top] < 1).float().mean()
