@@ -239,6 +239,7 @@ def prepare(o, out, config, resume):
         evaluate_only(o, out, model, tokenizer, generation, held_out)
         return None
     config.update(start.made_from(o, model, problems + held_out, config))
+    start.add_lora(o, model)
     trainer = Trainer(o, model, tokenizer, generation, problems)
     config["micro_batch"] = trainer.updater.sizes.keep_micro_batch(config.get("micro_batch"))
     done = session.begin(trainer, out, resume)

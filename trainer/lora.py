@@ -2,9 +2,8 @@
 
     y = W x + (alpha / r) B A x          W [out, in] frozen, A [r, in], B [out, r]
 
-B starts at 0, so training starts from the model as it is; A starts as PEFT's does. Only A and B get
-gradients and AdamW's moments: r (in + out) numbers per layer instead of in x out. Which layers,
-alpha = 2 r, and the learning rate's factor of 10 are our choices: the paper adapts attention only.
+B starts at 0, A as PEFT's does. Only they get gradients and moments: r (in + out) numbers per layer
+instead of in x out. Our choices: alpha = 2 r, and all linear layers (the paper: attention).
 """
 
 import contextlib
@@ -16,53 +15,52 @@ from torch.nn.functional import linear
 
 
 class LoRALinear(torch.nn.Module):
-    """A frozen linear layer with an adapter of rank r."""
-
     def __init__(self, base, rank, alpha):
+        """base: the frozen layer."""
         super().__init__()
         self.base = base.requires_grad_(False)
         self.scale = alpha / rank
         self.on = True
-        like = {"device": base.weight.device, "dtype": torch.float32}
-        self.A = torch.nn.Parameter(torch.empty(rank, base.in_features, **like))
-        self.B = torch.nn.Parameter(torch.zeros(base.out_features, rank, **like))
+        new = base.weight.new_zeros
+        self.A = torch.nn.Parameter(new(rank, base.in_features, dtype=torch.float32))
+        self.B = torch.nn.Parameter(new(base.out_features, rank, dtype=torch.float32))
         torch.nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x):
         """x [..., in] -> [..., out], in the dtype of the frozen layer's result."""
         y = self.base(x)
-        if not self.on:
-            return y
-        # (alpha / r) B A x: through the thin matrices, A first
-        return y + (self.scale * linear(linear(x.to(self.A.dtype), self.A), self.B)).to(y.dtype)
+        if self.on:
+            y = y + (self.scale * linear(linear(x.to(self.A.dtype), self.A), self.B)).to(y.dtype)
+        return y
 
-    def merged(self):
-        """A plain layer with the weight W + (alpha / r) B A, in W's dtype."""
+    @property
+    def weight(self):
+        """W + (alpha / r) B A in W's dtype: for code that reads it, and to merge."""
         W = self.base.weight
-        weight = (W.float() + self.scale * self.B.detach() @ self.A.detach()).to(W.dtype)
-        memo = {id(W): torch.nn.Parameter(weight, requires_grad=False)}
-        return copy.deepcopy(self.base, memo)
+        return (W + self.scale * self.B @ self.A).to(W.dtype) if self.on else W
+
+    @property
+    def bias(self):
+        return self.base.bias
 
 
 def add_adapters(model, rank, alpha, targets=None):
-    """Freeze the model, in place, and give its linear layers adapters. Returns the layers' names.
+    """Freeze the model and give its linear layers adapters, in place. Returns the layers' names.
 
-    targets: last parts of the names of the layers to adapt, such as {"q_proj", "v_proj"}; None: all
-    but the head. Raises ValueError if the model has no such layer.
+    targets: last parts of the names of the layers to adapt; None: all but the head. Raises
+    ValueError if the model has no such layer.
     """
     model.requires_grad_(False)
-    head, chosen = model.get_output_embeddings(), []
-    for name, layer in model.named_modules():
-        wanted = layer is not head if targets is None else name.split(".")[-1] in targets
-        if type(layer) is torch.nn.Linear and wanted:
-            chosen.append((name, layer))
-    missing = set(targets or ()) - {name.split(".")[-1] for name, _ in chosen}
+    head, found = model.get_output_embeddings(), dict(model.named_modules())
+    layers = {name: m for name, m in found.items() if type(m) is torch.nn.Linear and m is not head}
+    chosen = [name for name in layers if targets is None or name.split(".")[-1] in targets]
+    missing = set(targets or ()) - {name.split(".")[-1] for name in chosen}
     if missing or not chosen:
-        what = f"called {', '.join(sorted(missing))}" if missing else "but its head"
-        raise ValueError(f"--lora: the model has no linear layer {what}")
-    for name, layer in chosen:
-        model.set_submodule(name, LoRALinear(layer, rank, alpha))
-    return [name for name, _ in chosen]
+        called = f" called {min(missing)}" if missing else ""
+        raise ValueError(f"--lora: besides its head the model has no linear layer{called}")
+    for name in chosen:
+        model.set_submodule(name, LoRALinear(layers[name], rank, alpha))
+    return chosen
 
 
 def adapted(model):
@@ -74,17 +72,21 @@ def adapted(model):
 def adapters_off(model):
     """During the with block the model computes as before training: the reference of a KL term."""
     layers = adapted(model).values()
-    for layer in layers:
-        layer.on = False
     try:
-        yield model
+        for layer in layers:
+            layer.on = False
+        yield
     finally:
         for layer in layers:
             layer.on = True
 
 
 def merged_model(model):
-    """A copy with plain layers in place of adapted ones, which shares all other weights."""
+    """A copy with merged weights, which shares all others; the model itself without adapters."""
+    layers = adapted(model)
     done = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    done.update({id(layer): layer.merged() for layer in adapted(model).values()})
-    return copy.deepcopy(model, done)  # takes what is done instead of copying it
+    for layer in layers.values():
+        weight = torch.nn.Parameter(layer.weight.detach(), requires_grad=False)
+        done[id(layer)] = copy.deepcopy(layer.base, {id(layer.base.weight): weight})
+    done[id(vars(model).get("kept_copy"))] = None  # of bf16.sampling_copy
+    return copy.deepcopy(model, done) if layers else model  # copies only what is not done
