@@ -18,9 +18,7 @@ class LoRALinear(torch.nn.Module):
     def __init__(self, base, rank, alpha):
         """base: the frozen layer."""
         super().__init__()
-        self.base = base.requires_grad_(False)
-        self.scale = alpha / rank
-        self.on = True
+        self.base, self.scale, self.on = base.requires_grad_(False), alpha / rank, True
         new = base.weight.new_zeros
         self.A = torch.nn.Parameter(new(rank, base.in_features, dtype=torch.float32))
         self.B = torch.nn.Parameter(new(base.out_features, rank, dtype=torch.float32))
