@@ -252,7 +252,7 @@ def train_and_save(out, trainer, held_out, config, done, started):
     try:
         status = loop(trainer, out, held_out, done)
         if status == 0:
-            checkpoint.save_pretrained(out / "model", trainer.model, trainer.tokenizer)
+            checkpoint.save_pretrained(out, trainer.model, trainer.tokenizer)
             checkpoint.write_json(out / "config.json", {**config, "status": "done"})
             session.summary(trainer.o, out, time.perf_counter() - started)
         return status

@@ -24,7 +24,7 @@ KEPT = 2  # checkpoints
 # One JSON object per line, appended while the run goes on.
 LINES = ("metrics.jsonl", "samples.jsonl", "held_out.jsonl")
 RUN_FILES = ("config.json", *LINES, "curves.png", "samples.html", "checkpoints", "model")
-RUN_FILES += ("adapter",)  # of --lora
+RUN_FILES += ("adapter", "best")  # of --lora and --keep-best
 RUN_FILES += ("track.json", "tensorboard", "wandb")  # of --track
 
 
@@ -160,21 +160,42 @@ def append_lines(path, rows):
             raise OSError(f"cannot write {path}: {error}") from None
 
 
-def save_pretrained(folder, model, tokenizer):
-    """Write the model and its tokenizer as from_pretrained reads them, completely or not at all.
+def save_pretrained(run, model, tokenizer):
+    """Write the trained model to run/model, as from_pretrained reads it; adapters to run/adapter.
 
-    Adapters are merged into the model, and also written beside the folder, as adapter/.
+    Each folder is written completely or not at all.
     """
-    with whole(folder) as part:
-        write_model(part, merged_model(model), tokenizer)
+    with whole(run / "model") as part:
+        write_model(part, model, tokenizer)
     if adapted(model):
-        with whole(folder.with_name("adapter")) as part:
+        with whole(run / "adapter") as part:
             part.mkdir()
             adapter.save_adapter(part, model)
 
 
+def save_best(run, model, tokenizer, line):
+    """Write the model to run/best if the evaluation `line` is better than that of the model there.
+
+    best.json says which evaluation that was.
+    """
+    best = read_best(run)
+    if best and line["accuracy"] <= best["accuracy"]:
+        return
+    with whole(run / "best") as part:
+        write_model(part, model, tokenizer)
+        about = {name: line[name] for name in ("step", "accuracy", "n")}
+        (part / "best.json").write_text(json.dumps(about) + "\n")
+
+
+def read_best(run):
+    """{"step", "accuracy", "n"} of the evaluation whose model is in run/best; None if none is."""
+    path = run / "best" / "best.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
 def write_model(folder, model, tokenizer):
-    """Write a folder that from_pretrained loads."""
+    """Write a folder that from_pretrained loads, adapters merged into the weights."""
+    model = merged_model(model)
     config = model.generation_config
     try:
         config.validate(strict=True)

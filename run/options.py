@@ -178,6 +178,9 @@ class Options:
         10, "steps between groups in samples.jsonl, besides the first and last step; 0: none"
     )
     save_every: int = detail(20, "steps between checkpoints; 0: none to resume from")
+    keep_best: bool = detail(
+        False, "keep the model of the best evaluation (greedy accuracy, first of equals) in best/"
+    )
     out: str | None = detail(None, "the run's folder (default runs/<algo>-<preset>-s<seed>)")
     overwrite: bool = detail(
         False, "delete the run that --out holds (with --eval-only: replace its eval.json)"

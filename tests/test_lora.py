@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from small import WORDS, change, copy_tiny, refused, run, timeless
 from test_architectures import SETTINGS, loaded
 from test_update import B, rollout, updater
+from transformers import AutoModelForCausalLM
 
-from run import checkpoint, start
+from run import checkpoint, session, start
 from run.checks import fill
 from run.parser import parse
 from trainer import adapter
@@ -362,6 +363,33 @@ def test_peft_computes_the_same_with_our_adapter_and_we_with_its(whole, tmp_path
             load_policy(str(tmp_path / "theirs"))[0](ids).logits,
         )
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora", "2"]])
+def test_keep_best_keeps_the_model_of_the_first_best_evaluation(
+    lora, tmp_path, quiet_run, monkeypatch, capsys
+):
+    monkeypatch.setattr("trainer.grading.correct", child.parity)
+    planned, seen = [0.1, 0.5, 0.5, 0.3, 0.2], []
+    real = session.evaluated
+
+    def evaluated(o, model, *args):
+        seen.append(copy.deepcopy(model.state_dict()))
+        return {**real(o, model, *args), "accuracy": planned[len(seen) - 1]}
+
+    monkeypatch.setattr(session, "evaluated", evaluated)
+    words = [*WORDS, *lora, "--eval-every", "1", "--save-every", "1", "--keep-best"]
+    assert run(*words, "--out", tmp_path / "run") == 0
+    best = tmp_path / "run" / "best"
+    assert f"{best}: the model after step 1, greedy 0.500" in capsys.readouterr().out
+    kept = AutoModelForCausalLM.from_pretrained(best).state_dict()
+    assert all(torch.equal(kept[name], weight) for name, weight in seen[1].items())
+    assert not all(torch.equal(kept[name], weight) for name, weight in seen[2].items())
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / STEPS[1])
+    planned[5:] = [0.3, 0.6]  # of steps 3, again, and 4
+    assert run("--resume", tmp_path / "run") == 0
+    assert json.loads((best / "best.json").read_text())["step"] == 4
+    assert not list(best.parent.glob("*.part"))
 
 
 def test_the_learning_rate_is_ten_times_that_of_full_training_unless_one_is_given():
