@@ -241,6 +241,7 @@ def prepare(o, out, config, resume):
         evaluate_only(o, out, model, tokenizer, generation, held_out)
         return None
     config.update(start.made_from(o, model, problems + held_out, config))
+    start.add_lora(o, model)
     trainer = Trainer(o, model, tokenizer, generation, problems)
     config["micro_batch"] = trainer.updater.sizes.keep_micro_batch(config.get("micro_batch"))
     done = session.begin(trainer, out, resume)
@@ -253,7 +254,7 @@ def train_and_save(out, trainer, held_out, config, done, started):
     try:
         status = loop(trainer, out, held_out, done)
         if status == 0:
-            checkpoint.save_pretrained(out / "model", trainer.model, trainer.tokenizer)
+            checkpoint.save_pretrained(out, trainer.model, trainer.tokenizer)
             checkpoint.write_json(out / "config.json", {**config, "status": "done"})
             session.summary(trainer.o, out, time.perf_counter() - started)
         return status

@@ -17,11 +17,14 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from run.runs import checked_rows, read_log
+from trainer import adapter
+from trainer.lora import adapted, merged_model
 
 KEPT = 2  # checkpoints
 # One JSON object per line, appended while the run goes on.
 LINES = ("metrics.jsonl", "samples.jsonl", "held_out.jsonl")
 RUN_FILES = ("config.json", *LINES, "curves.png", "samples.html", "checkpoints", "model")
+RUN_FILES += ("adapter", "best")  # of --lora and --keep-best
 RUN_FILES += ("track.json", "tensorboard", "wandb")  # of --track
 
 
@@ -76,7 +79,8 @@ def model_folder(name):
     choices = [run / "model", *steps_saved(run).values()]  # the last one that is there is taken
     if status == "done":
         choices.append(run / "model")
-    found = [folder for folder in choices if (folder / "config.json").is_file()]
+    files = "config.json", adapter.CONFIG
+    found = [path for path in choices if any((path / file).is_file() for file in files)]
     if not found:
         raise ValueError(
             f"--model {name} is a run without a model or a checkpoint: resume it first"
@@ -156,14 +160,42 @@ def append_lines(path, rows):
             raise OSError(f"cannot write {path}: {error}") from None
 
 
-def save_pretrained(folder, model, tokenizer):
-    """Write the model and its tokenizer as from_pretrained reads them, completely or not at all."""
-    with whole(folder) as part:
+def save_pretrained(run, model, tokenizer):
+    """Write the trained model to run/model, as from_pretrained reads it; adapters to run/adapter.
+
+    Each folder is written completely or not at all.
+    """
+    with whole(run / "model") as part:
         write_model(part, model, tokenizer)
+    if adapted(model):
+        with whole(run / "adapter") as part:
+            part.mkdir()
+            adapter.save_adapter(part, model)
+
+
+def save_best(run, model, tokenizer, line):
+    """Write the model to run/best if the evaluation `line` is better than that of the model there.
+
+    best.json says which evaluation that was.
+    """
+    best = read_best(run)
+    if best and line["accuracy"] <= best["accuracy"]:
+        return
+    with whole(run / "best") as part:
+        write_model(part, model, tokenizer)
+        about = {name: line[name] for name in ("step", "accuracy", "n")}
+        (part / "best.json").write_text(json.dumps(about) + "\n")
+
+
+def read_best(run):
+    """{"step", "accuracy", "n"} of the evaluation whose model is in run/best; None if none is."""
+    path = run / "best" / "best.json"
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def write_model(folder, model, tokenizer):
-    """Write a folder that from_pretrained loads."""
+    """Write a folder that from_pretrained loads, adapters merged into the weights."""
+    model = merged_model(model)
     config = model.generation_config
     try:
         config.validate(strict=True)
@@ -207,7 +239,10 @@ def save(run, step, model, tokenizer, optimizer, sizes, **counters):
     state["rng"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
     with whole(root / f"step-{step:06}") as part:
         part.mkdir()
-        write_model(part, model, tokenizer)
+        if adapted(model):
+            adapter.save_adapter(part, model)
+        else:
+            write_model(part, model, tokenizer)
         # An open file: given a path, torch.save would hide the reason of a failure.
         with open(part / "state.pt", "wb") as file:
             torch.save(state, file)
@@ -250,6 +285,15 @@ def load(run, model, optimizer, steps):
     return state
 
 
+def load_weights(folder, model):
+    saved, found = type(model).from_pretrained(
+        folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
+    )
+    if found["missing_keys"]:  # transformers fills them in at random
+        raise ValueError(f"it lacks {min(found['missing_keys'])}")
+    model.load_state_dict(saved.state_dict())
+
+
 def restore(run, folder, model, optimizer):
     """Load one checkpoint. Returns its counters and sizes. Raises an exception of any type."""
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
@@ -259,12 +303,10 @@ def restore(run, folder, model, optimizer):
     if "metrics.jsonl" in state["sizes"]:  # what cannot be drawn is found now, not after training
         path = run / "metrics.jsonl"
         checked_rows(read_log(path, state["sizes"]["metrics.jsonl"]), path)
-    saved, found = type(model).from_pretrained(
-        folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
-    )
-    if found["missing_keys"]:  # transformers fills them in at random
-        raise ValueError(f"it lacks {min(found['missing_keys'])}")
-    model.load_state_dict(saved.state_dict())
+    if adapted(model):
+        adapter.load_adapter(folder, model)
+    else:
+        load_weights(folder, model)
     optimizer.load_state_dict(state.pop("optimizer"))
     rng = state.pop("rng")
     torch.set_rng_state(rng["cpu"])

@@ -33,6 +33,8 @@ def fill(given):
         preset = "gsm8k" if cuda or of_gsm8k else "tiny"
     o = Options(**{**PRESETS[preset], **given, "preset": preset})
     o.algo = method(o.algo)
+    if o.lora and "lr" not in given:
+        o.lr *= 10
     if o.device == "auto":
         o.device = "cuda" if cuda else "cpu"
     check_values(o)
@@ -77,6 +79,8 @@ def check_values(o):
         raise ValueError("--system has no effect with --chat-template none: use --prompt")
     if o.chat_template == "none" and o.template_option:
         raise ValueError("--template-option has no effect with --chat-template none")
+    if not o.lora and (o.lora_alpha or o.lora_targets):
+        raise ValueError("--lora-alpha and --lora-targets have no effect without --lora RANK")
     if o.reward and not Path(o.reward).is_file():
         raise ValueError(f"--reward {o.reward}: no such file")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", o.device):

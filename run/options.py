@@ -62,6 +62,18 @@ class Options:
         "such as problem,solution; a.b is the field b of column a",
     )
     skip_bad_rows: bool = setting(False, "drop rows of --data whose answer is not one number")
+    lora: int = setting(
+        0,
+        "LoRA: train two thin matrices of this rank beside each frozen weight, such as 16; 0: "
+        "train all weights",
+        most=65_536,
+    )
+    lora_alpha: float = setting(0.0, "LoRA adds alpha / rank B A to a weight; 0: twice the rank")
+    lora_targets: str | None = setting(
+        None,
+        "NAME,...: the linear layers with LoRA, by the last part of their names, such as "
+        "q_proj,v_proj; default: all but the head",
+    )
     steps: int = detail(100, "training steps; each is one rollout and its updates", least=1)
     seed: int = detail(0, "seed of the data order and of sampling", most=2**32 - 1)
 
@@ -114,7 +126,11 @@ class Options:
     )
     epochs: int = setting(1, "passes over each rollout", least=1, most=1000)
     lr: float = setting(
-        1e-4, "AdamW's learning rate after the warm-up (no weight decay)", least=1e-12, most=1
+        1e-4,
+        "AdamW's learning rate after the warm-up (no weight decay); with --lora ten times the "
+        "default (our choice)",
+        least=1e-12,
+        most=1,
     )
     warmup: int = setting(5, "steps over which the learning rate rises linearly; 0: none")
     max_grad_norm: float = setting(
@@ -128,7 +144,8 @@ class Options:
     device: str = detail("auto", "cpu, cuda, cuda:N, or auto (cuda if there is a GPU)")
     dtype: str = setting(
         "auto",
-        "dtype of the compute: fp32, bf16, or auto (bf16 if a GPU has it); weights are always fp32",
+        "dtype of the compute: fp32, bf16, or auto (bf16 if a GPU has it); trained weights are "
+        "always fp32, those that --lora freezes are held in it",
         choices=("auto", "fp32", "bf16"),
     )
     threads: COUNT = detail(
@@ -161,6 +178,9 @@ class Options:
         10, "steps between groups in samples.jsonl, besides the first and last step; 0: none"
     )
     save_every: int = detail(20, "steps between checkpoints; 0: none to resume from")
+    keep_best: bool = detail(
+        False, "keep the model of the best evaluation (greedy accuracy, first of equals) in best/"
+    )
     out: str | None = detail(None, "the run's folder (default runs/<algo>-<preset>-s<seed>)")
     overwrite: bool = detail(
         False, "delete the run that --out holds (with --eval-only: replace its eval.json)"

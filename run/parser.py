@@ -27,6 +27,8 @@ EPILOG = """examples:
       with a method and a reward of your own (docs/own.md)
   python train.py --model Qwen/Qwen3-0.6B --template-option enable_thinking=false --show-prompt
       print the first prompt, and the tokens that end a completion
+  python train.py --preset gsm8k --lora 16 --gradient-checkpointing --keep-best
+      for a card of 8 GiB: LoRA, layers computed twice; the best evaluation's model in best/
   python train.py --model ./my-model --data problems.jsonl --max-new-tokens 256
       your own model folder and problems, one {"question": ..., "answer": ...} per line
 """

@@ -100,6 +100,8 @@ def write_evaluation(trainer, out, held_out, step):
     tqdm.write(evaluation_in_words(line))
     checkpoint.append_lines(out / "held_out.jsonl", greedy)
     write_metrics(trainer, out, line, greedy)
+    if o.keep_best:
+        checkpoint.save_best(out, trainer.model, trainer.tokenizer, line)
 
 
 def evaluation_in_words(line):
@@ -228,6 +230,9 @@ def summary(o, out, seconds):
     )
     files = "curves.png, metrics.jsonl, samples.jsonl, held_out.jsonl, config.json"
     print(f"{out}: {files}, and the trained model in model/")
+    best = checkpoint.read_best(out)
+    if best:
+        print(f"{out / 'best'}: the model after step {best['step']}, greedy {best['accuracy']:.3f}")
     print("next:")
     if o.samples_every > 0:
         print(f"  {command('tools/view.py', out)}   # a page of it")

@@ -16,11 +16,13 @@ from run.machine import machine_name, warn_of_slow_bf16, why_no_gpu
 from run.names import check_name
 from run.options import CHANGEABLE_ON_RESUME, Options, flag
 from run.ownreward import load_reward, try_reward
+from trainer.bf16 import hold_in_bf16
 from trainer.data import load_problems, split_overlap
 from trainer.grading import check_answer
+from trainer.lora import add_adapters
 from trainer.methods import label
 from trainer.policy import context_length, load_policy, use_threads
-from trainer.probes import probe
+from trainer.probes import check_adapters, probe
 from trainer.prompts import Chat, encode_problems, show, start_line
 from trainer.sources import offline_without_network
 
@@ -158,6 +160,27 @@ def load_data(o, any_answer):
     if not o.eval_only:
         train, overlap = split_overlap(load_problems(o.data, "train", *how), held_out)
     return train, held_out, overlap
+
+
+def add_lora(o, model):
+    """--lora: freeze the model, in place, and give it adapters. Raises ValueError.
+
+    The frozen weights are held in the dtype of the compute: nothing of them is trained, so no
+    update is rounded away.
+    """
+    if not o.lora:
+        return
+    frozen = sum(weight.numel() for weight in model.parameters())
+    if o.dtype == "bf16":
+        hold_in_bf16(model)
+    targets = o.lora_targets and set(o.lora_targets.split(","))
+    layers = add_adapters(model, o.lora, o.lora_alpha or 2 * o.lora, targets)
+    check_adapters(model)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    print(
+        f"LoRA of rank {o.lora} in {len(layers)} linear layers: {trained / 1e6:.2f} M weights are "
+        f"trained, {frozen / 1e6:.2f} M are frozen ({o.dtype})"
+    )
 
 
 def made_from(o, model, problems, config):

@@ -11,9 +11,12 @@ import re
 import torch
 from transformers import AutoModelForCausalLM
 
+from trainer.lora import adapted, merged_model
+
 
 def sampling_copy(model, dtype, keep=False):
-    """The model to sample from: the model itself for fp32, a bf16 copy for bf16.
+    """The model to sample from: the model itself for fp32, a bf16 copy for bf16; with LoRA a copy
+    with merged weights, in the dtype of the frozen ones.
 
     Each rollout makes a new copy, so no update has to keep it in memory. Each weight and buffer has
     the dtype that from_pretrained(dtype=bfloat16) gives it.
@@ -21,12 +24,21 @@ def sampling_copy(model, dtype, keep=False):
     keep: keep the copy, and renew its weights at the next call. generate compiles a model for
     --cache static, and would compile another copy again.
     """
-    if dtype != "bf16":
+    layers = adapted(model)
+    if dtype != "bf16" and not layers:
         return model
     kept = vars(model).get("kept_copy")
     if keep and kept is not None:
-        kept.load_state_dict(model.state_dict())
+        merged = {f"{name}.weight": layer.weight for name, layer in layers.items()}
+        kept.load_state_dict(merged or model.state_dict(), strict=not layers)
         return kept
+    copied = merged_model(model) if layers else bf16_copy(model)
+    if keep:
+        vars(model)["kept_copy"] = copied  # not an attribute: it is no part of the model
+    return copied
+
+
+def bf16_copy(model):
     dtypes = bf16_dtypes(model)
     copies = {}  # {id: copy}, for deepcopy: it takes these and makes no fp32 copy of its own
     for name, weight in named_tensors(model):
@@ -34,10 +46,14 @@ def sampling_copy(model, dtype, keep=False):
         if isinstance(weight, torch.nn.Parameter):
             cast = torch.nn.Parameter(cast, requires_grad=False)
         copies.setdefault(id(weight), cast)
-    copied = copy.deepcopy(model, copies)
-    if keep:
-        vars(model)["kept_copy"] = copied  # not an attribute: it is no part of the model
-    return copied
+    return copy.deepcopy(model, copies)
+
+
+def hold_in_bf16(model):
+    """Cast the model's weights and buffers, in place, to the dtypes of `bf16_dtypes`."""
+    dtypes = bf16_dtypes(model)
+    for name, weight in named_tensors(model):
+        weight.data = weight.data.to(dtypes[name])
 
 
 def bf16_dtypes(model):

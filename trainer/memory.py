@@ -116,14 +116,16 @@ def kept_bytes(model, rows, tokens, dtype, through_head):
 def bytes_to_come(model, dtype):
     """What an update allocates besides the activations of its rows, in bytes, by arithmetic.
 
-    Gradients, AdamW's two moments, and three chunks of logits. For bf16 also the weights in bf16,
-    and a product of the size of the head, before it is added to the gradient.
+    Gradients and AdamW's two moments of the trained weights, and three chunks of logits. For bf16
+    also the weights in bf16, where they are held in fp32, and a product of the size of the head,
+    if it is trained, before it is added to the gradient.
     """
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    head = model.get_input_embeddings().weight
-    total = 3 * weights + 3 * 4 * logprobs.logits_at_once(model.device.type)
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    total = 3 * trained + 3 * 4 * logprobs.logits_at_once(model.device.type)
     if dtype == "bf16":
-        total += weights // 2 + head.numel() * 2
+        head = model.get_input_embeddings().weight
+        total += sum(2 * p.numel() for p in model.parameters() if p.element_size() > 2)
+        total += 2 * head.numel() * head.requires_grad
     return total
 
 

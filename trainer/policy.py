@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as hf_logging
 
+from trainer.adapter import merge_adapter, read_config
 from trainer.prompts import AUTO, Prompts
 from trainer.sources import first_words, is_path
 
@@ -52,22 +53,28 @@ def load_policy(name, device="cpu", chat=AUTO):
     return model.to(device).eval(), tokenizer, eos_ids, pad_id
 
 
-def read_model(name):
+def read_model(name, adapter=True):
     """(model, tokenizer) from a folder or the Hub; ValueError if they cannot be trained as is.
 
-    Reads weights from safetensors only, and runs no code of the repository.
+    Reads weights from safetensors only, and runs no code of the repository. adapter: merge the LoRA
+    adapter that is there, if one is.
     """
-    if find_adapter_config_file(name):
-        raise ValueError(
-            "it holds an adapter (adapter_config.json), which would be ignored. Merge it into its "
-            "model first, with PEFT's merge_and_unload."
-        )
+    found = find_adapter_config_file(name) if adapter else None
+    if found:
+        return with_adapter(name, read_config(found))
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ValueError("it holds no model: there is no config.json.")
     safe = {"trust_remote_code": False}
+    # An installed peft would load an adapter: it must look for it where none is.
+    elsewhere = {} if adapter else {"adapter_kwargs": {"subfolder": "none"}}
     tokenizer = AutoTokenizer.from_pretrained(name, **safe)
     model, found = AutoModelForCausalLM.from_pretrained(
-        name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **safe
+        name,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+        **safe,
+        **elsewhere,
     )
     # transformers fills in a missing vocabulary as empty, and missing weights with random ones.
     if not tokenizer("1", add_special_tokens=False).input_ids:
@@ -79,6 +86,28 @@ def read_model(name):
         raise ValueError("some of its weights are not finite.")
     if not any(weight.requires_grad for weight in model.parameters()):
         raise ValueError("none of its weights takes a gradient, so it cannot be trained.")
+    return model, tokenizer
+
+
+def with_adapter(name, config):
+    """`read_model` of a LoRA adapter, merged into the weights beside it, else into its base.
+
+    config: of its adapter_config.json.
+    """
+    beside, base = (Path(name) / "config.json").is_file(), config.get("base_model_name_or_path")
+    if not beside and (not base or base == name):
+        raise ValueError("it holds an adapter without a model, and names no base model.")
+    try:
+        model, tokenizer = read_model(name if beside else base, adapter=not beside)
+    except Exception as error:
+        if beside:
+            raise
+        raise ValueError(f"the base of its adapter, {base!r}: {first_words(error)}") from None
+    if not beside and (Path(name) / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    merge_adapter(name, config, model)
+    model.name_or_path = name  # the base of an adapter that is trained on it
+    print(f"the adapter in {name} is merged into {'the weights beside it' if beside else base}")
     return model, tokenizer
 
 

@@ -222,13 +222,27 @@ def packed_agrees(model, rows, pad_id):
     return False
 
 
-@torch.no_grad()
-def train_mode_agrees(model):
-    """Whether train mode computes the same log-probabilities as eval mode."""
+def any_row(model):
+    """One short row, as Rows."""
     vocabulary = len(model.get_input_embeddings().weight)
     tokens = torch.arange(8, device=model.device) % vocabulary
     prompt, completion = tokens[:2].tolist(), tokens[None, 2:]
-    row = Rows([prompt], completion, torch.ones_like(completion, dtype=torch.bool))
+    return Rows([prompt], completion, torch.ones_like(completion, dtype=torch.bool))
+
+
+@torch.no_grad()
+def check_adapters(model):
+    """Raise Refused if the model cannot be run with the adapters of trainer/lora.py."""
+    try:
+        logprobs_of(model, any_row(model), False)
+    except Exception as error:  # an architecture may fail in any way
+        raise Refused(f"--lora does not work with this model: {described(error)}") from None
+
+
+@torch.no_grad()
+def train_mode_agrees(model):
+    """Whether train mode computes the same log-probabilities as eval mode."""
+    row = any_row(model)
     want = logprobs_of(model, row, False)
     model.train()
     try:

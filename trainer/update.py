@@ -22,6 +22,7 @@ from grpo import constant
 from trainer.batches import BatchSizes, split_micro_batches
 from trainer.gradients import FEWEST
 from trainer.logprobs import token_logprobs
+from trainer.lora import adapted, adapters_off
 from trainer.memory import choose_micro_batch, enable_checkpointing, return_free_memory
 from trainer.methods import OwnFileError, inputs, is_file, parameters
 from trainer.records import kl_estimate, nonzero_advantages
@@ -34,7 +35,6 @@ class Updater:
 
     def __init__(self, model, algo, loss_options, options, longest, layout):
         """algo: the algorithm's module. options: those of train.py. layout: from probes.probe.
-
         longest: tokens of the longest possible row. Raises ValueError if gradient checkpointing is
         requested and would change the log-probabilities.
         """
@@ -45,12 +45,11 @@ class Updater:
                 loss_options = {name: default, **loss_options}
         self.model, self.algo, self.loss_options, self.o = model, algo, loss_options, options
         # fused: AdamW's default on a GPU (foreach) needs temporary copies of the weights.
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=options.lr, weight_decay=0.0, fused=True
-        )
-        self.reference = None  # the frozen start policy
+        how = {"lr": options.lr, "weight_decay": 0.0, "fused": True}
+        self.optimizer = torch.optim.AdamW(model.parameters(), **how)
+        self.reference = None  # the frozen start policy; of LoRA the model without its adapters
         if loss_options.get("beta", 0) > 0:
-            self.reference = copy.deepcopy(model)
+            self.reference = model if adapted(model) else copy.deepcopy(model)
         # A KL term is switched on by its coefficient, and may push any row of the mini-batch.
         has_kl = any(loss_options.get(name, 0) > 0 for name in KL_COEFFICIENTS)
         self.needs_all_rows = has_kl or getattr(algo, "NEEDS_ALL_ROWS", is_file(options.algo))
@@ -143,8 +142,9 @@ class Updater:
             mini_batches = mini_batches[1:]
         if self.reference is not None:
             rollout.ref_logprobs = torch.zeros_like(rollout.old_logprobs)
-            for rows in mini_batches:
-                self.run(self.reference, rollout, rows, rollout.ref_logprobs, rollout.entropy)
+            with adapters_off(self.reference):
+                for rows in mini_batches:
+                    self.run(self.reference, rollout, rows, rollout.ref_logprobs, rollout.entropy)
             self.casts.clear()
         for rows in mini_batches:
             self.run(self.model, rollout, rows, rollout.old_logprobs, rollout.entropy)
