@@ -24,7 +24,7 @@ from run.parser import parse
 from run.runs import read_csv, read_folder, read_runs
 from run.table import tabulate
 from tools import credit
-from trainer import grading
+from trainer import data, grading
 from trainer.methods import label
 
 pytestmark = pytest.mark.usefixtures("quiet_run")
@@ -106,6 +106,7 @@ def test_it_is_short_and_takes_grpos_advantages(soft_length):
 def test_readmes_four_commands_with_fewer_steps(soft_length, tmp_path, monkeypatch, capsys):
     """In another folder than ours. The comparison starts train.py itself."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "TINY_TRAIN", 20_000)  # as that process has it
     lines = [line.split() for line in SECTION.splitlines() if line.startswith("    python ")]
     assert [line[1] for line in lines] == ["train.py", "train.py", "compare.py", "plot.py"]
     for line in lines[:2]:

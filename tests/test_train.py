@@ -187,7 +187,7 @@ def test_a_keyword_with_a_known_name_is_filled_in(given, tmp_path, monkeypatch):
     t = trainer(tmp_path, "--algo", "sapo", "--lr", "0.01", *given)
     for calls in seen.values():
         calls.clear()  # of try_out
-    torch.manual_seed(4)
+    torch.manual_seed(0)
     (_, first, _), (_, second, _) = t.step(1), t.step(2)
     means = [first.rewards.mean().item(), second.rewards.mean().item()]
     assert [call["history"] for call in seen["advantages"]] == [[], means[:1]]
