@@ -229,7 +229,8 @@ def summary(o, out, seconds):
         f"in {seconds:.0f} s"
     )
     files = "curves.png, metrics.jsonl, samples.jsonl, held_out.jsonl, config.json"
-    print(f"{out}: {files}, and the trained model in model/")
+    where = "model/ (merged) and adapter/" if o.lora else "model/"
+    print(f"{out}: {files}, and the trained model in {where}")
     best = checkpoint.read_best(out)
     if best:
         print(f"{out / 'best'}: the model after step {best['step']}, greedy {best['accuracy']:.3f}")
