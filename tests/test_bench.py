@@ -81,39 +81,6 @@ def test_the_peer_is_given_the_same_prompts(beside_trl):
     assert found["tokens_per_s"] > 0 and peer["tokens_per_s"] > 0
 
 
-def test_whole_runs_alternate_and_their_medians_are_compared(monkeypatch, tmp_path, capsys):
-    """Two checkouts; the first of three runs is slowest in both."""
-    here, there = tmp_path / "here", tmp_path / "there"
-    spent = {here: iter([9.0, 2.0, 3.0]), there: iter([30.0, 4.0, 6.0])}
-    order = []
-
-    def timed_run(folder):
-        order.append(folder)
-        return next(spent[folder]), 0.75
-
-    for folder in (here, there):
-        folder.mkdir()
-        (folder / "train.py").touch()
-    monkeypatch.setattr(bench, "timed_run", timed_run)
-    monkeypatch.setattr(bench, "__file__", str(here / "tools" / "bench.py"))
-    bench.main(["--only", "run", "--against", str(there), "--json", str(tmp_path / "found.json")])
-    found = json.loads((tmp_path / "found.json").read_text())["run"]
-    assert order == [there, here] * 3 and found["time_ratio"] == 3 / 6
-    assert found["accuracy"] == {"there": 0.75, "here": 0.75}
-    assert "here / there: 0.50 of the time" in capsys.readouterr().out
-
-
-def test_a_timed_run_reads_the_last_accuracy_and_stops_if_the_run_fails(tmp_path):
-    write = "import sys, pathlib; out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
-    write += "(out / 'metrics.jsonl').write_text('{\"accuracy\": 0.5}\\n{\"accuracy\": 0.75}\\n')"
-    (tmp_path / "train.py").write_text(write)
-    seconds, accuracy = bench.timed_run(tmp_path)
-    assert accuracy == 0.75 and 0 < seconds < 60
-    (tmp_path / "train.py").write_text("raise ValueError('no such thing')")
-    with pytest.raises(SystemExit, match="failed: ValueError: no such thing"):
-        bench.timed_run(tmp_path)
-
-
 def test_a_model_is_measured_in_processes_of_its_own(sums, tmp_path, capsys):
     words = ["--only", "rollout,step", *sums, "--max-new-tokens", "16"]
     bench.main([*words, "--json", str(tmp_path / "found.json")])
@@ -176,9 +143,6 @@ def test_a_trick_changes_no_number(monkeypatch, tmp_path, capsys):
         (["--peer", "--only", "rollout", "--model", TINY], "the part step"),
         (["--peer", "--model", TINY, "--micro-batch", "3"], "does not divide the 16 completions"),
         (["--prompts", "0"], "--prompts 0: the least is 1"),
-        (["--only", "run"], "goes with --against FOLDER"),
-        (["--against", "."], "with --only run"),
-        (["--only", "run", "--against", "/nope"], "it holds no train.py"),
         (["--json", "/nope/found.json"], "its folder does not exist"),
         (["--json", "/"], "it is a folder"),
     ],

@@ -5,8 +5,6 @@
              and the time per token beside the time to read every weight once
   step       training steps of train.py; with --peer also of TRL's GRPOTrainer
   qwen       one training step of a Qwen2.5-0.5B-shaped model with random weights
-  run        with --against FOLDER: `train.py --algo tepo --preset tiny` from start to exit, in this
-             checkout and in that of another commit, alternately
 
 rollout and step take --model: tiny, with the defaults of the preset tiny, or a folder, with
 --data, --prompts, --group-size, --max-new-tokens and --micro-batch. Each measurement runs in a
@@ -19,10 +17,8 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -30,15 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, whe
 
 from run.commandline import Parser
 
-PARTS = ("logprobs", "rollout", "step", "qwen", "run")
+PARTS = ("logprobs", "rollout", "step", "qwen")
 
 
 def build_parser():
     kind = argparse.RawDescriptionHelpFormatter
     parser = Parser("bench.py", None, __doc__, formatter_class=kind)
     add = parser.add_argument
-    text = f"parts to run, of {', '.join(PARTS)} (default: all but the last)"
-    add("--only", metavar="PART,...", default=",".join(PARTS[:-1]), help=text)
+    text = f"parts to run, of {', '.join(PARTS)} (default: all)"
+    add("--only", metavar="PART,...", default=",".join(PARTS), help=text)
     text = "also run the steps with TRL's GRPOTrainer; needs --model FOLDER"
     add("--peer", action="store_true", help=text)
     text = "for rollout and step: tiny, or a folder (default tiny)"
@@ -57,10 +53,6 @@ def build_parser():
     add("--steps", type=int, default=3, metavar="N", help=text)
     text = "compute type of rollout, step and qwen (default fp32)"
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help=text)
-    text = "for run: the folder of another checkout (git worktree add FOLDER COMMIT)"
-    add("--against", metavar="FOLDER", help=text)
-    text = "for run: how many times both are run (default 3)"
-    add("--pairs", type=int, default=3, metavar="N", help=text)
     text = "write the figures to this file; each ratio is ours / the other's"
     add("--json", metavar="FILE", help=text)
     add("--measure", help=argparse.SUPPRESS)  # run one of MEASUREMENTS in this process
@@ -75,17 +67,13 @@ def parse_args(argv):
     for part in args.parts:
         if part not in PARTS:
             parser.error(f"no part {part!r}; there are {', '.join(PARTS)}")
-    for name in ("prompts", "group_size", "max_new_tokens", "micro_batch", "steps", "pairs"):
+    for name in ("prompts", "group_size", "max_new_tokens", "micro_batch", "steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: the least is 1")
     if args.model != "tiny" and not Path(args.model).is_dir():
         parser.error(f"--model {args.model}: no such folder; --model takes a model folder, or tiny")
     if args.peer and ("step" not in args.parts or args.model == "tiny"):
         parser.error("--peer goes with the part step and with --model FOLDER")
-    if ("run" in args.parts) != (args.against is not None):
-        parser.error("the part run goes with --against FOLDER, and --against with --only run")
-    if args.against and not (Path(args.against) / "train.py").is_file():
-        parser.error(f"--against {args.against}: it holds no train.py")
     completions = args.prompts * args.group_size
     if args.peer and completions % args.micro_batch:
         parser.error(
@@ -498,40 +486,11 @@ def print_speed(name, got):
     print(line)
 
 
-def print_run(args, argv):
-    print(f"run: train.py --algo tepo --preset tiny, start to exit, medians of {args.pairs}")
-    folders = {"there": Path(args.against), "here": Path(__file__).resolve().parents[1]}
-    seconds, accuracy = {name: [] for name in folders}, {}
-    for _ in range(args.pairs):
-        for name, folder in folders.items():
-            spent, accuracy[name] = timed_run(folder)
-            seconds[name].append(spent)
-            print(f"  {name:5} {spent:6.1f} s, greedy accuracy {accuracy[name]:.3f}", flush=True)
-    ratio = statistics.median(seconds["here"]) / statistics.median(seconds["there"])
-    print(f"  here / there: {ratio:.2f} of the time")
-    return {"run": {"time_ratio": ratio, "seconds": seconds, "accuracy": accuracy}}
-
-
-def timed_run(folder):
-    """(seconds, final greedy accuracy) of the embedded default run by the checkout `folder`."""
-    with tempfile.TemporaryDirectory() as out:
-        line = [sys.executable, "train.py", "--algo", "tepo", "--preset", "tiny", "--out", out]
-        started = time.perf_counter()
-        done = subprocess.run(line, cwd=folder, capture_output=True, text=True)
-        seconds = time.perf_counter() - started
-        if done.returncode:
-            last_line = (done.stderr.strip() or "no message").splitlines()[-1]
-            sys.exit(f"bench.py: run in {folder} failed: {last_line}")
-        last = (Path(out) / "metrics.jsonl").read_text().splitlines()[-1]
-        return seconds, json.loads(last)["accuracy"]
-
-
 PRINT = {
     "logprobs": print_logprobs,
     "rollout": print_rollout,
     "step": print_step,
     "qwen": print_qwen,
-    "run": print_run,
 }
 
 
