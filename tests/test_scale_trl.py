@@ -21,6 +21,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer  # noqa: E402
 
 from run.algorithm import load_algorithm  # noqa: E402
 from scale import trl_trainer  # noqa: E402
+from trainer import data  # noqa: E402
 from trainer.methods import ALGORITHMS, MORE, named  # noqa: E402
 from trainer.prompts import Chat, Prompts  # noqa: E402
 
@@ -563,7 +564,8 @@ def test_no_question_of_the_test_split_is_trained_on(tmp_path, monkeypatch):
     assert given["train_dataset"]["prompt"] == ["1+1?\n", "3+1?\n"]
 
 
-def test_script_trains_and_saves(tmp_path, capfd):
+def test_script_trains_and_saves(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(data, "TINY_TRAIN", 20_000)  # of the first 500 none would be answered
     flags = (
         "--algo gtpo --preset tiny --steps 2 --prompts 4 --group-size 4 --updates 2 --epochs 2 "
         "--micro-batch 4 --max-new-tokens 8 --disable_tqdm true"
