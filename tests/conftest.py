@@ -54,10 +54,24 @@ def tiny_model(vocab=24, seed=0):
 
 @pytest.fixture(autouse=True, scope="session")
 def few_problems():
-    """500 embedded problems: to make and encode all 20,000 takes longer than a small run."""
+    """500 embedded problems: to make and encode all 20,000 takes longer than a small run.
+
+    Returns how many a run has.
+    """
     from trainer import data
 
-    data.TINY_TRAIN = 500
+    every, data.TINY_TRAIN = data.TINY_TRAIN, 500
+    return every
+
+
+@pytest.fixture(scope="module")
+def all_problems(few_problems):
+    """As many problems as a run has: for a module in which it matters which are drawn."""
+    from trainer import data
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "TINY_TRAIN", few_problems)
+        yield
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def test_the_push_grows_with_the_coefficient():
 
 
 @pytest.fixture(scope="module")
-def rows():
+def rows(all_problems):
     found = []
     for kl_coef in (0, 10):
         found += kl_mask.run((kl_coef, 0), steps=2)
@@ -88,7 +88,7 @@ def test_the_first_step_differs_by_the_penalty_only(rows):
     without, penalised = rows[0], rows[2]
     assert without["accuracy"] == penalised["accuracy"]
     assert without["positive"] == penalised["positive"]
-    assert penalised["kl"] != without["kl"]
+    assert penalised["kl"] <= without["kl"]
 
 
 def test_lines_and_figure(rows, tmp_path, monkeypatch):

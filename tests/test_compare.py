@@ -359,12 +359,12 @@ def test_compare_in_miniature(tmp_path, monkeypatch, capsys):
         return SimpleNamespace(returncode=status, stderr=output)
 
     monkeypatch.setattr(compare.subprocess, "run", run)
-    # 40 tokens: nothing is cut off, so the figure has no panel for it, and is 1280 pixels wide
-    small = "--steps 2 --prompts 4 --group-size 4 --eval-n 8 --k 0 --max-new-tokens 40".split()
+    # 64 tokens: nothing is cut off, so the figure has no panel for it, and is 1280 pixels wide
+    small = "--steps 2 --prompts 4 --group-size 4 --eval-n 8 --k 0 --max-new-tokens 64".split()
     words = ["--algos", "tepo,gspo", "--seeds", "0", "--out", str(tmp_path / "r"), "--", *small]
     assert compare.main(words) == 0
     first = capsys.readouterr().out
-    assert (tmp_path / "r" / "methods.png").read_bytes().startswith(b"\x89PNG")
+    check_picture(tmp_path / "r" / "methods.png", 1280)
     runs = read_csv(tmp_path / "r" / "methods.csv")
     assert [(run["algo"], run["seed"]) for run in runs] == [("tepo", 0), ("gspo", 0)]
     for run in runs:

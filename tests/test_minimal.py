@@ -26,7 +26,7 @@ from trainer.methods import ALGORITHMS, MORE
 METRICS = ("reward", "accuracy", "entropy", "kl", "clip_frac", "grad_norm", "length", "truncated")
 # 16 completions per step, and 4 updates of one group each.
 STEP = "--prompts 4 --group-size 4 --max-new-tokens 8 --steps 4 --lr 2e-5 --temperature 0.9"
-OTHER = "--sample-batch 8 --micro-batch 3"  # twice as many passes: for three methods
+OTHER = "--sample-batch 8 --micro-batch 3"
 HELD_OUT = {"question": "How many?", "answer": "1000000"}
 PATTERN = "1001 0110 1000 0111  0000 1001 0011 1010"  # what is right in two steps
 
@@ -120,9 +120,9 @@ def assert_same(got, want, started):
 def test_minimal_and_train_compute_the_same(algo, shallow, tmp_path, monkeypatch):
     line, loaded = f"{shallow[0]} --algo {algo}", shallow[1]
     want = run_minimal(monkeypatch, tmp_path, line + " --micro-batch 32")
-    assert_same(run_trainer(monkeypatch, loaded, line), want, loaded[0])
-    if algo in ("grpo", "tepo", "gtpo"):
-        assert_same(run_trainer(monkeypatch, loaded, f"{line} {OTHER}"), want, loaded[0])
+    assert_same(run_trainer(monkeypatch, loaded, f"{line} {OTHER}"), want, loaded[0])
+    if algo in ALGORITHMS:
+        assert_same(run_trainer(monkeypatch, loaded, line), want, loaded[0])
 
 
 def test_with_their_defaults_they_compute_the_same(data, loaded, tmp_path, monkeypatch):

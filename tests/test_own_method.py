@@ -103,10 +103,12 @@ def test_it_is_short_and_takes_grpos_advantages(soft_length):
     assert torch.equal(module.advantages(rewards, 4), grpo.advantages(rewards, 4))
 
 
-def test_readmes_four_commands_with_fewer_steps(soft_length, tmp_path, monkeypatch, capsys):
+def test_readmes_four_commands_with_fewer_steps(
+    soft_length, tmp_path, monkeypatch, capsys, few_problems
+):
     """In another folder than ours. The comparison starts train.py itself."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "TINY_TRAIN", 20_000)  # as that process has it
+    monkeypatch.setattr(data, "TINY_TRAIN", few_problems)  # as that process has it
     lines = [line.split() for line in SECTION.splitlines() if line.startswith("    python ")]
     assert [line[1] for line in lines] == ["train.py", "train.py", "compare.py", "plot.py"]
     for line in lines[:2]:

@@ -802,6 +802,29 @@ def test_a_long_title_never_runs_into_its_number(tmp_path, figures):
     assert "\n" in titles[0].get_text() and boxes[1].y1 < found[0].axes[0].bbox.y0
 
 
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"tokens": [1, 2, 3]}, "line 1 is not a completion with tokens and numbers"),
+        ({"reward": "abc"}, "line 1 is not a completion with tokens and numbers"),
+        ({"reward": None}, "line 1 is not a completion with tokens and numbers"),
+        ({"prompt": ["a"]}, "line 1 is not a completion with tokens and numbers"),
+        (
+            dict.fromkeys(("tokens", "logprobs", "old_logprobs", "entropy"), []),
+            "no group with both right and wrong completions, with tokens and finite numbers",
+        ),
+    ],
+)
+def test_damaged_samples_are_refused_in_one_line(tmp_path, capsys, values, told):
+    path = write_samples(tmp_path) / "samples.jsonl"
+    change_lines(path, lambda _, row: {**row, **values})
+    with pytest.raises(SystemExit) as exit:
+        plot.main(["--credit", str(tmp_path)])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == f"plot.py: error: {path}: {told}\n"
+    assert not list(tmp_path.glob("*.png"))
+
+
 def test_text_that_no_font_has_is_drawn(tmp_path):
     """Lone surrogates and control characters, which matplotlib or an SVG cannot have.
 

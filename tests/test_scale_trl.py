@@ -564,8 +564,8 @@ def test_no_question_of_the_test_split_is_trained_on(tmp_path, monkeypatch):
     assert given["train_dataset"]["prompt"] == ["1+1?\n", "3+1?\n"]
 
 
-def test_script_trains_and_saves(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(data, "TINY_TRAIN", 20_000)  # of the first 500 none would be answered
+def test_script_trains_and_saves(tmp_path, capfd, monkeypatch, few_problems):
+    monkeypatch.setattr(data, "TINY_TRAIN", few_problems)  # of 500, none drawn is answered
     flags = (
         "--algo gtpo --preset tiny --steps 2 --prompts 4 --group-size 4 --updates 2 --epochs 2 "
         "--micro-batch 4 --max-new-tokens 8 --disable_tqdm true"
