@@ -1,8 +1,7 @@
 """GRPO: Group Relative Policy Optimization. DeepSeekMath, arXiv 2402.03300, section 4.1.
 
-o_i is completion i, drawn from pi_old; |o_i| counts its tokens, those with mask m = 1; T is the
-longest. The G completions of one prompt are a group. `advantages` gets the B rows of a step, `loss`
-the B rows of a mini-batch.
+o_i is completion i, drawn from pi_old; |o_i| counts its tokens, where mask m = 1; T is the longest.
+The G completions of a prompt are a group. `advantages` gets a step's B rows, `loss` a mini-batch's.
 
     A_i = (r_i - mean_group r) / (std_group r + 1e-4)                            sec. 4.1.2  [B]
     w_{i,t} = pi_theta(o_{i,t}) / pi_old(o_{i,t})                                            [B, T]
@@ -11,15 +10,12 @@ the B rows of a mini-batch.
            + beta 1/B sum_i 1/|o_i| sum_t k3                                          Eq. 3  scalar
 
 Source: the paper's own text. Our choices: std with Bessel's correction, as in TRL and verl; + 1e-4,
-as in TRL (verl: 1e-6); eps 0.2; beta 0 (paper: 0.04). pi_ref is the frozen start policy; k3
-estimates KL(pi_theta || pi_ref).
+as in TRL (verl: 1e-6); eps 0.2; beta 0 (paper: 0.04). pi_ref is the frozen start policy.
 Read this file first: the others import its helpers, and take its `advantages` if they define none.
 
 Worked example: completions of 2 tokens and 1 token, the first is right. w = 1.5 is clipped to 1.2.
 
-    >>> A = advantages(torch.tensor([1.0, 0.0]), group_size=2)  # (1 - 0.5) / (0.70711 + 1e-4)
-    >>> A
-    tensor([ 0.7070, -0.7070])
+    >>> A = advantages(torch.tensor([1.0, 0.0]), group_size=2)  # +-0.7070 = 0.5 / (0.70711 + 1e-4)
     >>> mask, ratios = torch.tensor([[1, 1], [1, 0]]), torch.tensor([[1.5, 0.9], [1.0, 1.0]])
     >>> loss(ratios.log(), torch.zeros(2, 2), A, mask)  # -((1.2 + 0.9) / 2 - 1.0) * 0.7070 / 2
     tensor(-0.0177)
@@ -31,7 +27,6 @@ import torch
 def advantages(rewards, group_size):
     """Rewards standardised within their group, 0 if constant: [B] -> [B], or a ValueError."""
     r = split_groups(rewards, group_size)  # [B/G, G]
-    # A_i = (r_i - mean r) / (std r + 1e-4)
     a = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)
     return a.masked_fill(constant(r), 0).flatten()  # [B]
 
@@ -83,7 +78,7 @@ def clip_term(ratio, advantages, eps_low, eps_high):
 
 
 def k3(ref_logprobs, logprobs):
-    """Schulman's k3, pi_ref/pi_theta - log(pi_ref/pi_theta) - 1: nats per token, >= 0. [B, T]"""
+    """Schulman's estimate of KL(pi_theta || pi_ref), Eq. 4: nats per token, >= 0. [B, T]"""
     log_ratio = (ref_logprobs - logprobs).clamp(-20, 20)
     return log_ratio.expm1() - log_ratio
 
@@ -104,10 +99,7 @@ def token_mean(x, mask):
 
 
 def prepare(logprobs, old_logprobs, advantages, mask, **others):
-    """A loss's tensors, ready for its formula, [B, T] each, in the order given.
-
-    Of `others`, None becomes old_logprobs: TEPO's reference, and a stand-in for what is not read.
-    """
+    """A loss's tensors, ready for its formula, [B, T] each; old_logprobs stand in for None."""
     others = {name: old_logprobs if x is None else x for name, x in others.items()}
     check_shapes(advantages, logprobs=logprobs, old_logprobs=old_logprobs, mask=mask, **others)
     A = advantages if advantages.ndim == 2 else advantages[:, None].expand_as(logprobs)

@@ -196,11 +196,8 @@ def say(rows):
     texts = [f"{n}: {text}" for n, text in zip(COUNTS, kit.compared(less, 3), strict=True)]
     lines.append(f"DAPO less GRPO, p by Holm: {'; '.join(texts)}")
     for name, digits in (("accuracy", 3), ("length", 2)):
-        less = cell(
-            values(rows, "docs/methods.csv", "per sequence less per token", name).values(),
-            digits,
-            "+",
-        )
+        found = values(rows, "docs/methods.csv", "per sequence less per token", name)
+        less = cell(found.values(), digits, "+")
         lines.append(f"docs/methods.csv, per sequence less per token, {name}: {less}")
     for method in METHODS:
         for what in ("right", "wrong", "right, share", "wrong, share"):

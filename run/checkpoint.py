@@ -286,6 +286,7 @@ def load(run, model, optimizer, steps):
 
 
 def load_weights(folder, model):
+    """Copy a folder's weights into the model. Raises ValueError if one is missing."""
     saved, found = type(model).from_pretrained(
         folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
     )

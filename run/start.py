@@ -111,12 +111,9 @@ def set_up(o, new=None):
     if new and not o.overwrite:
         checkpoint.refuse_existing(new, o.eval_only)
 
-    chat = Chat(o.chat_template, o.system, o.template_option)
-    model, tokenizer, eos_ids, pad_id = load_policy(checkpoint.find_model(o.model), o.device, chat)
+    chat, (model, tokenizer, eos_ids, pad_id) = load_model(o)
     if not (own and own.correct):
         check_answer(tokenizer)
-    use_threads(o.threads, model)
-    warn_of_slow_bf16(o)
 
     longest = context_length(model) - o.max_new_tokens
     vocabulary = len(model.get_input_embeddings().weight)
@@ -129,6 +126,15 @@ def set_up(o, new=None):
     generation = {"max_new_tokens": o.max_new_tokens, "eos_ids": eos_ids, "pad_id": pad_id}
     generation["layout"] = layout
     return model, tokenizer, generation, train, held_out
+
+
+def load_model(o):
+    """(the Chat of its prompts, what `load_policy` returns) of the model that the options name."""
+    chat = Chat(o.chat_template, o.system, o.template_option)
+    loaded = load_policy(checkpoint.find_model(o.model), o.device, chat)
+    use_threads(o.threads, loaded[0])
+    warn_of_slow_bf16(o)
+    return chat, loaded
 
 
 def encode(o, tokenizer, train, held_out, overlap, how):

@@ -95,21 +95,16 @@ def run_options(model):
 def load(given):
     """A namespace: the options o, the policy, its tokenizer, ... Raises ValueError."""
     print("loading torch and transformers", flush=True)
-    from run.checkpoint import find_model
     from run.checks import fill
-    from run.machine import warn_of_slow_bf16
+    from run.start import load_model
     from trainer.bf16 import sampling_copy
-    from trainer.policy import context_length, load_policy, use_threads
-    from trainer.prompts import Chat
+    from trainer.policy import context_length
     from trainer.sources import offline_without_network
 
     o = fill(given)
     offline_without_network(o.model)
-    m = SimpleNamespace(o=o, chat=Chat(o.chat_template, o.system, o.template_option))
-    loaded = load_policy(find_model(o.model), o.device, m.chat)
-    policy, m.tokenizer, m.eos_ids, m.pad_id = loaded
-    use_threads(o.threads, policy)
-    warn_of_slow_bf16(o)
+    m = SimpleNamespace(o=o)
+    m.chat, (policy, m.tokenizer, m.eos_ids, m.pad_id) = load_model(o)
     m.context = context_length(policy)
     if "max_new_tokens" not in given:
         o.max_new_tokens = min(MOST_TOKENS, m.context // 2)

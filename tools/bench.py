@@ -276,7 +276,7 @@ def weight_read_seconds(model, device):
 
 
 def worth(text):
-    """The reward of `step --peer`: any model earns it about half the time.
+    """The reward of `step --peer` and of tricks.py: any model earns it about half the time.
 
     So hardly any group is constant, and neither trainer is spared work.
     """

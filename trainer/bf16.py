@@ -39,6 +39,7 @@ def sampling_copy(model, dtype, keep=False):
 
 
 def bf16_copy(model):
+    """A copy whose weights and buffers have the dtypes of `bf16_dtypes`, without gradients."""
     dtypes = bf16_dtypes(model)
     copies = {}  # {id: copy}, for deepcopy: it takes these and makes no fp32 copy of its own
     for name, weight in named_tensors(model):

@@ -135,19 +135,22 @@ def token_logprobs(
             hidden = by_row(model.base_model, "last_hidden_state", *rows)
     if through_head:
         head = model.get_output_embeddings()
-        weight = cast(head.weight, {} if casts is None else casts)
-        bias = getattr(head, "bias", None)
-        logprobs, entropy = HeadLogprobs.apply(
-            hidden, head.weight, weight, bias, targets, temperature
-        )
+        weight, bias = cast(head.weight, casts or {}), getattr(head, "bias", None)
+        both = HeadLogprobs.apply(hidden, head.weight, weight, bias, targets, temperature)
     else:
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logp = (logits / temperature).log_softmax(1)  # [N, V]
-        logprobs = logp.gather(1, targets[:, None])[:, 0]
-        logp = logp.detach()
-        entropy = -(logp.exp() * logp).sum(1)  # H = - sum p log p
+        both = from_logits(logits, targets, temperature)
+    logprobs, entropy = both  # [N]
     zeros = torch.zeros(mask.shape, dtype=logprobs.dtype, device=mask.device)
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
+
+
+def from_logits(logits, targets, temperature):
+    """The log-probabilities and the entropy of `token_logprobs`, [N] each, of logits [N, V]."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logp = (logits / temperature).log_softmax(1)  # [N, V]
+    logprobs = logp.gather(1, targets[:, None])[:, 0]
+    logp = logp.detach()
+    return logprobs, -(logp.exp() * logp).sum(1)  # H = - sum p log p
 
 
 def by_row(run, output, prompts, completions, mask):

@@ -70,14 +70,19 @@ def sample(
                 pieces[i] = piece
             if progress is not None:
                 progress.update(len(chosen))
-    rows = [list(itertools.chain(*column)) for column in zip(*pieces, strict=True)]
-    completions = pad_sequence(rows[0], batch_first=True, padding_value=pad_id)  # [P * n, T]
-    logprobs, entropy = (pad_sequence(column, batch_first=True) for column in rows[1:])
+    repeated = [prompt for prompt in prompts for _ in range(n)]
+    columns = [list(itertools.chain(*column)) for column in zip(*pieces, strict=True)]
+    return rollout_of(repeated, *columns, eos_ids, pad_id)
+
+
+def rollout_of(prompts, completions, logprobs, entropy, eos_ids, pad_id):
+    """A Rollout of rows of unequal length, whose values after the first EOS are arbitrary."""
+    completions = pad_sequence(completions, batch_first=True, padding_value=pad_id)  # [P * n, T]
+    logprobs, entropy = (pad_sequence(rows, batch_first=True) for rows in (logprobs, entropy))
     mask = completion_mask(completions, eos_ids)
     ended = torch.isin(completions, torch.tensor(eos_ids, device=completions.device)).any(1)
-    repeated = [prompt for prompt in prompts for _ in range(n)]
     logprobs, entropy = logprobs.masked_fill(~mask, 0), entropy.masked_fill(~mask, 0)
-    return Rollout(repeated, completions, mask, ~ended, logprobs, entropy)
+    return Rollout(prompts, completions, mask, ~ended, logprobs, entropy)
 
 
 def random_numbers(rows, tokens):
