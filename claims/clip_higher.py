@@ -3,8 +3,9 @@
 A token with A > 0 gets no push once its ratio w = pi / pi_old is above 1 + eps_high. With 0.2 a
 token of pi_old 0.01 may grow to 0.012 before that, with 0.28 to 0.0128; one of pi_old above
 1 / 1.2 = 0.83 never reaches the bound. DAPO is trained with both, in a regime where the clip acts:
-16 updates per rollout, three times the default learning rate. The .csv has a row per training
-step, with the numbers of tokens with A > 0 over all its updates, by their pi_old, part i of EDGES:
+temperature 1.3, four passes over each rollout, three times the default learning rate. The .csv has
+a row per training step, with the numbers of tokens with A > 0 over all its updates, by their
+pi_old, part i of EDGES:
 
     tokens_i     all of them
     between_i    with 1.2 < w <= 1.28: clipped at 0.2 and pushed at 0.28
@@ -25,7 +26,7 @@ from run.table import cell
 
 BOUNDS = (0.2, 0.28)  # eps_high: GRPO's, DAPO's
 STEPS = 20
-FLAGS = ("--lr", "3e-4", "--warmup", "2", "--updates", "16")
+FLAGS = ["--lr", "3e-4", "--warmup", "2", "--epochs", "4", "--temperature", "1.3"]
 EDGES = (0.0, 0.01, 0.1, 0.5, 1 / 1.2, 1.0)  # of pi_old
 PARTS = range(len(EDGES) - 1)
 LEVELS = (0.3, 0.4, 0.5, 0.6)  # accuracies at which the entropies are compared
