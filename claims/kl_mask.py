@@ -174,7 +174,7 @@ def say(rows):
 
 
 def draw(rows, out):
-    figure = new_figure(11, 3.6)
+    figure = new_figure(11, 3.8)
     panels = figure.subplots(1, 3)
     for (kl_coef, kind), (colour, dashes) in zip(RUNS, LOOKS, strict=True):
         runs = kit.runs_of(rows, kl_coef=kl_coef, mask=kind)
@@ -188,12 +188,13 @@ def draw(rows, out):
     panels[0].set(title="Entropy of the rollouts", ylabel="nats per token")
     panels[1].set(title="Accuracy of the rollouts", ylim=(0, None))
     panels[2].axhline(1, color="0.6", lw=0.8)
-    panels[2].set(title="Push of the penalty", yscale="log", ylim=(1e-3, 2))
+    panels[2].set(title="Push of the penalty", yscale="log", ylim=(5e-3, 1.5))
     panels[2].set_ylabel("times the policy term's push")
     for ax in panels:
         ax.set_xlabel("step")
         ax.xaxis.get_major_locator().set_params(integer=True)
-    panels[0].legend(frameon=False, fontsize=9)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(RUNS), frameon=False)
     save(figure, out)
 
 
