@@ -11,8 +11,8 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -44,6 +44,7 @@ TRAIN = Path(__file__).resolve().parent / "train.py"
 OURS = ("--algo", "--seed", "--out", "--resume", "--overwrite", "--eval-only", "--show-prompt")
 # The number of draws of an evaluation changes only its pass@k.
 NOT_COMPARED = {"out", "overwrite", "threads", "k", "eval_samples"}
+MEND = "pass another --out, or --overwrite"
 EXAMPLES = """examples:
   python compare.py                                  all seven, seeds 0, 1, 2
   python compare.py --off-policy 1,4,16              1, 4, 16 updates per rollout, at equal samples
@@ -87,17 +88,19 @@ def plan(args):
         out = args.out / run_name(algo, seed, update, clip, default_updates)
         flags = [*args.rest, *update, *clip, "--algo", algo, "--seed", str(seed), "--out", str(out)]
         asked = fill(parse(flags))  # refuses what train.py would refuse
-        done = False
+        done, first = False, 0
         if args.overwrite:
             flags.append("--overwrite")
         elif (out / "config.json").exists():
             config = read_config(out)
-            refuse_other_options(out, config["options"], asked)
-            inputs = inputs or data_and_weights(asked)
-            refuse_other_origin(out, config, inputs, algo, args.keep)
-            done = config["status"] == "done"
+            different = other_options(config["options"], asked)
+            if not different:
+                inputs = inputs or data_and_weights(asked)
+                different = other_origin(config, inputs, args.keep)
+            if different:
+                raise ValueError(f"{out} was made with {different}")
+            done, first = config["status"] == "done", last_step(out)
             flags = ["--resume", str(out)]
-        first = last_step(out) if "--resume" in flags else 0
         runs.append(Run(out, [sys.executable, str(TRAIN), *flags], asked.steps, first, done))
     return runs
 
@@ -115,23 +118,12 @@ def run_name(algo, seed, update, clip, default_updates):
 
 
 def read_config(out):
-    """The config.json of a run, with its options and status. Raises ValueError."""
-    try:
+    """The config.json of a run that has options and a status. Raises ValueError."""
+    with contextlib.suppress(*BAD_VALUE):
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        config["options"]["algo"], config["status"]
-    except (ValueError, KeyError, TypeError):
-        mend = "delete the run or pass --overwrite"
-        raise ValueError(f"{out}: its config.json cannot be read; {mend}") from None
-    return config
-
-
-def refuse_other_options(out, held, asked):
-    """Raise ValueError if the run was made with other options than are asked for."""
-    asked = asdict(asked)
-    for key in sorted(asked.keys() - NOT_COMPARED):
-        if held.get(key) != asked[key]:
-            was = f"{key} {held.get(key)!r}, not {asked[key]!r}"
-            raise ValueError(f"{out} was made with {was}: pass another --out, or --overwrite")
+        if "algo" in config["options"] and "status" in config:
+            return config
+    raise ValueError(f"{out}: its config.json cannot be read; delete the run or pass --overwrite")
 
 
 def data_and_weights(asked):
@@ -146,24 +138,30 @@ def data_and_weights(asked):
     return {"checksum": data, "weights": origin.weights_checksum(model)}
 
 
-def refuse_other_origin(out, config, inputs, algo, keep):
-    """Raise ValueError if a new run would have other data, start weights, code or versions.
+def other_options(held, asked):
+    """Which option a run was made with instead of the one asked for, in words; "" if none."""
+    for name, value in sorted(asdict(asked).items()):
+        if name not in NOT_COMPARED and held.get(name) != value:
+            return f"{name} {held.get(name)!r}, not {value!r}: {MEND}"
+    return ""
 
-    keep: accept other code and versions.
+
+def other_origin(config, inputs, keep):
+    """Which data, start weights, code or versions a run was made with instead of today's, in words.
+
+    "" if none. keep: accept other code and versions.
     """
     from run import origin
 
-    other = origin.other_inputs(config, inputs)
+    other, o = origin.other_inputs(config, inputs), config["options"]
     if other:
-        raise ValueError(f"{out} was made with {other}: pass another --out, or --overwrite")
-    code = origin.code_checksums(algo, config["options"].get("reward"))
-    now = {"code": code, "versions": origin.versions()}
+        return f"{other}: {MEND}"
+    now = {"code": origin.code_checksums(o["algo"], o.get("reward")), "versions": origin.versions()}
     changed = origin.other_code(config, now)
-    if changed and not keep:
-        raise ValueError(
-            f"{out} was made with other code or versions ({changed}): --overwrite trains it again, "
-            f"--keep takes it as it is, another --out leaves it alone"
-        )
+    if not changed or keep:
+        return ""
+    mend = "--overwrite trains it again, --keep takes it as it is, another --out leaves it alone"
+    return f"other code or versions ({changed}): {mend}"
 
 
 def train_all(runs, jobs):
@@ -260,46 +258,43 @@ the median step's, rollout and updates, times the steps.
 
 
 def compared(runs):
-    """(rows of `per_seed`, [(variant, algo, its part of them), ...], the k of pass@k as text)."""
+    """(rows of `per_seed`, [((variant, algo), how many seeds, cells of COMPARED), ...], the k of
+    pass@k as text)."""
     table = tabulate(runs)
-    found = per_seed(table)
-    parts = found.groupby(level=["variant", "algo"], observed=True)
+    found, rows = per_seed(table), []
+    for key, part in found.groupby(level=["variant", "algo"], observed=True):
+        columns = [cell(part[name].dropna(), *how) for name, _, _, *how in COMPARED]
+        rows.append((key, len(part), columns))
     ks = sorted({int(k) for k in table["k"].dropna() if k})
-    return found, [(*key, part) for key, part in parts], "/".join(map(str, ks)) or "k"
+    return found, rows, "/".join(map(str, ks)) or "k"
 
 
 def markdown(runs):
     """The comparison in Markdown: one row per method and variant, averaged over seeds."""
-    _, parts, k = compared(runs)
-    titles = [title.format(k=k) for _, title, _, _, _ in COMPARED]
+    _, rows, k = compared(runs)
+    titles = [title.format(k=k) for _, title, *_ in COMPARED]
     lines = [["method", "seeds", *titles], ["---"] * (2 + len(titles))]
-    for variant, algo, part in parts:
-        cells = [cell(part[key].dropna(), digits, sign) for key, _, _, digits, sign in COMPARED]
-        lines.append([method_name(algo, variant), str(len(part)), *cells])
+    for (variant, algo), seeds, cells in rows:
+        lines.append([method_name(algo, variant), str(seeds), *cells])
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{text}\n{NOTE}"
 
 
 def aligned(runs):
     """The comparison for a terminal of 80 columns: means, with intervals of accuracies only."""
-    found, parts, k = compared(runs)
-    columns = [column for column in COMPARED if column[2]]
-    lines = [["method", *(title.format(k=k) for _, _, title, _, _ in columns)]]
-    for variant, algo, part in parts:
-        if variant and f"{variant}:" not in lines:
-            lines.append(f"{variant}:")
-        cells = [textwrap.shorten(style(algo)[0], 14, placeholder="…")]
-        for key, _, _, digits, sign in columns:
-            text = cell(part[key].dropna(), digits, sign)
-            cells.append(text if key in ("final", "less") else text.split(" ±")[0])
-        lines.append(cells)
-    rows = [line for line in lines if isinstance(line, list)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    texts = []
-    for line in lines:
-        is_row = isinstance(line, list)
-        texts.append("  ".join(map(str.ljust, line, widths)).rstrip() if is_row else line)
-    seeds = span([len(part) for *_, part in parts], 0)
+    found, rows, k = compared(runs)
+    lines = [["method", *(title.format(k=k) for _, _, title, *_ in COMPARED if title)]]
+    for (_, algo), _, (_, final, less, *others) in rows:
+        name = textwrap.shorten(style(algo)[0], 14, placeholder="…")
+        lines.append([name, final, less, *(text.split(" ±")[0] for text in others)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    head, *lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    texts = [head]
+    for ((variant, _), *_), line in zip(rows, lines, strict=True):
+        if variant and f"{variant}:" not in texts:
+            texts.append(f"{variant}:")
+        texts.append(line)
+    seeds = span([seeds for _, seeds, _ in rows], 0)
     before = span(found["before"].dropna(), 3)
     texts.append(f"Greedy accuracy after the last step; before the first it was {before}.")
     texts.append(f"Means of {seeds} seeds, ± the half-width of the 95% t-interval.")
@@ -308,8 +303,8 @@ def aligned(runs):
 
 def span(values, digits):
     """ "3", or "2 to 3": the lowest and the highest of some numbers."""
-    ends = sorted({f"{value:.{digits}f}" for value in values}, key=float)
-    return " to ".join(dict.fromkeys([*ends[:1], *ends[-1:]])) or "unknown"
+    ends = [f"{end(values):.{digits}f}" for end in (min, max) if len(values)]
+    return " to ".join(dict.fromkeys(ends)) or "unknown"
 
 
 # Command line
@@ -325,45 +320,40 @@ def counts(text):
 
 def clip_ranges(text):
     """ "0.2/0.28,3e-4/4e-4" -> [("0.2", "0.28"), ("3e-4", "4e-4")]. Raises ArgumentTypeError."""
-    pairs = [tuple(part.split("/")) for part in text.split(",")]
-    for pair in pairs:
-        numbers = [bound for bound in pair if re.fullmatch(r"[\d.]*\d(e-?\d+)?", bound)]
-        if len(pair) != 2 or len(numbers) != 2:
-            raise argparse.ArgumentTypeError(
-                f"{'/'.join(pair)!r}: a range is LOW/HIGH, such as 0.2/0.28; commas between ranges"
-            )
-    return list(dict.fromkeys(pairs))
+    ranges = [part.strip() for part in text.split(",")]
+    for part in ranges:
+        try:
+            low, high = map(float, part.split("/"))
+            is_range = 0 <= low < math.inf and 0 <= high < math.inf
+        except ValueError:
+            is_range = False
+        if not is_range:
+            what = "a range is LOW/HIGH, such as 0.2/0.28; commas between ranges"
+            raise argparse.ArgumentTypeError(f"{part!r}: {what}")
+    return [tuple(part.split("/")) for part in dict.fromkeys(ranges)]
 
 
 def build_parser():
-    parser = Parser(
-        prog="compare.py",
-        usage="%(prog)s [options] [-- TRAIN-OPTIONS]",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    text = (
-        "any of the 28, or all; files of your own; default: the seven at the top; with --eps: tepo"
-    )
-    parser.add_argument("--algos", type=algorithm_names, metavar="A,B", help=text)
-    text = "default: 0,1,2"
-    parser.add_argument("--seeds", type=counts, metavar="N,N", default=[0, 1, 2], help=text)
+    look = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES}
+    look["usage"] = "%(prog)s [options] [-- TRAIN-OPTIONS]"
+    parser = Parser(prog="compare.py", description=__doc__, **look)
+    add = parser.add_argument
+    text = "any of the 28, or all; files of your own; default: the seven at the top; with --eps: "
+    add("--algos", type=algorithm_names, metavar="A,B", help=f"{text}tepo")
+    add("--seeds", type=counts, metavar="N,N", default=[0, 1, 2], help="default: 0,1,2")
     text = "updates per rollout, each a variant"
-    parser.add_argument("--off-policy", type=counts, metavar="N,N", default=[], help=text)
+    add("--off-policy", type=counts, metavar="N,N", default=[], help=text)
     text = "clip ranges, each a variant"
-    parser.add_argument("--eps", type=clip_ranges, metavar="LOW/HIGH,...", default=[], help=text)
+    add("--eps", type=clip_ranges, metavar="LOW/HIGH,...", default=[], help=text)
     text = "runs at a time; they share the cores"
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help=text)
+    add("--jobs", type=int, default=1, metavar="N", help=text)
     text = "folder for the runs, the figure, the table and the .csv; default: runs/compare"
-    kind = {"type": output_folder, "default": Path("runs/compare")}
-    parser.add_argument("--out", metavar="DIR", help=text, **kind)
-    text = "train again what --out holds already"
-    parser.add_argument("--overwrite", action="store_true", help=text)
+    add("--out", type=output_folder, default=Path("runs/compare"), metavar="DIR", help=text)
+    add("--overwrite", action="store_true", help="train again what --out holds already")
     text = "take what --out holds, although our code or a version has changed since"
-    parser.add_argument("--keep", action="store_true", help=text)
+    add("--keep", action="store_true", help=text)
     text = "print the table of these run folders or .csv files, and stop"
-    parser.add_argument("--table", nargs="+", metavar="RUN", help=text)
+    add("--table", nargs="+", metavar="RUN", help=text)
     return parser
 
 

@@ -27,6 +27,8 @@ from run.style import STYLES
 from run.table import cell, mean_interval, tabulate
 from trainer.methods import ALGORITHMS, MORE
 
+BAD_RANGES = "0.2 1.2.3/0.2 0.2/1.2.3 nan/0.2 0.2/nan inf/1 -1/1 a/b 1/2/3 0.2/".split()
+
 
 @pytest.fixture
 def trainer(monkeypatch):
@@ -241,7 +243,7 @@ def test_jobs_share_the_cores(trainer, no_figure, tmp_path, monkeypatch):
     [
         ("--algos tepo,gpro", "gpro"),
         ("--seeds one", "--seeds"),
-        ("--eps 0.2", "--eps"),
+        *((f"--eps={text}", f"--eps: {text!r}: a range is LOW/HIGH") for text in BAD_RANGES),
         ("--jobs 0", "--jobs"),
         ("--off-policy 3", "--updates 3 does not divide"),
         ("-- --group-size 1", "--group-size 1"),
