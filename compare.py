@@ -250,7 +250,7 @@ COMPARED = (  # key of `per_seed`, title in Markdown, title in a terminal, digit
 )
 NOTE = f"""
 Means over the seeds, ± the half-width of the 95% t-interval over them. Accuracy: greedy, on
-held-out problems, before the first step and after the last. Less GRPO's: the difference at equal
+held-out problems, at the first evaluation and at the last. Less GRPO's: the difference at equal
 seed, and so at equal data order; where its interval holds 0, these seeds do not tell the two apart.
 Entropy (nats per token) and length (tokens): rollouts of the last {LAST} training steps. Seconds:
 the median step's, rollout and updates, times the steps.
@@ -296,7 +296,7 @@ def aligned(runs):
         texts.append(line)
     seeds = span([seeds for _, seeds, _ in rows], 0)
     before = span(found["before"].dropna(), 3)
-    texts.append(f"Greedy accuracy after the last step; before the first it was {before}.")
+    texts.append(f"Greedy accuracy at the last evaluation; at the first it was {before}.")
     texts.append(f"Means of {seeds} seeds, ± the half-width of the 95% t-interval.")
     return "\n".join(texts)
 

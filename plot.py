@@ -78,9 +78,10 @@ def plot_entropy(runs, out):
         if curve:
             how = {"color": colour, "marker": marker, "label": name}
             ax.scatter(entropy, accuracy, s=9, lw=0, alpha=0.45, **how)
-    grid = np.linspace(entropy.min(), entropy.max(), 50) if len(entropy) else entropy
-    label = f"least-squares fit −{a:.2f} exp(H) + {b:.2f},\noff by up to {off:.2f}"
-    ax.plot(grid, b - a * np.exp(grid), color="0.25", lw=1.6, label=label)
+    if math.isfinite(a):
+        grid = np.linspace(entropy.min(), entropy.max(), 50)
+        label = f"least-squares fit −{a:.2f} exp(H) + {b:.2f},\noff by up to {off:.2f}"
+        ax.plot(grid, b - a * np.exp(grid), color="0.25", lw=1.6, label=label)
     ax.set(xlabel="entropy H [nats per token]", ylabel="accuracy R of the training rollouts")
     ax.grid(alpha=0.25)
     for handle in ax.legend(fontsize=8, markerscale=1.8).legend_handles:

@@ -94,9 +94,11 @@ def grid(names, most):
 
 def known_metrics(table, metrics):
     """The metrics as a list. Raises ValueError for one that no row has."""
-    known = [name for name in table if table[name].dtype == float and table[name].notna().any()]
+    values = table.drop(columns="value").select_dtypes(float)
+    known = values.dropna(axis=1, how="all").columns
+    of_eval = values[table["phase"] == "eval"].dropna(axis=1, how="all").columns
     for name in metrics:
-        if name.removeprefix("eval/") not in known:
+        if name not in known and name.removeprefix("eval/") not in of_eval:
             raise ValueError(f"no run has a metric {name!r}; there are {', '.join(known)}")
     return list(metrics)
 
@@ -129,7 +131,7 @@ def draw_line(ax, table, name, look, smooth, z, width=1.4, band=0.13):
     if metric != name or not table.loc[table["phase"] == "train", metric].notna().any():
         phase, smooth = "eval", 1
     found = average(table, phase, metric, smooth)
-    if smooth > 1 and len(found) > smooth:
+    if smooth > 1:
         raw = average(table, phase, metric)
         ax.plot(raw["step"], raw["mean"], color=colour, lw=0.6, alpha=0.3, zorder=2)
     for part, is_fewer in stretches(found):
@@ -181,16 +183,11 @@ def is_lenient_shown(table):
     return bool((table["accuracy_lenient"] - table["accuracy"] > LENIENT_FROM).any())
 
 
-def of_index(ends, curve):
-    """The known values of a curve in a column of `per_seed`, one for each seed."""
-    return ends[[index[:2] == curve for index in ends.index]].dropna().tolist()
-
-
 def draw_ends(ax, table, looks):
     """Draw the last evaluation of each curve: each seed, the mean and its 95% t-interval."""
     final = per_seed(table)["final"]
     for x, (curve, (_, colour, _, marker)) in enumerate(looks.items()):
-        values = of_index(final, curve)
+        values = final.xs(curve, level=CURVE).dropna().tolist()
         if values:
             ax.errorbar(x, *mean_interval(values), color=colour, marker=marker, ms=5, capsize=3)
             ax.plot([x + 0.25] * len(values), values, ".", color=colour, alpha=0.5)
@@ -271,7 +268,7 @@ def ends_against_option(table, option):
         ax.errorbar(x, ends["mean"], bars, color=colour, marker=marker, ms=5, ls="none")
         broken = part.groupby("place")["is_broken"].any()
         ax.plot(x[broken], ends["mean"][broken], "x", color="black", ms=9)
-    ax.set(title="Greedy accuracy after the last step", xlabel=option)
+    ax.set(title="Greedy accuracy at the last evaluation", xlabel=option)
     ax.set_xticks(range(len(values)), [f"{value:g}" for value in values])
     add_legend(figure, [style(algo) for algo, _ in algos])
     text = "Markers: means over the seeds; bars: lowest to highest seed."
@@ -288,7 +285,7 @@ def sorted_ends(table, looks):
     key = "less" if found["less"].notna().any() else "final"
     rows = []
     for curve, (name, colour, _, marker) in looks.items():
-        values = of_index(found[key], curve)
+        values = found[key].xs(curve, level=CURVE).dropna().tolist()
         if values:
             rows.append((*mean_interval(values), values, name.replace("\n", ", "), colour, marker))
     rows.sort(key=lambda row: row[0])
@@ -298,7 +295,7 @@ def sorted_ends(table, looks):
         ax.errorbar(mean, y, xerr=half, color=colour, marker=marker, ms=5, capsize=2)
         ax.plot(values, [y - 0.25] * len(values), ".", color=colour, alpha=0.5, ms=4)
     ax.set_yticks(range(len(rows)), [row[3] for row in rows], fontsize=9)
-    title = "Greedy accuracy after the last step"
+    title = "Greedy accuracy at the last evaluation"
     text = "Means over the seeds with their 95% t-intervals; dots: each seed."
     if key == "less":
         ax.axvline(0, color="0.4", lw=0.9)

@@ -209,6 +209,10 @@ def read_runs(paths):
             notes.append(f"{run['path']}: another run of the same experiment and seed is taken")
         else:
             runs.append(run)
+    for run in runs:
+        if run["rows"].empty:
+            notes.append(f"{run['path']}: no metrics in it so far")
+    runs = [run for run in runs if not run["rows"].empty]
     if not runs:
         raise ValueError("; ".join(notes))
     for note in notes:

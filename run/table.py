@@ -3,6 +3,7 @@
 pandas is imported where it is used: --help does not wait for it.
 """
 
+import itertools
 import json
 import math
 import re
@@ -53,9 +54,12 @@ def told_apart(runs):
     As many folders above it as are needed belong to the name. Raises ValueError if that does not
     help: one of them would count as a second seed.
     """
-    runs = [dict(run) for run in runs]
     for depth in (1, 2, 3):
-        runs = [named(run, depth) if is_unclear(run, runs) else run for run in runs]
+        unclear = [is_unclear(run, runs) for run in runs]
+        runs = [dict(run) for run in runs]
+        for run, is_named in zip(runs, unclear, strict=True):
+            if is_named:
+                run["settings"] = {**run["settings"], "run": folder_of(run, depth)}
     for run in runs:
         if is_unclear(run, runs):
             raise ValueError(
@@ -78,11 +82,6 @@ def is_unclear(run, runs):
     return False
 
 
-def named(run, depth):
-    """The run with the setting `run`."""
-    return {**run, "settings": {**run["settings"], "run": folder_of(run, depth)}}
-
-
 def folder_of(run, depth=1):
     """The end of the run's path, without its seed: tepo-tiny-s0 -> tepo-tiny."""
     return re.sub(r"-s\d+(?=-|/|$)", "", "/".join(run["path"].resolve().parts[-depth:]))
@@ -91,12 +90,11 @@ def folder_of(run, depth=1):
 def differing(runs):
     """The names of the settings in which runs of one algorithm differ: they make the variants."""
     names = {}
-    for run in runs:
-        for other in runs:
-            if other["algo"] == run["algo"] and other["settings"] != run["settings"]:
-                for name, value in run["settings"].items():
-                    if name not in other["settings"] or other["settings"][name] != value:
-                        names[name] = True
+    for run, other in itertools.permutations(runs, 2):
+        if other["algo"] == run["algo"] and other["settings"] != run["settings"]:
+            for name, value in run["settings"].items():
+                if name not in other["settings"] or other["settings"][name] != value:
+                    names[name] = True
     return list(names)
 
 
@@ -109,9 +107,7 @@ def varied(run, names):
 def rank(run, names):
     """Sorts variants by number. Before the numbers come texts and settings that are missing."""
     values = [run["settings"].get(name) for name in names]
-    is_number = [isinstance(value, int | float) for value in values]
-    pairs = zip(values, is_number, strict=True)
-    return [(value, "") if known else (-math.inf, str(value)) for value, known in pairs]
+    return [(x, "") if isinstance(x, int | float) else (-math.inf, str(x)) for x in values]
 
 
 def titles_of(runs, names):
@@ -220,14 +216,9 @@ def per_seed(table):
             "is_broken": train["accuracy"].apply(is_broken),
         }
     )
-    of_grpo = {}
-    for (algo, *experiment), value in found["final"].items():
-        if algo == "grpo":
-            of_grpo[tuple(experiment)] = value
-    less = []
-    for algo, *experiment in found.index:
-        less.append(math.nan if algo == "grpo" else of_grpo.get(tuple(experiment), math.nan))
-    return found.assign(less=found["final"] - less)
+    is_grpo = found.index.get_level_values("algo") == "grpo"
+    of_grpo = found["final"].where(is_grpo).groupby(["variant", "seed"], observed=True)
+    return found.assign(less=(found["final"] - of_grpo.transform("max")).mask(is_grpo))
 
 
 def mean_of_last(values):

@@ -313,7 +313,7 @@ def test_tables_by_hand(tmp_path):
         "method  accuracy       less GRPO's  pass@4  entropy  length  seconds",
         f"GRPO    0.420 ± 0.298  –            0.500   {left:.3f}    20.0    24",
         f"TEPO    0.440 ± 0.298  +0.020       0.500   {left:.3f}    20.0    24",
-        "Greedy accuracy after the last step; before the first it was 0.180 to 0.200.",
+        "Greedy accuracy at the last evaluation; at the first it was 0.180 to 0.200.",
         "Means of 3 seeds, ± the half-width of the 95% t-interval.",
     ]
     waiting = read_runs([write_run(tmp_path / "w", steps=0)])

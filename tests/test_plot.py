@@ -379,6 +379,8 @@ def test_a_smoothed_line_has_the_steps_faint_beside_it(tmp_path):
     np.testing.assert_allclose(faint.get_ydata(), 1 / np.arange(2, 14))
     assert faint.get_alpha() < 0.5 < line.get_linewidth()
     assert line.get_ydata()[1] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
+    faint, line = drawn("entropy", runs, smooth=999).lines  # one mean of all
+    assert faint.get_ydata()[0] == 1 / 2 and np.ptp(line.get_ydata()) < 1e-12
 
 
 def test_a_line_breaks_where_a_seed_ends(tmp_path):
@@ -458,8 +460,9 @@ def test_any_metric_is_a_panel(tmp_path, figures):
     assert len(of_axes["reward/x"].get_xdata()) == 12
     for name in ("pass_at_k", "eval/accuracy"):
         assert of_axes[name].get_xdata().tolist() == [0, 4, 8, 12]
-    with pytest.raises(ValueError, match="no run has a metric 'lk'; there are accuracy, ci_lo"):
-        plot_runs([folder], tmp_path / "x.png", ["lk"])
+    for name in ("lk", "eval/kl", "eval/lk", "value", ""):  # evaluations have no kl
+        with pytest.raises(ValueError, match=f"no run has a metric '{name}'; there are accuracy, "):
+            plot_runs([folder], tmp_path / "x.png", [name])
 
 
 def test_variants_share_their_panels_and_differ_in_colour_and_marker(tmp_path, figures, capsys):
@@ -509,7 +512,7 @@ def test_many_methods_are_sorted_by_their_difference_to_grpo(tmp_path, figures):
         (tmp_path / f"grpo{s}" / "metrics.jsonl").unlink()
     write_run(tmp_path / "cispo", "cispo")
     plot_runs([tmp_path], tmp_path / "x.png")
-    assert figures[1].axes[0].get_title() == "Greedy accuracy after the last step"
+    assert figures[1].axes[0].get_title() == "Greedy accuracy at the last evaluation"
 
 
 def test_many_variants_are_drawn_against_their_option(tmp_path, figures):
@@ -652,7 +655,13 @@ def test_entropy_figure_prints_the_fit(tmp_path, capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     fits = {name: ["0.200", "0.900", "0.000", "24"] for name in ("GSPO", "TEPO")}
     assert {name: fit for name, *fit in lines} == {**fits, "all": [*fits["TEPO"][:3], "48"]}
-    plot.plot_entropy(read_runs([write_run(tmp_path / "w", steps=0)]), tmp_path / "empty.png")
+
+
+def test_points_that_determine_no_line_have_no_fit(tmp_path, figures):
+    for steps, labels in ((0, []), (1, []), (4, ["fit"])):
+        plot.plot_entropy(read_runs([write_run(tmp_path / str(steps), steps=steps)]), "")
+        words = " ".join(text.get_text() for text in figures[-1].axes[0].get_legend().texts)
+        assert ("fit" in words) == bool(labels) and "nan" not in words
 
 
 # The credit picture
@@ -773,6 +782,7 @@ def test_all_28_fit_into_one_picture(figures):
 
     plot.main(["--credit", CREDIT, "--algos", "all"])
     renderer = FigureCanvasAgg(figures[0]).get_renderer()
+    figures[0].draw_without_rendering()
     assert figures[0].get_figheight() * 160 < 1600
     last, found = None, []
     for ax in figures[0].axes:
@@ -793,6 +803,7 @@ def test_a_long_title_never_runs_into_its_number(tmp_path, figures):
     rows, one = [{"tokens": ["a"], "completion": "a", "right": True}], torch.ones(1, 1)
     credit.draw_panels(rows, [("word " * 60, one, one > 1), ("GRPO: x", one, one > 1)], "", "x")
     canvas, found = FigureCanvasAgg(figures[0]), figures
+    found[0].draw_without_rendering()
     titles = [ax._left_title for ax in found[0].axes]
     for title, ax in zip(titles, found[0].axes, strict=True):
         box = title.get_window_extent(canvas.get_renderer())
@@ -894,6 +905,7 @@ def test_command_line_draws(tmp_path, capsys, monkeypatch):
         ("good --entropy --smooth 3", "--smooth goes with curves"),
         ("good --smooth 0", "--smooth 0: the least is 1"),
         ("good --metrics lk,", "no run has a metric 'lk'"),
+        ("begun", "begun: no metrics in it so far"),
         ("good --credit --algos cipso", "no algorithm 'cipso'; did you mean cispo?"),
         ("good --credit", "samples.jsonl: no such file"),
         ("good --out good/metrics.jsonl/x.png", "good/metrics.jsonl is not a folder"),
@@ -906,6 +918,7 @@ def test_command_line_draws(tmp_path, capsys, monkeypatch):
 def test_command_line_refuses_in_one_line(tmp_path, monkeypatch, capsys, words, told):
     write_run(tmp_path / "good")
     (tmp_path / "empty").mkdir()
+    (write_run(tmp_path / "begun") / "metrics.jsonl").write_text("")
     (write_run(tmp_path / "bare") / "config.json").unlink()
     none = dict.fromkeys(("tokens", "logprobs", "old_logprobs", "entropy"), [])
     change_lines(write_samples(tmp_path / "bare") / "samples.jsonl", lambda _, row: {**row, **none})

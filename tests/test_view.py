@@ -150,6 +150,17 @@ def test_the_summary_says_what_a_report_needs(tmp_path):
     }
 
 
+@pytest.mark.parametrize("kept", [(), ("train",), ("eval",)])
+def test_a_run_without_evaluations_or_training_steps_has_a_page(tmp_path, kept):
+    run = write_run(tmp_path / "run", groups())
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    lines = [line for line in lines if json.loads(line)["phase"] in kept]
+    (run / "metrics.jsonl").write_text("".join(lines))
+    data = page_of(run)
+    found = [phase for phase in ("train", "eval") if data["curves"][phase].pop("step")]
+    assert found == list(kept) and len(data["groups"]) == len(STEPS)
+
+
 def test_the_method_of_the_run_has_its_options_and_the_seven_their_defaults(tmp_path):
     """GSPO's own clip 0.001 takes the right row, whose ratio is 1.0002; its default 3e-4 and more
     does not take it. A KL term, and a method of more/.

@@ -19,6 +19,11 @@ from trainer.methods import ALGORITHMS, is_file, label
 WIDE = 112  # characters in a line of cells
 MOST_LINES = 2  # of one completion
 MOST_TALL = 9  # panels with a title above them; more have their names on the left
+KEYS = (  # label, strength, whether it is clipped
+    ("more likely (−∂loss/∂logprob > 0)", 1, False),
+    ("less likely", -1, False),
+    ("clipped: exactly 0", 0, True),
+)
 UNDRAWABLE = "[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]"  # no glyph, not allowed in an SVG
 
 
@@ -103,7 +108,7 @@ def read_group(path, step=None):
         raise ValueError(f"{path}: no such file")
     mixed = []
     for rows in read_groups(path):
-        rows = [row for row in rows if is_complete(row)]
+        rows = list(filter(is_complete, rows))
         right = sum(row["right"] for row in rows)
         if 0 < right < len(rows):
             moved = [np.subtract(row["logprobs"], row["old_logprobs"]) for row in rows]
@@ -129,8 +134,8 @@ def pick(rows, shown):
     for right in (True, False):
         kind = [i for i, row in enumerate(rows) if row["right"] == right]
         kind.sort(key=lambda i: len(rows[i]["tokens"]))
-        places = np.linspace(0, len(kind) - 1, shown)
-        picked += [kind[j] for j in sorted({round(place) for place in places})]
+        places = np.linspace(0, len(kind) - 1, shown).round().astype(int)
+        picked += [kind[place] for place in np.unique(places)]
     return picked
 
 
@@ -185,37 +190,38 @@ def draw_panels(rows, panels, caption, out):
     The first is an amount, the others go to both sides of 0. Each has a scale of its own. Of many
     panels, the first words of the titles stand on the left.
     """
+    from matplotlib.patches import Patch
+
     cells = [cells_of(cell_texts(row)) for row in rows]
     starts = np.cumsum([0, *(row[-1][0] + 1 if row else 1 for row in cells)])  # lines of cells
     is_tall = len(panels) <= MOST_TALL
     titles = [title_of(*panel[:2], is_tall) for panel in panels]
-    line, gap, left = (0.19, 0.27, 0.08) if is_tall else (0.15, 0.04, 0.28)
-    heights = [line * starts[-1] + gap for _ in titles]  # inches
-    if is_tall:
-        heights = [x + 0.17 * text.count("\n") for x, text in zip(heights, titles, strict=True)]
-    top, height = 0.45, 0.95 + sum(heights)
-    figure = new_figure(8, height, layout=None)
+    line, gap, size = (0.18, 0.33, 8) if is_tall else (0.15, 0.03, 6)  # inches, and a font's size
+    more = 0.16 * sum(title.count("\n") for title in titles) if is_tall else 0
+    figure = new_figure(8, 1.1 + more + len(panels) * (line * starts[-1] + gap))
+    figure.get_layout_engine().set(hspace=0, h_pad=0.05 if is_tall else 0.01)
     caption = textwrap.fill(caption, 116, max_lines=2, placeholder=" …")
-    figure.text(0.01, 1 - 0.08 / height, caption, va="top", fontsize=8.5, parse_math=False)
+    figure.suptitle(caption, x=0.01, ha="left", fontsize=8.5, parse_math=False)
     wide = WIDE if is_tall else max(x + width for row in cells for _, x, width, _ in row)
-    for i, (_, values, clipped) in enumerate(panels):
-        top += heights[i]
-        box = left, 1 - top / height, 0.995 - left, line * starts[-1] / height
-        ax = figure.add_axes(box, xlim=(0, wide), ylim=(starts[-1], 0))
+    axes = figure.subplots(len(panels), squeeze=False)[:, 0]
+    for i, (ax, (_, values, clipped)) in enumerate(zip(axes, panels, strict=True)):
+        ax.set(xlim=(0, wide), ylim=(starts[-1], 0))
         ax.set_axis_off()
         if is_tall:
             ax.set_title(titles[i], loc="left", fontsize=9, pad=3, parse_math=False)
         else:
-            how = {"ha": "right", "va": "center", "fontsize": 6.8}
-            ax.text(-0.08 * wide, starts[-1] / 2, titles[i], parse_math=False, **how)
+            how = {"ha": "right", "va": "center", "fontsize": 6.8, "parse_math": False}
+            ax.text(-0.08 * wide, starts[-1] / 2, titles[i], **how)
         shade = values / (values.abs().max() or 1)  # -1..1
         for j, row in enumerate(rows):
             grade = "right" if row["right"] else "WRONG"
-            size = 8 if is_tall else 6
             ax.text(-1, starts[j] + 0.5, grade, ha="right", va="center", fontsize=size)
-            colours = "PRGn_r" if i == 0 else "RdBu"
+            colours = "RdBu" if i else "PRGn_r"
             draw_tokens(ax, starts[j], cells[j], shade[j].tolist(), clipped[j], colours)
-    add_key(figure)
+    keys = [Patch(label=label, **look_of(*how, "RdBu")) for label, *how in KEYS]
+    title = "At its default options, the method's update makes a token (a scale for each method)"
+    how = {"loc": "outside lower center", "ncols": 3, "frameon": False, "fontsize": 8.5}
+    figure.legend(handles=keys, title=title, title_fontsize=8.5, **how)
     save(figure, out)
 
 
@@ -224,19 +230,6 @@ def title_of(title, values, is_tall):
     name = title if is_tall else re.split(",|:", title)[0]
     words = f"{name} (full colour: {values.abs().max():.2g})"
     return textwrap.fill(words, 100 if is_tall else 34)
-
-
-def add_key(figure):
-    """What the colours mean, at the bottom."""
-    from matplotlib.patches import Patch
-
-    keys = []
-    for text, value in (("more likely (−∂loss/∂logprob > 0)", 1), ("less likely", -1)):
-        keys.append(Patch(label=text, **look_of(value, False, "RdBu")))
-    keys.append(Patch(label="clipped: exactly 0", **look_of(0, True, "RdBu")))
-    title = "At its default options, the method's update makes a token (a scale for each method)"
-    how = {"frameon": False, "fontsize": 8.5, "title": title, "title_fontsize": 8.5}
-    figure.legend(handles=keys, loc="lower center", ncols=3, **how)
 
 
 def cell_texts(row):

@@ -152,9 +152,9 @@ def curves(rows):
     found = {}
     for phase in ("train", "eval"):
         lines = rows[rows["phase"] == phase]
-        lines = lines.iloc[:: 1 + len(lines) // MOST_POINTS].dropna(axis=1, how="all")
+        lines = lines.iloc[:: 1 + len(lines) // MOST_POINTS]
         found[phase] = {"step": lines["step"].tolist()}
-        for name in lines.columns.drop(["phase", "step"]):
+        for name in lines.drop(columns=["phase", "step"]).dropna(axis=1, how="all"):
             found[phase][name] = [short(value) for value in lines[name]]
     return found
 
