@@ -35,7 +35,7 @@ from run.names import algorithm_names
 from run.options import FIELDS, flag
 from run.parser import parse
 from run.progress import Progress
-from run.runs import BAD_VALUE, read_folder, read_runs
+from run.runs import BAD_VALUE, read_config, read_folder, read_runs
 from run.style import method_name, style
 from run.table import LAST, cell, per_seed, tabulate, write_csv
 from trainer.methods import ALGORITHMS, label
@@ -77,22 +77,28 @@ def plan(args):
     clash = ours & {word.split("=")[0] for word in args.rest}
     if clash:
         raise ValueError(f"{min(clash)} cannot stand after --, compare.py sets it")
-    default_updates = fill(parse(args.rest)).updates
-    updates = [["--updates", str(n)] for n in args.off_policy]
-    clips = [["--option", f"eps_low={a}", "--option", f"eps_high={b}"] for a, b in args.eps]
+    usual = fill(parse(args.rest)).updates
+    updates = []  # (part of the folder's name, options); the usual number of updates has no name
+    for n in args.off_policy:
+        updates.append((f"-u{n}" * (n != usual), ["--updates", str(n)]))
+    clips = []
+    for low, high in args.eps:
+        options = ["--option", f"eps_low={low}", "--option", f"eps_high={high}"]
+        clips.append((f"-eps_low{low}-eps_high{high}", options))
+    none = [("", [])]
     # Seeds outermost: an evening that ends early leaves every algorithm with equally many seeds.
-    product = itertools.product(args.seeds, updates or [[]], clips or [[]], args.algos)
+    product = itertools.product(args.seeds, updates or none, clips or none, args.algos)
     runs = []
     inputs = None  # data and start weights of a new run: the same for all, loaded once
-    for seed, update, clip, algo in product:
-        out = args.out / run_name(algo, seed, update, clip, default_updates)
+    for seed, (of_updates, update), (of_clip, clip), algo in product:
+        out = args.out / f"{label(algo)}-s{seed}{of_updates}{of_clip}"
         flags = [*args.rest, *update, *clip, "--algo", algo, "--seed", str(seed), "--out", str(out)]
         asked = fill(parse(flags))  # refuses what train.py would refuse
         done, first = False, 0
         if args.overwrite:
             flags.append("--overwrite")
         elif (out / "config.json").exists():
-            config = read_config(out)
+            config = checked_config(out)
             different = other_options(config["options"], asked)
             if not different:
                 inputs = inputs or data_and_weights(asked)
@@ -105,23 +111,11 @@ def plan(args):
     return runs
 
 
-def run_name(algo, seed, update, clip, default_updates):
-    """The name of a run's folder, such as gspo-s0-u16 or tepo-s1-eps_low0.2-eps_high0.28.
-
-    update, clip: the options of its variant. One with the default number of updates has the name,
-    and so the folder, of the run without variants.
-    """
-    parts = [label(algo), f"s{seed}"]
-    parts += [f"u{n}" for n in update[1:] if int(n) != default_updates]
-    parts += [option.replace("=", "") for option in clip[1::2]]
-    return "-".join(parts)
-
-
-def read_config(out):
+def checked_config(out):
     """The config.json of a run that has options and a status. Raises ValueError."""
     with contextlib.suppress(*BAD_VALUE):
-        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        if "algo" in config["options"] and "status" in config:
+        config = read_config(out)
+        if config["options"]["algo"] and config["status"]:
             return config
     raise ValueError(f"{out}: its config.json cannot be read; delete the run or pass --overwrite")
 

@@ -50,31 +50,26 @@ def fit_entropy(entropy, accuracy):
     return -slope, b, off
 
 
-def entropy_points(table):
-    """(entropy, accuracy), two arrays [N], of the training steps that have both.
-
-    Both are of the rows trained on. Files from before accuracy_trained was logged have `accuracy`
-    alone, which without --dynamic-sampling is the same.
-    """
-    accuracy = table["accuracy_trained"].fillna(table["accuracy"])
-    points = table.assign(accuracy=accuracy)[table["phase"] == "train"]
-    return points[["entropy", "accuracy"]].dropna().to_numpy().T
-
-
 def plot_entropy(runs, out):
     """Draw accuracy against entropy [nats] of every training step, and the fit to all of them.
 
-    Prints the fit of each method, and how far it is off.
+    Both are of the rows trained on. Files from before accuracy_trained was logged have `accuracy`
+    alone, which without --dynamic-sampling is the same. Prints the fit of each method, and how far
+    it is off.
     """
     table, figure = tabulate(runs), new_figure(8, 5.6)
     ax, looks = figure.subplots(), looks_of(table)
+    accuracy = table["accuracy_trained"].fillna(table["accuracy"])
+    table = table.assign(accuracy=accuracy)[table["phase"] == "train"]
+    table = table.dropna(subset=["entropy", "accuracy"])
     print(f"{'R = -a exp(H) + b':<32} {'a':>8} {'b':>8} {'off by':>7} {'points':>7}")
     for curve, (name, colour, _, marker) in [*looks.items(), (None, ("all", None, None, None))]:
-        entropy, accuracy = entropy_points(of_curve(table, curve) if curve else table)
+        points = of_curve(table, curve) if curve else table
+        entropy, accuracy = points[["entropy", "accuracy"]].to_numpy().T
         a, b, off = fit_entropy(entropy, accuracy)
         if curve or len(looks) > 1:
             name = name.replace("\n", ", ")
-            print(f"{name:<32} {a:8.3f} {b:8.3f} {off:7.3f} {len(entropy):7d}")
+            print(f"{name:<32} {a:8.3f} {b:8.3f} {off:7.3f} {len(points):7d}")
         if curve:
             how = {"color": colour, "marker": marker, "label": name}
             ax.scatter(entropy, accuracy, s=9, lw=0, alpha=0.45, **how)
@@ -145,10 +140,14 @@ def main(argv=None):
             from tools.credit import plot_credit
 
             plot_credit(first, out, args.step, algos=args.algos or ALGORITHMS)
-        elif args.entropy:
-            plot_entropy(read_runs(args.runs), out)
         else:
-            plot_runs(read_runs(args.runs), out, args.metrics or (), args.smooth or SMOOTH)
+            runs = read_runs(args.runs)
+            if all(run["rows"].empty for run in runs):
+                raise ValueError("no metrics so far in what is to be drawn")
+            if args.entropy:
+                plot_entropy(runs, out)
+            else:
+                plot_runs(runs, out, args.metrics or (), args.smooth or SMOOTH)
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     print(out)

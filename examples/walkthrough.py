@@ -40,15 +40,8 @@ from trainer.policy import load_policy
 from trainer.prompts import Prompts
 from trainer.sampling import sample
 
-METHODS = {
-    "GRPO": grpo,
-    "DAPO": dapo,
-    "GSPO": gspo,
-    "TEPO": tepo,
-    "GTPO": gtpo,
-    "GRPO-S": grpo_s,
-    "TR-GRPO": trgrpo,
-}
+METHODS = {"GRPO": grpo, "DAPO": dapo, "GSPO": gspo, "TEPO": tepo}
+METHODS.update({"GTPO": gtpo, "GRPO-S": grpo_s, "TR-GRPO": trgrpo})
 
 
 def section(title, *sentences):
@@ -91,15 +84,8 @@ G = 8
 SEED = 208  # the right completions are of three lengths
 
 torch.manual_seed(SEED)
-rollout = sample(
-    model,
-    [prompt],
-    G,
-    temperature=1.0,
-    max_new_tokens=64,
-    eos_ids=eos_ids,
-    pad_id=pad_id,
-)
+ends = {"eos_ids": eos_ids, "pad_id": pad_id}
+rollout = sample(model, [prompt], G, temperature=1.0, max_new_tokens=64, **ends)
 completions = rollout.completions  # [G, T] token ids, padded on the right
 mask = rollout.mask  # [G, T] True up to and including the end
 lengths = mask.sum(1).tolist()  # |o_i|, in tokens
@@ -142,15 +128,10 @@ with torch.no_grad():
 # The sampler noted the log-probability of each token when it drew it: they are the same.
 assert torch.allclose(old_logprobs[mask], rollout.sampler_logprobs[mask], atol=1e-4)
 
-
-def length(i):
-    return lengths[i]
-
-
 # Two to look at: a right completion of medium length, and the longest wrong one.
 several = sorted({lengths[i] for i in right})
 one_right = next(i for i in right if lengths[i] == several[len(several) // 2])
-one_wrong = max(wrong, key=length)
+one_wrong = max(wrong, key=lengths.__getitem__)
 
 first = old_logprobs[one_right, 0].item()
 total = old_logprobs[one_right][mask[one_right]].sum().item()
@@ -297,15 +278,13 @@ for i in range(G):
     sums = [1000 * pushes[name][i].sum().item() for name in METHODS]
     print(f"{i:10}  {lengths[i]:6}", *(f"{value:8.2f}" for value in sums))
 
-section(
-    "The pushes by hand", f"On the first token of completion {one_right}, of {lengths[one_right]}:"
-)
+n = lengths[one_right]
+section("The pushes by hand", f"On the first token of completion {one_right}, of {n}:")
 A = advantages["GRPO"][one_right].item()
 A_s = advantages["GRPO-S"][one_right].item()
 A_t = advantages["GTPO"][one_right, 0].item()
 p = math.exp(old_logprobs[one_right, 0].item())
 v = min(max(2 / (1 + math.exp(-9 * (p - 0.25))), 1), 1.4)
-n = lengths[one_right]
 by_hand = {
     "GRPO": (A / (G * n), f"{A:.6f} / ({G} x {n})"),
     "DAPO": (A / N, f"{A:.6f} / {N}"),

@@ -86,6 +86,22 @@ def writing(path):
         raise OSError(f"cannot write {path}: {error.strerror or error}") from None
 
 
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path beside `path` that takes its place at the end: no reader sees half a file.
+
+    It has the suffix of `path`. Raises OSError, with the path.
+    """
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    with writing(path):
+        try:
+            yield part
+            os.replace(part, path)
+        finally:
+            if part.is_file():
+                part.unlink()
+
+
 def output_file(text):
     """The path of a file to write. For argparse: raises ArgumentTypeError if none can be there."""
     path = Path(text)

@@ -79,7 +79,8 @@ def curves(table, looks, metrics, smooth):
             draw(axes[name], of_curve(table, curve), name, look, smooth, z)
         finish_panel(axes[name], name)
     if "end" in axes:
-        draw_ends(axes["end"], table, looks)
+        draw_ends(axes["end"], per_seed(table)["final"], looks)
+        axes["end"].set_title("At the end: each seed,\nthe mean and its 95% interval", fontsize=10)
     add_legend(figure, looks.values())
     figure.supxlabel(note(table, names, smooth), fontsize=8)
     return figure
@@ -183,16 +184,24 @@ def is_lenient_shown(table):
     return bool((table["accuracy_lenient"] - table["accuracy"] > LENIENT_FROM).any())
 
 
-def draw_ends(ax, table, looks):
-    """Draw the last evaluation of each curve: each seed, the mean and its 95% t-interval."""
-    final = per_seed(table)["final"]
-    for x, (curve, (_, colour, _, marker)) in enumerate(looks.items()):
-        values = final.xs(curve, level=CURVE).dropna().tolist()
+def draw_ends(ax, column, looks):
+    """Draw a column of `per_seed`: of each curve its seeds, the mean and its 95% t-interval.
+
+    The highest mean is at the top.
+    """
+    rows = []
+    for curve, look in looks.items():
+        values = column.xs(curve, level=CURVE).dropna().tolist()
         if values:
-            ax.errorbar(x, *mean_interval(values), color=colour, marker=marker, ms=5, capsize=3)
-            ax.plot([x + 0.25] * len(values), values, ".", color=colour, alpha=0.5)
-    ax.set_xticks(range(len(looks)), [name for name, *_ in looks.values()], rotation=60, fontsize=8)
-    ax.set_title("At the end: each seed,\nthe mean and its 95% interval", fontsize=10)
+            rows.append((*mean_interval(values), values, look))
+    rows.sort(key=lambda row: row[0])
+    for y, (mean, half, values, (_, colour, _, marker)) in enumerate(rows):
+        ax.errorbar(mean, y, xerr=half, color=colour, marker=marker, ms=5, capsize=2)
+        ax.plot(values, [y - 0.25] * len(values), ".", color=colour, alpha=0.5, ms=4)
+    names = [name for *_, (name, *_) in rows]
+    if len(names) > TOGETHER:
+        names = [name.replace("\n", ", ") for name in names]
+    ax.set_yticks(range(len(names)), names, fontsize=8.5)
 
 
 def finish_panel(ax, name):
@@ -283,18 +292,9 @@ def sorted_ends(table, looks):
     """A figure of the last evaluations, sorted; as differences to GRPO's where it was run."""
     found = per_seed(table)
     key = "less" if found["less"].notna().any() else "final"
-    rows = []
-    for curve, (name, colour, _, marker) in looks.items():
-        values = found[key].xs(curve, level=CURVE).dropna().tolist()
-        if values:
-            rows.append((*mean_interval(values), values, name.replace("\n", ", "), colour, marker))
-    rows.sort(key=lambda row: row[0])
-    figure = new_figure(8, 1.4 + 0.24 * len(rows))
+    figure = new_figure(8, 1.4 + 0.24 * len(looks))
     ax = figure.subplots()
-    for y, (mean, half, values, _, colour, marker) in enumerate(rows):
-        ax.errorbar(mean, y, xerr=half, color=colour, marker=marker, ms=5, capsize=2)
-        ax.plot(values, [y - 0.25] * len(values), ".", color=colour, alpha=0.5, ms=4)
-    ax.set_yticks(range(len(rows)), [row[3] for row in rows], fontsize=9)
+    draw_ends(ax, found[key], looks)
     title = "Greedy accuracy at the last evaluation"
     text = "Means over the seeds with their 95% t-intervals; dots: each seed."
     if key == "less":

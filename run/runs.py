@@ -102,13 +102,18 @@ def frame(rows):
     return table.astype({"phase": str, "step": int, **dict.fromkeys(metrics, float)})
 
 
+def read_config(folder):
+    """The config.json of a run's folder. Raises OSError or ValueError."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
 def read_folder(folder):
     """The run in a folder of train.py. Raises ValueError."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{folder}: {NO_RUN}")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_config(folder)
         options = config["options"]
         algo = options["algo"]
         run = {"algo": label(algo), "seed": int(options["seed"])}
@@ -209,10 +214,6 @@ def read_runs(paths):
             notes.append(f"{run['path']}: another run of the same experiment and seed is taken")
         else:
             runs.append(run)
-    for run in runs:
-        if run["rows"].empty:
-            notes.append(f"{run['path']}: no metrics in it so far")
-    runs = [run for run in runs if not run["rows"].empty]
     if not runs:
         raise ValueError("; ".join(notes))
     for note in notes:

@@ -5,11 +5,10 @@ trainer there is neither a display nor a global state.
 """
 
 import csv
-import os
 import textwrap
 from pathlib import Path
 
-from run.commandline import writing
+from run.commandline import replacing
 from run.table import CURVE
 
 # methods.csv has for each method its name, its look and, for the credit picture, a note. The seven
@@ -77,25 +76,20 @@ def new_figure(width, height, layout="constrained"):
 
 
 def save(figure, out):
-    """Write the figure under a temporary name, then rename it: no reader sees half a picture.
+    """Write the figure whole or not at all.
 
     A PNG that is too large to commit gets a palette of 256 colours, a third of the size, or of 96.
     """
-    out = Path(out)
-    part = out.with_name(f".{out.stem}.part{out.suffix or '.png'}")
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            figure.savefig(part, dpi=160)
-            if part.suffix == ".png" and part.stat().st_size > MAX_BYTES:
-                from PIL import Image  # a dependency of matplotlib
+    with replacing(Path(out)) as part:
+        kind = part.suffix[1:] or "png"
+        part.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(part, dpi=160, format=kind)
+        if kind == "png" and part.stat().st_size > MAX_BYTES:
+            from PIL import Image  # a dependency of matplotlib
 
-                image = Image.open(part).convert("RGB")
-                look = {"method": Image.Quantize.MAXCOVERAGE, "dither": Image.Dither.NONE}
-                for colours in (256, 96):
-                    image.quantize(colours, **look).save(part, optimize=True)
-                    if part.stat().st_size <= MAX_BYTES:
-                        break
-            os.replace(part, out)
-        finally:
-            part.unlink(missing_ok=True)
+            image = Image.open(part).convert("RGB")
+            look = {"method": Image.Quantize.MAXCOVERAGE, "dither": Image.Dither.NONE}
+            for colours in (256, 96):
+                image.quantize(colours, **look).save(part, kind, optimize=True)
+                if part.stat().st_size <= MAX_BYTES:
+                    break

@@ -71,14 +71,13 @@ def told_apart(runs):
 def is_unclear(run, runs):
     """Whether another run has the same experiment and seed, or the same label of another file."""
     for other in runs:
-        if other is run or other["algo"] != run["algo"]:
-            continue
-        other_file = other.get("file") != run.get("file")
-        same = other["settings"] == run["settings"]
-        if same and (other_file or other["seed"] == run["seed"]):
-            return True
-        if other_file and "run" not in run["settings"]:
-            return True
+        if other is not run and other["algo"] == run["algo"]:
+            is_other_file = other.get("file") != run.get("file")
+            is_same = other["settings"] == run["settings"]
+            if is_same and (is_other_file or other["seed"] == run["seed"]):
+                return True
+            if is_other_file and "run" not in run["settings"]:
+                return True
     return False
 
 

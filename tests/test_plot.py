@@ -490,10 +490,12 @@ def test_the_ends_have_intervals(tmp_path, figures):
     folders = [write_run(tmp_path / f"{a}{s}", a, s) for a in ORDER[:4] for s in (0, 1)]
     plot_runs(folders, tmp_path / "x.png")
     (end,) = [ax for ax in figures[0].axes if "end" in ax.get_title()]
-    assert [text.get_text() for text in end.get_xticklabels()] == ["GRPO", "DAPO", "GSPO", "TEPO"]
+    assert [text.get_text() for text in end.get_yticklabels()] == ["GRPO", "DAPO", "GSPO", "TEPO"]
     for i, bars in enumerate(end.containers):
-        np.testing.assert_allclose(bars_of(bars)[0], [[i, 0.38 - 0.76236], [i, 0.38 + 0.76236]])
-    np.testing.assert_allclose(end.lines[3].get_ydata(), [0.32, 0.44])
+        (interval,) = bars.lines[2][0].get_segments()
+        np.testing.assert_allclose(interval, [[0.38 - 0.76236, i], [0.38 + 0.76236, i]])
+    dots = [line for line in end.lines if line.get_marker() == "."]
+    np.testing.assert_allclose([dot.get_xdata() for dot in dots], [[0.32, 0.44]] * 4)
 
 
 def test_many_methods_are_sorted_by_their_difference_to_grpo(tmp_path, figures):
@@ -905,7 +907,7 @@ def test_command_line_draws(tmp_path, capsys, monkeypatch):
         ("good --entropy --smooth 3", "--smooth goes with curves"),
         ("good --smooth 0", "--smooth 0: the least is 1"),
         ("good --metrics lk,", "no run has a metric 'lk'"),
-        ("begun", "begun: no metrics in it so far"),
+        ("begun", "error: no metrics so far in what is to be drawn"),
         ("good --credit --algos cipso", "no algorithm 'cipso'; did you mean cispo?"),
         ("good --credit", "samples.jsonl: no such file"),
         ("good --out good/metrics.jsonl/x.png", "good/metrics.jsonl is not a folder"),

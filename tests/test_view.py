@@ -5,6 +5,7 @@ The browser is a headless Chromium (browser.py). Without one these tests are ski
 
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -307,7 +308,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(view.os, "replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(SystemExit):
         view.main([str(run), "--out", str(tmp_path / "page.html")])
     error = capsys.readouterr().err
@@ -380,7 +381,7 @@ def test_a_page_is_written_again_while_the_run_goes_on(tmp_path, monkeypatch, ca
         if len(seen) == 1:
             samples.rename(run / "samples.jsonl")
         if len(seen) != 2:
-            view.os.utime(run / "metrics.jsonl", (len(seen), 9))
+            os.utime(run / "metrics.jsonl", (len(seen), 9))
         if len(seen) == 4:
             change(run / "config.json", status="done")
 

@@ -144,20 +144,19 @@ class Stream:
         """ids: at first the prompt, then one token at a time, of which the EOS is the last."""
         self.ids = [] if self.ids is None else [*self.ids, *ids.tolist()]
         self.ended = bool(self.ids) and self.ids[-1] in self.eos_ids
-        self.show(whole=False)
+        self.show()
 
-    def end(self):
-        self.show(whole=True)
-        print(flush=True)
-
-    def show(self, whole):
-        """Print what is new. Unless `whole`, the last character may lack some of its bytes."""
+    def show(self, after=""):
+        """Print what is new; the last character waits until its bytes are whole, or for the end."""
         from trainer.decoding import text_of
 
         text = text_of(self.tokenizer, self.ids[: len(self.ids) - self.ended])
-        if whole or not text.endswith("\ufffd"):
-            print(harmless(text[len(self.text) :]), end="", flush=True)
+        if after or not text.endswith("\ufffd"):
+            print(harmless(text[len(self.text) :]), end=after, flush=True)
             self.text = text
+
+    def end(self):
+        self.show(after="\n")
 
 
 def harmless(text):

@@ -12,15 +12,15 @@ torch is imported where it is used: --help and a wrong command line are answered
 import argparse
 import json
 import math
-import os
 import re
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, when run as a script
 
-from run.commandline import Parser, output_file, quit_on_interrupt, run_main, writing
+from run.commandline import Parser, output_file, quit_on_interrupt, replacing, run_main
 
 if __name__ == "__main__":
     quit_on_interrupt()
@@ -30,7 +30,7 @@ import numpy as np
 from run.curves import PANELS
 from run.names import algorithm_names
 from run.options import DEFAULTS, flag
-from run.runs import ORDER, finite, read_folder
+from run.runs import ORDER, finite, read_config, read_folder
 from run.samples import read_groups
 from run.style import NOTES, style
 from tools.credit import is_complete, push, tensors
@@ -94,8 +94,7 @@ def entry(rows, methods):
     """One group for the page: what its completions share, then each completion."""
     first = rows[0]
     shared = {"step": first["step"], "prompt": first["prompt"]}
-    shared["answer"] = str(first.get("answer", ""))
-    shared["skipped"] = bool(first.get("skipped"))
+    shared.update(answer=str(first.get("answer", "")), skipped=bool(first.get("skipped")))
     shared["completions"] = [completion(row) for row in rows]
     if methods and len(rows) > 1 and all(is_complete(row) for row in rows):
         add_pushes(shared["completions"], tensors(rows), methods)
@@ -129,21 +128,22 @@ def add_pushes(completions, group, methods):
             found["clipped"].append(clipped[i, :length].nonzero()[:, 0].tolist())
 
 
-def thinned(entries, budget):
+def thinned(what, entries, budget, notes):
     """The entries of as many steps as have room in `budget` bytes, evenly spaced; at least one.
 
-    The first and the last step are among them, unless only one has room.
+    The first and the last step are among them, unless only one has room. Adds to the page's notes.
     """
-    sizes = {}
+    kept = sizes = Counter()
     for found in entries:
-        step = found["step"]
-        sizes[step] = sizes.get(step, 0) + len(json_text(found))
-    steps, kept = sorted(sizes), set()
-    for count in range(len(steps), 0, -1):
-        places = np.linspace(len(steps) - 1, 0, count)
-        kept = {steps[round(place)] for place in places}
+        sizes[found["step"]] += len(json_text(found))
+    for count in range(len(sizes), 0, -1):
+        places = np.linspace(len(sizes) - 1, 0, count).round().astype(int)
+        kept = np.array(sorted(sizes))[places]
         if sum(sizes[step] for step in kept) <= budget:
             break
+    if len(kept) < len(sizes):
+        text = f"Thinned out to keep the page below 5 MB: {what} of {len(kept)} of the "
+        notes.append(f"{text}{len(sizes)} recorded steps, evenly spaced.")
     return [found for found in entries if found["step"] in kept]
 
 
@@ -196,8 +196,7 @@ def option_words(name, value):
 def run_data(run, algos, budget):
     """What the page shows of a run's folder, in about `budget` bytes. Raises ValueError."""
     metrics = read_folder(run)
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    path = run / "samples.jsonl"
+    config, path = read_config(run), run / "samples.jsonl"
     groups = read_groups(path) if path.is_file() else []
     if not groups:
         why = "no completions in it: was it trained with --samples-every 0?"
@@ -210,17 +209,10 @@ def run_data(run, algos, budget):
     data = {"name": run.resolve().name, "summary": summary(config, metrics["rows"])}
     data["methods"] = [{"name": name, "note": about} for _, name, about, _ in methods]
     data["curves"] = curves(metrics["rows"])
-    data["held_out"] = thinned(greedy, budget // 5)
-    data["groups"] = thinned(entries, budget - len(json_text(data["held_out"])))
     data["notes"] = [note] if note else []
-    for what, kept, of in (
-        ("groups", data["groups"], entries),
-        ("greedy", data["held_out"], greedy),
-    ):
-        n, all_steps = (len({found["step"] for found in part}) for part in (kept, of))
-        if n < all_steps:
-            text = f"Thinned out to keep the page below 5 MB: {what} of {n} of the {all_steps} "
-            data["notes"].append(f"{text}recorded steps, evenly spaced.")
+    data["held_out"] = thinned("greedy", greedy, budget // 5, data["notes"])
+    budget -= len(json_text(data["held_out"]))
+    data["groups"] = thinned("groups", entries, budget, data["notes"])
     return data
 
 
@@ -247,16 +239,10 @@ def json_text(value):
 
 
 def write_page(data, out):
-    """Write the page under a temporary name, then rename it. Raises OSError, with the path."""
+    """Write the page whole or not at all. Raises OSError, with the path."""
     page = TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", json_text(data))
-    part = out.with_name(f".{out.name}.part")
-    try:
-        with writing(out):
-            part.write_text(page, encoding="utf-8")
-            os.replace(part, out)
-    finally:
-        if part.is_file():
-            part.unlink()
+    with replacing(out) as part:
+        part.write_text(page, encoding="utf-8")
 
 
 # Command line
@@ -296,11 +282,10 @@ def build_parser():
 
 def watch(folders, algos, out):
     """Write the page whenever the runs have new lines, until all of them are done or Ctrl-C."""
-    seen = None
+    files, seen = [folder / "metrics.jsonl" for folder in folders], None
     try:
-        while any(is_running(folder) for folder in folders):
-            files = [folder / "metrics.jsonl" for folder in folders]
-            now = [path.stat().st_mtime if path.exists() else 0 for path in files]
+        while any(read_config(folder).get("status") == "running" for folder in folders):
+            now = [path.stat().st_mtime for path in files if path.exists()]
             if now != seen:
                 seen = now
                 try:
@@ -311,11 +296,6 @@ def watch(folders, algos, out):
             time.sleep(WAIT)
     except KeyboardInterrupt:
         print()
-
-
-def is_running(folder):
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config.get("status") == "running"
 
 
 def main(argv=None):
