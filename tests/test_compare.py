@@ -316,6 +316,8 @@ def test_tables_by_hand(tmp_path):
         "Greedy accuracy at the last evaluation; at the first it was 0.180 to 0.200.",
         "Means of 3 seeds, ± the half-width of the 95% t-interval.",
     ]
+    one = compare.aligned(runs[:1]).splitlines()
+    assert one[-1] == "One seed, so there are no intervals." and "±" not in "".join(one)
     waiting = read_runs([write_run(tmp_path / "w", steps=0)])
     waiting[0]["rows"] = waiting[0]["rows"].iloc[:0]
     assert compare.markdown(waiting).count("–") == 0 or "unknown" in compare.aligned(waiting)
