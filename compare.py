@@ -291,10 +291,8 @@ def aligned(runs):
     seeds = span([seeds for _, seeds, _ in rows], 0)
     before = span(found["before"].dropna(), 3)
     texts.append(f"Greedy accuracy at the last evaluation; at the first it was {before}.")
-    if seeds == "1":
-        texts.append("One seed, so there are no intervals.")
-    else:
-        texts.append(f"Means of {seeds} seeds, ± the half-width of the 95% t-interval.")
+    means = f"Means of {seeds} seeds, ± the half-width of the 95% t-interval."
+    texts.append("One seed, so there are no intervals." if seeds == "1" else means)
     return "\n".join(texts)
 
 

@@ -121,19 +121,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.credit and len(args.runs) > 1:
         parser.error("--credit draws one RUN")
-    are_curves = not (args.credit or args.entropy)
-    for name, fits, kind in (
-        ("step", args.credit, "--credit"),
-        ("algos", args.credit, "--credit"),
-        ("metrics", are_curves, "curves"),
-        ("smooth", are_curves, "curves"),
-    ):
-        if getattr(args, name) is not None and not fits:
+    drawn = "--credit" if args.credit else "--entropy" if args.entropy else "curves"
+    for name in ("step", "algos", "metrics", "smooth"):
+        kind = "--credit" if name in ("step", "algos") else "curves"
+        if getattr(args, name) is not None and kind != drawn:
             parser.error(f"--{name} goes with {kind}")
     if args.smooth is not None and args.smooth < 1:
         parser.error(f"--smooth {args.smooth}: the least is 1")
     first = Path(args.runs[0])
-    name = "credit.png" if args.credit else "entropy.png" if args.entropy else "curves.png"
+    name = f"{drawn.removeprefix('--')}.png"
     out = args.out or (first / name if len(args.runs) == 1 and first.is_dir() else Path(name))
     try:
         if args.credit:

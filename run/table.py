@@ -62,9 +62,8 @@ def told_apart(runs):
                 run["settings"] = {**run["settings"], "run": folder_of(run, depth)}
     for run in runs:
         if is_unclear(run, runs):
-            raise ValueError(
-                f"two runs of {run['algo']}, seed {run['seed']}, same settings: leave one out"
-            )
+            what = f"two runs of {run['algo']}, seed {run['seed']}, same settings"
+            raise ValueError(f"{what}: leave one out")
     return runs
 
 
