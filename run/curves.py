@@ -34,7 +34,7 @@ LOOK |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize":
 def plot_runs(runs, out, metrics=(), smooth=SMOOTH):
     """Draw runs into the file `out`.
 
-    runs: folders and .csv files, or what `read_runs` returns; those that differ in the seed alone are
+    runs: folders, .csv files, or what `read_runs` returns; those that differ in the seed alone are
     averaged. metrics: keys of metrics.jsonl, a panel each; none: those that say most. smooth: steps
     of a training metric that are averaged. Raises ValueError for what is no run, and for a metric
     that none of them has.
