@@ -113,6 +113,8 @@ def output_file(text):
 
 def output_folder(text):
     """The path of a folder to write into, which may not exist yet. Raises ArgumentTypeError."""
+    if not str(text):
+        raise argparse.ArgumentTypeError("an empty path; name a folder")
     path = Path(text)
     existing = [part for part in (path, *path.parents) if os.path.lexists(part)]
     if existing and not os.path.isdir(existing[0]):

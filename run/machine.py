@@ -14,7 +14,9 @@ def machine_name(device):
     """The GPU, or the CPU with its number of threads, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    words = f"{threads} thread{'s' if threads > 1 else ''}"
+    return f"{platform.processor() or platform.machine()} CPU, {words}"
 
 
 def why_no_gpu():

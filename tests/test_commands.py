@@ -98,6 +98,7 @@ def test_every_other_command_answers_so_too(words, status, text):
         ("--eps -0.2/0.2", "argument --eps: expected one argument"),
         ("--seeds x", "argument --seeds: 'x': whole numbers with commas, such as 0,1,2"),
         ("--seeds 1,,2", "argument --seeds: '1,,2': whole numbers with commas"),
+        ("--out=", "argument --out: an empty path; name a folder"),
         ("--off-policy 4,1.5", "argument --off-policy: '4,1.5': whole numbers with commas"),
         ("--seed 1", "no option --seed; did you mean --seeds?"),
         ("--algos tepo,gppo", "argument --algos: no algorithm 'gppo'; did you mean gtpo? There"),
