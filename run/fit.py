@@ -18,11 +18,11 @@ from trainer.memory import SHARE, kept_per_token, parts_to_come, with_backward
 from trainer.packed import FEWEST
 from trainer.policy import name_outputs
 from trainer.probes import any_row, head_is_plain
-from trainer.records import peak_mib
 
 GIB = 2**30
 CARDS = (8, 12, 16, 24)  # GiB
-CUDA = GIB // 2  # what CUDA itself takes on a card: our assumption
+# Our assumption of what CUDA takes of a card, or Python, libraries, tokenizer and data of a CPU.
+BESIDES = GIB // 2
 PROMPT = 200  # tokens of the longest prompt: our assumption
 VOCABULARY = 1024  # of the small models; only logits depend on it
 
@@ -32,13 +32,12 @@ def show(o):
 
     Raises ValueError if the model has no config.
     """
-    used = (peak_mib(torch.device("cpu")) or 0) * 2**20  # bytes, before any model is made
     name = str(ROOT / "tiny") if o.model == "tiny" else find_model(o.model)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"--fit: no config of {name!r}: {str(error).splitlines()[0]}") from None
-    groups, token, cached = needs(o, config, used)
+    groups, token, cached = needs(o, config)
     row = PROMPT + o.max_new_tokens  # tokens
     at_once = 1 if o.micro_batch == "auto" else int(o.micro_batch)
     sampled = o.rows if o.sample_batch == "auto" else min(o.rows, int(o.sample_batch))
@@ -61,11 +60,11 @@ def show(o):
         print_cards(o, without, row, token, cached, most)
 
 
-def needs(o, config, used):
+def needs(o, config):
     """({title: {part: bytes}}, bytes of a token in an update, bytes of a row in a rollout).
 
     The parts at the start, always, and besides these in an update and in a rollout, without what
-    depends on the rows. used: bytes of the process before it has a model, for a CPU.
+    depends on the rows.
     """
     gpu = o.device != "cpu"
     with torch.device("meta"):
@@ -81,7 +80,7 @@ def needs(o, config, used):
     always = {"weights": held, "AdamW's two moments": update.pop("AdamW's two moments")}
     if o.option.get("beta", 0) > 0 and not o.lora:
         always["the start policy, for the KL"] = held
-    always |= {"CUDA itself (assumed)": CUDA} if gpu else {"Python and its libraries": used}
+    always["CUDA itself (assumed)" if gpu else "Python, tokenizer, data (assumed)"] = BESIDES
     copied = sum(layer.base.weight.nbytes for layer in adapted(model).values())
     if o.dtype == "bf16" and not o.lora:
         copied = size * weights
@@ -90,7 +89,10 @@ def needs(o, config, used):
         rollout["weights packed for this CPU"] = size * linear
     groups = {"always": always, "update": update, "rollout": rollout}
     if gpu and o.dtype == "bf16" and o.lora:
-        start = {"fp32 weights, until they are frozen": 4 * weights, "CUDA itself": CUDA}
+        start = {
+            "fp32 weights, until they are frozen": 4 * weights,
+            "CUDA itself (assumed)": BESIDES,
+        }
         groups = {"start": start, **groups}
     return groups, bytes_of_token(o, config), bytes_of_row(o, config.get_text_config(), size)
 

@@ -81,7 +81,6 @@ def test_the_parts_of_full_training_by_hand(tmp_path, capsys, same_weights):
     groups, cards = printed(capsys, *words, "--device", "cpu", "--preset", "gsm8k")
     assert groups["always"]["weights"] == pytest.approx(4 * weights, abs=0.01) and not cards
     assert groups["rollout"]["weights packed for this CPU"] == pytest.approx(4 * weights, abs=0.01)
-    assert 0.1 < groups["always"]["Python and its libraries"] < 3
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -105,14 +104,6 @@ def test_it_needs_no_gpu_no_weights_and_no_data_and_writes_nothing(tmp_path, cap
     assert cards == dict.fromkeys((8, 12, 16, 24), "16 64 2,048 tokens")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert "no config of '/nope'" in refused(capsys, "--fit", "--model", "/nope")
-
-
-def test_lora_starts_from_fp32_weights_on_a_gpu(tmp_path, capsys, same_weights):
-    """They are cast to bf16 once the probes, which need fp32, are done."""
-    qwen_config("3B").save_pretrained(tmp_path)
-    groups, cards = printed(capsys, "--model", tmp_path, "--lora", "16")
-    assert groups["start"]["fp32 weights, until they are frozen"] == pytest.approx(11.5, abs=0.01)
-    assert cards[12] == "does not fit" and cards[16] != "does not fit"
 
 
 def qwen_config(size):
@@ -152,6 +143,7 @@ def test_the_tables_are_what_fit_prints(tmp_path, capsys, same_weights, monkeypa
         assert short.keys() == long.keys() == set(WAYS)
         for way in WAYS:
             groups, cards = printed(capsys, "--model", tmp_path / size, *way.split())
+            assert ("start" in groups) == bool("lora" in way)
             fits = [line.split()[0] if "fit" not in line else "-" for line in cards.values()]
             assert short[way][column] == " / ".join(fits)
             most = [re.sub(r".* ([\d,]+) tokens", r"\1", line) for line in cards.values()]
