@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help does not 
 import torch
 
 from grpo import constant
-from run import checkpoint, session, start
+from run import checkpoint, fit, session, start
 from run.algorithm import check_advantages, load_algorithm
 from run.curves import plot_runs
 from run.evaluation import evaluate_only
@@ -222,6 +222,9 @@ def main(argv=None):
             o, out, config = start.chosen(given, argv)
             if o.show_prompt:
                 start.show_prompt(o)
+                return 0
+            if o.fit:
+                fit.show(o)
                 return 0
             stack.enter_context(locked(out))
             run = prepare(o, out, config, "resume" in given)

@@ -24,7 +24,9 @@ def fill(given):
     from run.machine import has_bf16
     from run.ownreward import load_reward
 
-    cuda = torch.cuda.is_available()
+    # --fit asks about a GPU, which need not be here.
+    asked = bool(given.get("fit")) and given.get("device", "auto") != "cpu"
+    cuda = asked or torch.cuda.is_available()
     preset = given.get("preset", "auto")
     if preset == "auto":
         # GSM8K needs the prompt and the longer completions of its preset: with those of tiny, an
@@ -39,9 +41,10 @@ def fill(given):
         o.device = "cuda" if cuda else "cpu"
     check_values(o)
     check_together(o)
-    check_device(o.device)
+    if not asked:
+        check_device(o.device)
     if o.dtype == "auto":
-        o.dtype = "bf16" if o.device != "cpu" and has_bf16(o.device) else "fp32"
+        o.dtype = "bf16" if asked or (o.device != "cpu" and has_bf16(o.device)) else "fp32"
     o.option = checked_options(o.algo, o.option)
     if o.reward:
         load_reward(o.reward)  # raises ValueError now, not after the model has been loaded

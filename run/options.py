@@ -191,6 +191,9 @@ class Options:
         choices=("none", *TRACKERS),
     )
     eval_only: bool = detail(False, "evaluate the model and write eval.json; no training")
+    fit: bool = detail(
+        False, "print the memory that a step of this model needs on a GPU, what fits, and exit"
+    )
     show_prompt: bool = detail(False, "print the first prompt and what ends a completion, and exit")
 
     @property
@@ -222,7 +225,7 @@ GSM8K = {  # the preset gsm8k, where it differs
 PRESETS = {"tiny": {}, "gsm8k": GSM8K}
 DEFAULTS = {preset: vars(Options(**changes)) for preset, changes in PRESETS.items()}
 FIELDS = {about.name: about for about in fields(Options)}
-CHANGEABLE_ON_RESUME = ("steps", "save_every", "track", "show_prompt")
+CHANGEABLE_ON_RESUME = ("steps", "save_every", "track", "show_prompt", "fit")
 
 
 def flag(name):

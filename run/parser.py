@@ -29,6 +29,8 @@ EPILOG = """examples:
       print the first prompt, and the tokens that end a completion
   python train.py --preset gsm8k --lora 16 --gradient-checkpointing --keep-best
       for a card of 8 GiB: LoRA, layers computed twice; the best evaluation's model in best/
+  python train.py --preset gsm8k --lora 16 --gradient-checkpointing --fit
+      the memory of a step, part by part, and what fits on cards of 8 to 24 GiB
   python train.py --model ./my-model --data problems.jsonl --max-new-tokens 256
       your own model folder and problems, one {"question": ..., "answer": ...} per line
 """

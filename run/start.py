@@ -39,7 +39,8 @@ def chosen(given, argv=()):
     if "resume" in given:
         return resumed(given, Path(given["resume"]))
     o = fill(given)
-    print_preset(o, given)
+    if not o.fit:
+        print_preset(o, given)
     name = f"{label(o.algo)}-{o.preset}"
     if o.eval_only:
         parts = [re.sub(r"[^\w.]+", "-", path)[-100:].strip("-.") for path in (o.model, o.data)]
@@ -168,19 +169,24 @@ def load_data(o, any_answer):
     return train, held_out, overlap
 
 
-def add_lora(o, model):
-    """--lora: freeze the model, in place, and give it adapters. Raises ValueError.
+def adapt(o, model):
+    """Freeze the model, in place, and give it adapters. Returns the names of their layers.
 
     The frozen weights are held in the dtype of the compute: nothing of them is trained, so no
     update is rounded away.
     """
-    if not o.lora:
-        return
-    frozen = sum(weight.numel() for weight in model.parameters())
     if o.dtype == "bf16":
         hold_in_bf16(model)
     targets = o.lora_targets and set(o.lora_targets.split(","))
-    layers = add_adapters(model, o.lora, o.lora_alpha or 2 * o.lora, targets)
+    return add_adapters(model, o.lora, o.lora_alpha or 2 * o.lora, targets)
+
+
+def add_lora(o, model):
+    """--lora: `adapt` the model, and print how. Raises ValueError if it does not work with it."""
+    if not o.lora:
+        return
+    frozen = sum(weight.numel() for weight in model.parameters())
+    layers = adapt(o, model)
     check_adapters(model)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     print(

@@ -15,6 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # pytest.ini's filters, for the processes that tests start
 os.environ["PYTHONWARNINGS"] = "error::FutureWarning,error::DeprecationWarning"
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")  # of the models: tools/gpu.sh sets it
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -49,7 +50,7 @@ def tiny_model(vocab=24, seed=0):
     for name, module in list(model.named_modules()):
         if type(module).__name__ == "LlamaRMSNorm":
             model.set_submodule(name, copy.deepcopy(norm))
-    return model
+    return model.to(DEVICE)
 
 
 @pytest.fixture(autouse=True, scope="session")

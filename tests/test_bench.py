@@ -1,6 +1,10 @@
 """bench.py on small models: it measures what it says, and each ratio is ours over the other's."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -152,3 +156,15 @@ def test_a_wrong_command_is_one_line(argv, told, capsys):
     printed = "".join(capsys.readouterr())
     assert stopped.value.code == 2 and printed.count("\n") == 1
     assert printed.startswith("bench.py: error: ") and told in printed
+
+
+def test_the_checks_for_a_gpu_run_on_a_cpu(tmp_path):
+    line = ["bash", str(ROOT / "tools" / "gpu.sh"), "--device", "cpu", str(tmp_path / "gpu.json")]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "PATH": path})
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [step["step"] for step in found["steps"]] == [1, 2, 3]  # the third one after a resume
+    assert found["tests"].startswith("3 passed") and 0.1 < found["peak_gib"] / found["fit_gib"] < 10
+    assert found["tokens_per_s"].keys() == {"plain", "static", "ours"}
+    assert min(found["tokens_per_s"].values()) > 0 and "resuming" in done.stdout

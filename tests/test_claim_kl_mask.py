@@ -89,7 +89,7 @@ def test_the_method_with_the_random_mask_is_tepo_but_for_the_mask():
 
 
 @pytest.fixture(scope="module")
-def rows(all_problems):
+def rows():
     found = []
     for about in kl_mask.RUNS[:3]:
         found += kl_mask.run((*about, 0), steps=2)

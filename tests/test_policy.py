@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import DEVICE, tiny_model
 from transformers import (
     GenerationConfig,
     GPT2Config,
@@ -25,6 +25,7 @@ from trainer.sampling import sample
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11], [3, 4, 5], [6]]
 COMPLETIONS = torch.tensor([[5, 6, 1, 0], [9, 8, 7, 6], [4, 0, 0, 0], [2, 1, 0, 0], [1, 0, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+COMPLETIONS, MASK = COMPLETIONS.to(DEVICE), MASK.to(DEVICE)
 
 
 def tiny_gpt2():
@@ -38,7 +39,7 @@ def tiny_gpt2():
         attn_pdrop=0.0,
         resid_pdrop=0.0,
     )
-    return GPT2LMHeadModel(config).eval()
+    return GPT2LMHeadModel(config).eval().to(DEVICE)
 
 
 def by_hand(model, temperature):
@@ -46,13 +47,15 @@ def by_hand(model, temperature):
     twice
     """
     logprobs, entropy = (
-        torch.zeros(MASK.shape, dtype=torch.float64),
-        torch.zeros(MASK.shape, dtype=torch.float64),
+        torch.zeros(MASK.shape, dtype=torch.float64, device=DEVICE),
+        torch.zeros(MASK.shape, dtype=torch.float64, device=DEVICE),
     )
     for i, prompt in enumerate(PROMPTS):
         row = COMPLETIONS[i][MASK[i]]
         logits = (
-            model(torch.tensor([prompt + row.tolist()])).logits[0, len(prompt) - 1 : -1]
+            model(torch.tensor([prompt + row.tolist()], device=DEVICE)).logits[
+                0, len(prompt) - 1 : -1
+            ]
             / temperature
         )
         logp = logits.log_softmax(-1)
@@ -70,10 +73,12 @@ def test_logprobs_without_logits_are_the_plain_ones(
 ):
     model = (tiny_gpt2() if kind == "gpt2" else tiny_model()).double()
     if kind == "bias":  # an output head with a bias, and not tied to the embedding
-        model.lm_head = torch.nn.Linear(16, 24).double()
+        model.lm_head = torch.nn.Linear(16, 24).double().to(DEVICE)
     monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", {"cpu": chunk * 24})
     push = (
-        torch.randn(MASK.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        torch.randn(MASK.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(
+            DEVICE
+        )
         * MASK
     )
     want, want_entropy = by_hand(model, temperature)

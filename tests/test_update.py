@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import DEVICE, tiny_model
 
 from run.algorithm import load_algorithm
 from run.checks import fill
@@ -25,11 +25,12 @@ def rollout(seed=0, dtype=torch.float64):
     """Eight ragged rows of two prompts, both groups mixed but for one dull row pair."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([6, 2, 5, 1, 3, 6, 4, 2])
-    mask = torch.arange(T) < lengths[:, None]
-    completions = torch.randint(2, 24, (B, T), generator=g)
+    mask = (torch.arange(T) < lengths[:, None]).to(DEVICE)
+    completions = torch.randint(2, 24, (B, T), generator=g).to(DEVICE)
     prompts = [[3, 4, 5]] * G + [[6, 7]] * G
-    rewards = torch.tensor([1, 0, 0, 1, 0, 1, 0, 0], dtype=dtype)
-    r = Rollout(prompts, completions, mask, torch.zeros(B).bool(), right=rewards, rewards=rewards)
+    rewards = torch.tensor([1, 0, 0, 1, 0, 1, 0, 0], dtype=dtype, device=DEVICE)
+    ended = torch.zeros(B, device=DEVICE).bool()
+    r = Rollout(prompts, completions, mask, ended, right=rewards, rewards=rewards)
     r.sampler_logprobs = -3.0 * mask  # as different from the policy's as can be told apart
     r.sampler_entropy = 9.0 * mask
     return r
@@ -43,7 +44,7 @@ def updater(model, algo, loss_options=None, **options):
         "group_size": G,
         "updates": 2,
         "lr": 1e-3,
-        "device": "cpu",
+        "device": DEVICE,
     }
     o = fill(given | {"dtype": "fp32", "temperature": 0.9} | options)
     return Updater(model, load_algorithm(algo), loss_options or {}, o, 16, Layout(True, True))

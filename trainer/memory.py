@@ -67,17 +67,25 @@ def bytes_per_token(model, dtype, through_head, checkpointing):
     less. One layer counts twice, because of the temporary tensors of its backward pass.
     Checkpointing keeps the input of each layer, in fp32, and the one layer that it runs again.
     """
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None) or 1
+    hidden = model.get_input_embeddings().weight.shape[-1]
+    return with_backward(kept_per_token(model, dtype, through_head), layers, hidden, checkpointing)
+
+
+def with_backward(kept, layers, hidden, checkpointing):
+    """`bytes_per_token`, from the bytes that autograd keeps per token, of all layers."""
+    layer = kept // layers
+    if checkpointing:
+        kept = layer + layers * 4 * hidden
+    return kept + layer
+
+
+def kept_per_token(model, dtype, through_head):
+    """The bytes that autograd keeps of each token of a second row."""
     tokens = 8  # per row
     one = kept_bytes(model, 1, tokens, dtype, through_head)
     two = kept_bytes(model, 2, tokens, dtype, through_head)
-    kept = (two - one) // tokens
-    config = model.config.get_text_config()
-    layers = getattr(config, "num_hidden_layers", None) or 1
-    layer = kept // layers
-    if checkpointing:
-        hidden = model.get_input_embeddings().weight.shape[-1]
-        kept = layer + layers * 4 * hidden
-    return kept + layer
+    return (two - one) // tokens
 
 
 def kept_bytes(model, rows, tokens, dtype, through_head):
@@ -114,19 +122,24 @@ def kept_bytes(model, rows, tokens, dtype, through_head):
 
 
 def bytes_to_come(model, dtype):
-    """What an update allocates besides the activations of its rows, in bytes, by arithmetic.
+    """What an update allocates besides the activations of its rows, in bytes, by arithmetic."""
+    return sum(parts_to_come(model, dtype, model.device.type).values())
 
-    Gradients and AdamW's two moments of the trained weights, and three chunks of logits. For bf16
-    also the weights in bf16, where they are held in fp32, and a product of the size of the head,
-    if it is trained, before it is added to the gradient.
+
+def parts_to_come(model, dtype, kind):
+    """{part: bytes} of `bytes_to_come` on a device of this kind, such as "cuda".
+
+    Gradients and moments are of the trained weights alone. A product of the size of the head is
+    made, if the head is trained, before it is added to the gradient.
     """
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    total = 3 * trained + 3 * 4 * logprobs.logits_at_once(model.device.type)
+    weights, head = list(model.parameters()), model.get_input_embeddings().weight
+    trained = sum(p.numel() * p.element_size() for p in weights if p.requires_grad)
+    parts = {"gradients": trained, "AdamW's two moments": 2 * trained}
+    parts["three chunks of logits"] = 3 * 4 * logprobs.logits_at_once(kind)
     if dtype == "bf16":
-        head = model.get_input_embeddings().weight
-        total += sum(2 * p.numel() for p in model.parameters() if p.element_size() > 2)
-        total += 2 * head.numel() * head.requires_grad
-    return total
+        parts["fp32 weights in bf16"] = sum(2 * p.numel() for p in weights if p.element_size() > 2)
+        parts["gradient of the head in bf16"] = 2 * head.numel() * head.requires_grad
+    return parts
 
 
 def free_bytes(device):
