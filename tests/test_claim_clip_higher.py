@@ -57,7 +57,9 @@ def test_differences_pair_the_seeds():
     assert clip_higher.differences(rows, 0.3) == pytest.approx([0.01, 0.02])
 
 
-def test_in_miniature(tmp_path):
+def test_in_miniature(tmp_path, monkeypatch):
+    few = ("--prompts", "6", "--group-size", "6")
+    monkeypatch.setattr(clip_higher, "FLAGS", (*clip_higher.FLAGS, *few))
     rows = []
     for bound in clip_higher.BOUNDS:
         rows += clip_higher.run((bound, 0), steps=5)
