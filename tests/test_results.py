@@ -28,6 +28,7 @@ def tables(text):
         ("RESULTS.md", "methods"),
         ("docs/results/seven.md", "methods"),
         ("docs/results/clip-range.md", "eps"),
+        ("docs/results/more.md", "more"),
     ],
 )
 def test_a_table_of_methods_over_seeds_is_that_of_its_csv(page, table):
