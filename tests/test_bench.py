@@ -92,20 +92,6 @@ def test_a_model_is_measured_in_processes_of_its_own(sums, tmp_path, capsys):
     assert "16 rows" in capsys.readouterr().out
 
 
-def test_a_step_of_qwens_shape_is_measured(monkeypatch, tmp_path, capsys):
-    small = {**bench.QWEN, "num_hidden_layers": 1, "hidden_size": 28, "intermediate_size": 32}
-    monkeypatch.setattr(bench, "QWEN", {**small, "vocab_size": 5000})
-    here = bench.parse_args(["--dtype", "bf16"])
-    sizes = {"prompts": 2, "group_size": 4, "prompt_tokens": 3, "most_tokens": 5}
-    found = bench.qwen(here, "cpu", **sizes)
-    assert found["rollout_s"] > 0 and found["update_s"] > 0 and found["micro_batch"] == 2
-    assert 4 < found["length"] <= 5 and 50 < found["peak_mib"] < 5000
-    monkeypatch.setattr(bench, "measure", lambda name, argv: found)
-    bench.main(["--only", "qwen", "--json", str(tmp_path / "found.json")])
-    assert json.loads((tmp_path / "found.json").read_text()) == {"qwen": found}
-    assert "micro-batch 2" in capsys.readouterr().out
-
-
 def test_the_ways_held_against_each_other_are_one_gradient(monkeypatch):
     small = {**bench.QWEN, "num_hidden_layers": 1, "hidden_size": 28, "intermediate_size": 32}
     config = Qwen2Config(**{**small, "vocab_size": 50})

@@ -4,7 +4,6 @@
   rollout    generate as it comes, with --cache static, and as train.py runs it by default;
              and the time per token beside the time to read every weight once
   step       training steps of train.py; with --peer also of TRL's GRPOTrainer
-  qwen       one training step of a Qwen2.5-0.5B-shaped model with random weights
 
 rollout and step take --model: tiny, with the defaults of the preset tiny, or a folder, with
 --data, --prompts, --group-size, --max-new-tokens and --micro-batch. Each measurement runs in a
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, whe
 
 from run.commandline import Parser
 
-PARTS = ("logprobs", "rollout", "step", "qwen")
+PARTS = ("logprobs", "rollout", "step")
 
 
 def build_parser():
@@ -51,7 +50,7 @@ def build_parser():
         add(name, type=int, default=default, metavar="N", help=text)
     text = "timed training steps, after one warm-up step (default 3)"
     add("--steps", type=int, default=3, metavar="N", help=text)
-    text = "compute type of rollout, step and qwen (default fp32)"
+    text = "compute type of rollout and step (default fp32)"
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help=text)
     text = "write the figures to this file; each ratio is ours / the other's"
     add("--json", metavar="FILE", help=text)
@@ -199,7 +198,7 @@ def rollout(args, device, repeats=2):
 
     Returns {"plain": tokens/s of generate alone; "static": of --cache static; "ours": of
     train.py's default; "prompt": share of our time before the first token; "token": ms per token
-    after it; "weights": ms to read every weight once; "ops": of costliest_ops; "rows": completions}
+    after it; "weights": ms to read every weight once; "rows": completions}
     """
     from run import start
     from trainer.bf16 import sampling_copy
@@ -229,7 +228,6 @@ def rollout(args, device, repeats=2):
         "prompt": first / seconds,
         "token": 1000 * (seconds - first) / max(1, longest - 1),
         "weights": 1000 * weight_read_seconds(model, device),
-        "ops": costliest_ops(draw),
         "rows": len(mask),
     }
 
@@ -248,19 +246,6 @@ def generated_mask(model, prompts, n, generation):
     with generation_config(model, settings):
         out = model.generate(ids, attention_mask=real, generation_config=settings)
     return completion_mask(out[:, ids.shape[1] :], eos_ids)
-
-
-def costliest_ops(work, count=4):
-    """{operation: its share of the CPU time of work()}, the `count` most costly ones."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
-        work()
-    spent = {}
-    for op in profiled.key_averages():
-        name = op.key.removeprefix("aten::").strip("_")
-        spent[name] = spent.get(name, 0) + op.self_cpu_time_total
-    total = sum(spent.values())
-    costliest = sorted(spent, key=spent.get, reverse=True)[:count]
-    return {name: spent[name] / total for name in costliest}
 
 
 def weight_read_seconds(model, device):
@@ -347,42 +332,6 @@ def summary(seconds, tokens, model):
     }
 
 
-def qwen(args, device, prompts=4, group_size=8, prompt_tokens=100, most_tokens=200):
-    """One training step of a model of Qwen2.5-0.5B's shape; every other completion is right.
-
-    It is the second step, which every later one equals in cost. Random weights rarely sample the
-    one EOS of 151,936 words, so nearly all completions have most_tokens tokens. Returns
-    {"rollout_s", "update_s", "length": mean tokens, "micro_batch", "peak_mib": of the process}.
-    """
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    import train
-    from run.checks import fill
-    from run.parser import parse
-    from trainer.logprobs import Layout
-    from trainer.packed import packable
-
-    class Graded(train.Trainer):
-        def grade(self, batch, problems):
-            batch.problems = batch.texts = [None] * self.o.rows
-            batch.right = batch.rewards = torch.arange(self.o.rows, device=device) % 2.0
-
-    line = f"--preset gsm8k --algo grpo --device {device} --dtype {args.dtype} --prompts {prompts}"
-    line += f" --group-size {group_size} --max-new-tokens {most_tokens}"
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**QWEN)).to(device).eval()
-    ids = torch.randint(QWEN["vocab_size"], (prompts, prompt_tokens)).tolist()
-    problems = [{"prompt_ids": prompt} for prompt in ids]
-    generation = {"max_new_tokens": most_tokens, "eos_ids": [0], "pad_id": 0}
-    generation["layout"] = Layout(through_head=True, share_prompts=True, packed=packable(model))
-    trainer = Graded(fill(parse(line.split())), model, None, generation, problems)
-    found, _, _ = trainer.step(2)
-    found = {name: found[name] for name in ("rollout_s", "update_s", "length")}
-    found["micro_batch"] = trainer.updater.sizes.rows["micro_batch"]
-    found["peak_mib"] = peak_bytes(device) / 2**20
-    return found
-
-
 MEASUREMENTS = {
     "plain": functools.partial(logprobs, through_head=False, size=4),
     "head": functools.partial(logprobs, through_head=True, size=4),
@@ -390,7 +339,6 @@ MEASUREMENTS = {
     "rollout": rollout,
     "ours": ours,
     "trl": trl,
-    "qwen": qwen,
 }
 
 
@@ -440,8 +388,6 @@ def print_rollout(args, argv):
     print(f"    before the first token {got['prompt']:.0%} of the time")
     print(f"    after it {got['token']:.1f} ms per token of all rows")
     print(f"    to read every weight once takes {got['weights']:.1f} ms")
-    ops = ", ".join(f"{op} {share:.0%}" for op, share in got["ops"].items())
-    print(f"    CPU time: {ops}")
     return {"rollout": {"tokens_per_s": got["ours"], "tokens_per_s_ratio": ratio}}
 
 
@@ -467,15 +413,6 @@ def print_step(args, argv):
     return {"step": step, "peer": peer}
 
 
-def print_qwen(args, argv):
-    print(f"qwen: Qwen2.5-0.5B-shaped, random weights, {args.dtype}, one training step of 4 x 8")
-    print("  completions of at most 200 tokens (random weights hardly ever end one earlier)")
-    got = measure("qwen", argv)
-    print(f"  rollout {got['rollout_s']:.1f} s, update {got['update_s']:.1f} s")
-    print(f"  {got['peak_mib']:.0f} MiB in all, micro-batch {got['micro_batch']}")
-    return {"qwen": got}
-
-
 def print_speed(name, got):
     memory = f"{got['peak_mib']:6.0f} MiB above weights and AdamW's state"
     line = (
@@ -490,7 +427,6 @@ PRINT = {
     "logprobs": print_logprobs,
     "rollout": print_rollout,
     "step": print_step,
-    "qwen": print_qwen,
 }
 
 
