@@ -36,7 +36,9 @@ def show(o):
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--fit: no config of {name!r}: {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0].rstrip(".")
+        mend = "pass --model FOLDER, one with a config.json"
+        raise ValueError(f"--fit: no config of {name!r}: {why}; {mend}") from None
     groups, token, cached = needs(o, config)
     row = PROMPT + o.max_new_tokens  # tokens
     at_once = 1 if o.micro_batch == "auto" else int(o.micro_batch)
