@@ -58,7 +58,7 @@ def test_differences_pair_the_seeds():
 
 
 def test_in_miniature(tmp_path, monkeypatch):
-    few = ("--prompts", "6", "--group-size", "6")
+    few = ("--prompts", "6", "--group-size", "6", "--updates", "1")
     monkeypatch.setattr(clip_higher, "FLAGS", (*clip_higher.FLAGS, *few))
     rows = []
     for bound in clip_higher.BOUNDS:
