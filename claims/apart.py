@@ -32,6 +32,7 @@ import numpy as np
 from scipy import stats
 
 from claims import kit
+from run.runs import read_config
 from run.style import new_figure, save, style
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,7 +60,7 @@ def measure(args):
     """A row per evaluation of each run under runs/apart*."""
     rows = []
     for path in sorted((ROOT / "runs").glob("apart*/*/metrics.jsonl")):
-        options = json.loads((path.parent / "config.json").read_text())["options"]
+        options = read_config(path.parent)["options"]
         wide = options["algo"] == "gspo" and options["option"]
         about = {"method": WIDE if wide else options["algo"], "lr": options["lr"]}
         about["seed"] = options["seed"]

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from run.runs import checked_rows, read_log
+from run.runs import checked_rows, read_config, read_log
 from trainer import adapter
 from trainer.lora import adapted, merged_model
 
@@ -73,7 +73,7 @@ def model_folder(name):
     """
     run = Path(name)
     try:
-        status = json.loads((run / "config.json").read_text(encoding="utf-8"))["status"]
+        status = read_config(run)["status"]
     except (OSError, ValueError, KeyError, TypeError):
         return name  # not the folder of a run
     choices = [run / "model", *steps_saved(run).values()]  # the last one that is there is taken

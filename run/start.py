@@ -1,7 +1,6 @@
 """Start or resume a run: its folder, its config.json, its model and its problems."""
 
 import gc
-import json
 import re
 import shlex
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from run.machine import machine_name, warn_of_slow_bf16, why_no_gpu
 from run.names import check_name
 from run.options import CHANGEABLE_ON_RESUME, Options, flag
 from run.ownreward import load_reward, try_reward
+from run.runs import read_config
 from trainer.bf16 import hold_in_bf16
 from trainer.data import load_problems, split_overlap
 from trainer.grading import check_answer
@@ -65,7 +65,7 @@ def print_preset(o, given):
 def resumed(given, out):
     """`chosen`, of --resume. Raises ValueError if an option differs from that of the run."""
     try:
-        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        config = read_config(out)
         saved, steps = config["options"], config["options"]["steps"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{out} holds no run to resume (no readable config.json)") from None

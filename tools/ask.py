@@ -7,7 +7,6 @@ torch is imported where it is used: --help does not wait for it.
 """
 
 import argparse
-import json
 import re
 import sys
 import unicodedata
@@ -21,6 +20,7 @@ from run.checks import check_config, check_values
 from run.commandline import RaisingParser, run_main
 from run.options import FIELDS, Options
 from run.parser import add_option
+from run.runs import read_config
 
 ASKED = ("prompt", "chat_template", "system", "template_option")  # options of a run, with which
 ASKED += ("max_new_tokens", "temperature", "dtype")  # its model is asked
@@ -81,7 +81,7 @@ def run_options(model):
     """
     path, given = Path(model) / "config.json", {"preset": "tiny"}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_config(Path(model))
         options, _ = config["options"], config["status"]
         given.update({name: options[name] for name in ASKED if name in options})
     except (OSError, ValueError, KeyError, TypeError):

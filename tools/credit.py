@@ -190,16 +190,10 @@ def draw_panels(rows, panels, caption, out):
     The first is an amount, the others go to both sides of 0. Each has a scale of its own. Of many
     panels, the first words of the titles stand on the left.
     """
-    from matplotlib.patches import Patch
-
     cells = [cells_of(cell_texts(row)) for row in rows]
     starts = np.cumsum([0, *(row[-1][0] + 1 if row else 1 for row in cells)])  # lines of cells
     is_tall = len(panels) <= MOST_TALL
-    titles = []  # above the cells, or on their left; with the scale
-    for title, values, _ in panels:
-        name = title if is_tall else re.split(",|:", title)[0]
-        words = f"{name} (full colour: {values.abs().max():.2g})"
-        titles.append(textwrap.fill(words, 100 if is_tall else 34))
+    titles = [title_of(*panel[:2], is_tall) for panel in panels]
     line, gap, size = (0.18, 0.33, 8) if is_tall else (0.15, 0.03, 6)  # inches, and a font's size
     more = 0.16 * sum(title.count("\n") for title in titles) if is_tall else 0
     figure = new_figure(8, 1.1 + more + len(panels) * (line * starts[-1] + gap))
@@ -222,11 +216,25 @@ def draw_panels(rows, panels, caption, out):
             ax.text(-1, starts[j] + 0.5, grade, ha="right", va="center", fontsize=size)
             colours = "RdBu" if i else "PRGn_r"
             draw_tokens(ax, starts[j], cells[j], shade[j].tolist(), clipped[j], colours)
+    add_key(figure)
+    save(figure, out)
+
+
+def title_of(title, values, is_tall):
+    """The title of a panel above its cells, or the name of one on their left; with its scale."""
+    name = title if is_tall else re.split(",|:", title)[0]
+    words = f"{name} (full colour: {values.abs().max():.2g})"
+    return textwrap.fill(words, 100 if is_tall else 34)
+
+
+def add_key(figure):
+    """What the colours mean, at the bottom."""
+    from matplotlib.patches import Patch
+
     keys = [Patch(label=label, **look_of(*how, "RdBu")) for label, *how in KEYS]
     title = "At its default options, the method's update makes a token (a scale for each method)"
     how = {"loc": "outside lower center", "ncols": 3, "frameon": False, "fontsize": 8.5}
     figure.legend(handles=keys, title=title, title_fontsize=8.5, **how)
-    save(figure, out)
 
 
 def cell_texts(row):

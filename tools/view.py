@@ -133,7 +133,7 @@ def thinned(what, entries, budget, notes):
 
     The first and the last step are among them, unless only one has room. Adds to the page's notes.
     """
-    kept = sizes = Counter()
+    sizes, kept = Counter(), []
     for found in entries:
         sizes[found["step"]] += len(json_text(found))
     for count in range(len(sizes), 0, -1):

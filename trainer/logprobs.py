@@ -135,7 +135,8 @@ def token_logprobs(
             hidden = by_row(model.base_model, "last_hidden_state", *rows)
     if through_head:
         head = model.get_output_embeddings()
-        weight, bias = cast(head.weight, casts or {}), getattr(head, "bias", None)
+        weight = cast(head.weight, {} if casts is None else casts)
+        bias = getattr(head, "bias", None)
         both = HeadLogprobs.apply(hidden, head.weight, weight, bias, targets, temperature)
     else:
         both = from_logits(logits, targets, temperature)
